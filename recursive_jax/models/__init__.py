@@ -1,0 +1,1 @@
+"""What the network is: pure functions of params; no files, no flags, no mesh."""

@@ -1,0 +1,243 @@
+"""What a decoder is: one frozen, validated, JSON-serialisable description shared by every room.
+
+A *family* (gemma, llama, gpt_neox, ...) is nothing but a choice of these fields; see `zoo`.
+Depth-dependent facts (attention window, rope kind) are tables over
+`depth = loop * num_layers + layer`, so a layer that is shared by several loops may still be local
+in one and global in the next, exactly as its depths were in the source model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+NORM_MODES = ("tied", "per_loop", "folded")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """One kind of rotary embedding. `scaling` is 'none', 'linear' or 'llama3'.
+
+    'linear' divides all frequencies by `factor`. 'llama3' divides the long wavelengths by
+    `factor`, keeps the short ones and interpolates between, relative to `original_length`.
+    """
+
+    theta: float = 10000.0
+    scaling: str = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_length: int = 8192
+
+    def __post_init__(self):
+        if self.scaling not in ("none", "linear", "llama3"):
+            raise ValueError(
+                f"rope scaling {self.scaling!r} is not implemented; expected none, linear or llama3"
+            )
+
+    def frequencies(self, rotary_dim: int) -> np.ndarray:
+        """Angle per position, radians: f32 `[rotary_dim / 2]`."""
+        exponent = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
+        freqs = (1.0 / np.float32(self.theta) ** exponent).astype(np.float32)
+        if self.scaling == "linear":
+            freqs = freqs / np.float32(self.factor)
+        elif self.scaling == "llama3":
+            wavelength = 2 * math.pi / freqs
+            low = self.original_length / self.low_freq_factor
+            high = self.original_length / self.high_freq_factor
+            smooth = (self.original_length / wavelength - self.low_freq_factor) / (
+                self.high_freq_factor - self.low_freq_factor
+            )
+            between = (1 - smooth) * freqs / self.factor + smooth * freqs
+            scaled = np.where(wavelength > low, freqs / self.factor, freqs)
+            freqs = np.where((wavelength <= low) & (wavelength >= high), between, scaled)
+        return freqs.astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder-only transformer whose block of `num_layers` layers runs `num_loops` times.
+
+    `num_loops == 1` is a vanilla model (source, teacher). All lengths are in tokens.
+    """
+
+    family: str
+    vocab_size: int
+    embed_dim: int
+    mlp_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_layers: int  # layers of the shared block, not of the unrolled network
+    num_loops: int = 1
+    max_length: int = 2048  # positions the source model was trained for
+
+    norm: str = "rms"  # 'rms' | 'layer'
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0  # gemma multiplies by (1 + scale)
+    post_norms: bool = False  # norm after attention and mlp, before the residual add
+    qk_norm: bool = False  # per-head norm of queries and keys before rope
+    parallel_residual: bool = False  # attention and mlp read the same residual (Pythia)
+
+    activation: str = "silu"
+    gated_mlp: bool = True
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+
+    rotary_fraction: float = 1.0  # share of head_dim that is rotated
+    ropes: tuple[Rope, ...] = (Rope(),)
+    rope_of_depth: tuple[int, ...] = ()  # index into `ropes` by depth; () means all 0
+    windows: tuple[int, ...] = ()  # attention window by depth, 0 = unlimited; () means all 0
+
+    query_scale: float | None = None  # multiplies q·k; None means head_dim ** -0.5
+    attn_softcap: float | None = None
+    final_softcap: float | None = None
+    embed_scale: float = 1.0
+    tied_head: bool = True
+
+    norms: str = "tied"  # which small vectors have a loop axis, see `vector_loops`
+    lora_ranks: tuple[tuple[str, int], ...] = ()  # (projection, rank); absent means 0
+
+    def __post_init__(self):
+        set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        if isinstance(self.lora_ranks, Mapping):
+            set_("lora_ranks", tuple(self.lora_ranks.items()))
+        order = {name: i for i, name in enumerate(PROJECTIONS)}
+        unknown = [name for name, _ in self.lora_ranks if name not in self.projections]
+        if unknown:
+            raise ValueError(
+                f"lora_ranks names unknown projections {unknown}; "
+                f"this model has {list(self.projections)}"
+            )
+        set_(
+            "lora_ranks",
+            tuple(
+                sorted(((n, int(r)) for n, r in self.lora_ranks if r), key=lambda nr: order[nr[0]])
+            ),
+        )
+        set_("ropes", tuple(Rope(**r) if isinstance(r, Mapping) else r for r in self.ropes))
+        set_("windows", tuple(int(w) for w in self.windows))
+        set_("rope_of_depth", tuple(int(k) for k in self.rope_of_depth))
+        self._validate()
+
+    def _validate(self):
+        for name in (
+            "vocab_size embed_dim mlp_dim num_heads num_kv_heads head_dim num_layers num_loops"
+        ).split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        for name, allowed in (
+            ("norm", ("rms", "layer")),
+            ("activation", ACTIVATIONS),
+            ("norms", NORM_MODES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}; expected one of {allowed}")
+        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+            raise ValueError(
+                f"rotary_fraction={self.rotary_fraction} of head_dim={self.head_dim} "
+                f"gives {self.rotary_dim} rotated dimensions; expected an even number in "
+                f"2..{self.head_dim}"
+            )
+        for name in ("windows", "rope_of_depth"):
+            table = getattr(self, name)
+            if table and len(table) != self.depth:
+                raise ValueError(
+                    f"{name} has {len(table)} entries; expected one per depth, {self.depth}"
+                )
+        if any(w < 0 for w in self.windows):
+            raise ValueError(f"windows must be >= 0 (0 = unlimited), got {self.windows}")
+        if any(not 0 <= k < len(self.ropes) for k in self.rope_of_depth):
+            raise ValueError(f"rope_of_depth names a kind outside 0..{len(self.ropes) - 1}")
+        for name, rank in self.lora_ranks:
+            full = min(self.projections[name])
+            if not 0 <= rank <= full:
+                raise ValueError(
+                    f"lora rank {rank} of projection {name!r} is impossible; "
+                    f"its shape {self.projections[name]} allows 0..{full}"
+                )
+
+    @property
+    def depth(self) -> int:
+        """Layers of the unrolled network."""
+        return self.num_layers * self.num_loops
+
+    @property
+    def rotary_dim(self) -> int:
+        return int(self.head_dim * self.rotary_fraction)
+
+    @property
+    def attention_scale(self) -> float:
+        return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
+
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """The block's linear layers: name -> (in, out)."""
+        q_dim, kv_dim = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        d, f = self.embed_dim, self.mlp_dim
+        shapes = {"q": (d, q_dim), "k": (d, kv_dim), "v": (d, kv_dim), "o": (q_dim, d)}
+        shapes |= {"gate": (d, f)} if self.gated_mlp else {}
+        return shapes | {"up": (d, f), "down": (f, d)}
+
+    def rank(self, projection: str) -> int:
+        """LoRA rank of a projection, 0 when it has none."""
+        return dict(self.lora_ranks).get(projection, 0)
+
+    def vector_loops(self, kind: str) -> int:
+        """Length of the loop axis of a small vector, 0 when it is tied over loops.
+
+        `kind` is 'pre_norm', 'post_norm', 'qk_norm' or 'bias'. Under 'folded' the pre-norm scales
+        live in the following linears (paper.md §2.8 calls it norm folding), so those stay tied at
+        one, while everything that cannot be folded keeps a row per loop.
+        """
+        if self.norms == "tied" or (self.norms == "folded" and kind == "pre_norm"):
+            return 0
+        return self.num_loops
+
+    def window_table(self) -> np.ndarray | None:
+        """Attention window as int32 `[layer, loop]` (0 = unlimited), None if nowhere limited."""
+        return self._by_layer(self.windows) if any(self.windows) else None
+
+    def rope_table(self) -> np.ndarray | None:
+        """Index into `ropes` as int32 `[layer, loop]`, None when there is only one kind."""
+        return self._by_layer(self.rope_of_depth) if len(set(self.rope_of_depth)) > 1 else None
+
+    def rope_frequencies(self) -> np.ndarray:
+        """Rope frequencies of every kind in use: f32 `[kind, rotary_dim / 2]`."""
+        if self.rope_table() is None:
+            used = (self.ropes[self.rope_of_depth[0] if self.rope_of_depth else 0],)
+        else:
+            used = self.ropes
+        return np.stack([rope.frequencies(self.rotary_dim) for rope in used])
+
+    def _by_layer(self, table: tuple[int, ...]) -> np.ndarray:
+        by_depth = np.asarray(table, np.int32).reshape(self.num_loops, self.num_layers)
+        return np.ascontiguousarray(by_depth.T)
+
+    def replace(self, **changes: Any) -> DecoderConfig:
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dict for `json.dump`; inverse of `from_json`."""
+        out = dataclasses.asdict(self)
+        out["lora_ranks"] = dict(self.lora_ranks)
+        return out
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> DecoderConfig:
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise ValueError(f"unknown decoder config keys {unknown}; expected {sorted(known)}")
+        return cls(**data)

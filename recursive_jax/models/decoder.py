@@ -1,0 +1,261 @@
+"""One decoder for every family: a block of layers, scanned, run `num_loops` times, scanned.
+
+Axes: B batch or lane, T query length, S cache length, D embed, F mlp, N query heads, K kv heads,
+G = N/K, H head_dim, V vocab, R rank, L loop.
+
+`loop` is a coordinate, like position: a scalar in training, prefill and lock-step decoding, or
+`int32 [B]` when lanes run different loops of the block in one pass (depth-wise batching). Only the
+linear layers, the per-loop vectors and the KV cache look at it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from recursive_jax.models.attention import Attention, Context, LayerTables, rope_tables
+from recursive_jax.models.config import DecoderConfig
+from recursive_jax.models.kv_cache import KVCache
+from recursive_jax.models.layers import Mlp, Norm
+
+# Named remat policies: what the backward pass keeps instead of recomputing.
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload_dots": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    # keeps everything except the LoRA-merged weights, which would be one copy per loop
+    "save_all_but_merged": jax.checkpoint_policies.save_any_names_but_these("merged_weight"),
+}
+REMAT_CHOICES = ("none", *REMAT_POLICIES)
+
+
+class Layer(nn.Module):
+    """One transformer layer: `(x [B, T, D], cache) -> (x, cache)`."""
+
+    cfg: DecoderConfig
+    dtype: jnp.dtype = jnp.float32
+    data_shards: int = 1
+
+    @nn.compact
+    def __call__(self, carry, loop, context: Context, tables: LayerTables):
+        cfg = self.cfg
+        x, cache = carry
+        pre = lambda name: Norm(  # noqa: E731
+            cfg, cfg.vector_loops("pre_norm"), dtype=self.dtype, name=name
+        )
+        post = lambda name, y: (  # noqa: E731
+            Norm(cfg, cfg.vector_loops("post_norm"), dtype=self.dtype, name=name)(y, loop)
+            if cfg.post_norms
+            else y
+        )
+        attention = Attention(cfg, self.dtype, self.data_shards, name="attention")
+        mlp = Mlp(cfg, self.dtype, self.data_shards, name="mlp")
+
+        with jax.named_scope("attention"):
+            y, cache = attention(pre("pre_attention_norm")(x, loop), loop, context, tables, cache)
+            y = post("post_attention_norm", y)
+        with jax.named_scope("mlp"):
+            if cfg.parallel_residual:
+                x = x + y + post("post_mlp_norm", mlp(pre("pre_mlp_norm")(x, loop), loop))
+            else:
+                x = x + y
+                x = x + post("post_mlp_norm", mlp(pre("pre_mlp_norm")(x, loop), loop))
+        x = nn.with_logical_constraint(x, ("batch", "seq", "embed_activation"))
+        return (x, cache), None
+
+
+class Decoder(nn.Module):
+    """The model. `cfg.num_loops == 1` is a vanilla transformer (source, teacher).
+
+    Attributes:
+      cfg: what it is.
+      dtype: compute dtype; norms, softmax, rope and logits are float32 in any case.
+      remat_policy: one of `REMAT_CHOICES`.
+      data_shards: devices the batch is spread over (only LoRA's cheapest form depends on it).
+      unroll_layers: how many layers of the scan are unrolled; trades compile time for speed.
+    """
+
+    cfg: DecoderConfig
+    dtype: jnp.dtype = jnp.float32
+    remat_policy: str = "none"
+    data_shards: int = 1
+    unroll_layers: int = 1
+
+    def setup(self):
+        cfg = self.cfg
+        self.embedding = self.param(
+            "embedding",
+            nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed")),
+            (cfg.vocab_size, cfg.embed_dim),
+        )
+        if not cfg.tied_head:
+            self.head = self.param(
+                "head",
+                nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed", "vocab")),
+                (cfg.embed_dim, cfg.vocab_size),
+            )
+        self.final_norm = Norm(cfg, dtype=self.dtype)
+        layer = Layer
+        if self.remat_policy != "none":
+            # prevent_cse is for unrolled code; inside a scan it only costs memory (traps.md E21)
+            layer = nn.remat(Layer, policy=REMAT_POLICIES[self.remat_policy], prevent_cse=False)
+        self.block = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, 0),
+            length=cfg.num_layers,
+            unroll=self.unroll_layers,
+            metadata_params={nn.PARTITION_NAME: "layer"},
+        )(cfg, self.dtype, self.data_shards)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None = None,
+        cache: KVCache | None = None,
+        slots: jax.Array | None = None,
+        all_loops: bool = False,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Run all loops.
+
+        Args:
+          tokens: int `[B, T]`.
+          positions: int `[B, T]`; with a cache they are also its rows, and one that is
+            >= cache length writes nothing (padding).
+          segment_ids: int `[B, T]` of packed documents; not with a cache.
+          cache: keys and values so far, or None to attend within `tokens` only.
+          slots: int `[B]`, the cache slot of each row; None means row i is slot i.
+          all_loops: also return the hidden state after every loop.
+
+        Returns:
+          hidden `[B, T, D]`, or `[L, B, T, D]` with `all_loops`, before the final norm (give it
+          to `unembed`), and the updated cache.
+        """
+        x = self.embed(tokens)
+        context = self._context(positions, segment_ids, cache, slots)
+        if self.is_initializing():  # one loop makes all parameters, the head makes the rest
+            x, cache = self._run(x, jnp.int32(0), context, cache)
+            self.unembed(x)
+            return x, cache
+
+        def body(decoder, carry, loop):
+            x, cache = decoder._run(carry[0], loop, context, carry[1])
+            return (x, cache), (x if all_loops else None)
+
+        loops = jnp.arange(self.cfg.num_loops, dtype=jnp.int32)
+        scan = nn.scan(
+            body,
+            variable_broadcast="params",
+            split_rngs={"params": False},
+            length=self.cfg.num_loops,
+        )
+        (x, cache), per_loop = scan(self, (x, cache), loops)
+        return (per_loop if all_loops else x), cache
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Token embeddings `[B, T, D]`, scaled as the family does."""
+        x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        if self.cfg.embed_scale != 1.0:
+            x = x * jnp.asarray(self.cfg.embed_scale, self.dtype)
+        return nn.with_logical_constraint(x, ("batch", "seq", "embed_activation"))
+
+    def run_loop(
+        self,
+        x: jax.Array,
+        loop: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None = None,
+        cache: KVCache | None = None,
+        slots: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """One pass of the block over x `[B, T, D]`, at `loop` (scalar, or `[B]`: one per lane)."""
+        return self._run(x, loop, self._context(positions, segment_ids, cache, slots), cache)
+
+    def unembed(self, x: jax.Array) -> jax.Array:
+        """Final norm, head and softcap, the same at every exit: x `[..., D]` -> f32 `[..., V]`."""
+        with jax.named_scope("unembed"):
+            x = self.final_norm(x)
+            head = self.embedding.T if self.cfg.tied_head else self.head
+            logits = jnp.matmul(x, head.astype(self.dtype), preferred_element_type=jnp.float32)
+            if self.cfg.final_softcap is not None:
+                logits = jnp.tanh(logits / self.cfg.final_softcap) * self.cfg.final_softcap
+            return logits
+
+    def _context(self, positions, segment_ids, cache, slots) -> Context:
+        if cache is not None:
+            if segment_ids is not None:
+                raise ValueError("segment_ids are for packed training text, not for a cache")
+            if slots is None:
+                slots = jnp.arange(positions.shape[0], dtype=jnp.int32)
+        cos, sin = rope_tables(self.cfg, positions)
+        return Context(positions, segment_ids, slots, cos, sin)
+
+    def _run(self, x, loop, context, cache):
+        cfg = self.cfg
+        table = lambda t: None if t is None else jnp.asarray(t)  # noqa: E731
+        tables = LayerTables(
+            index=jnp.arange(cfg.num_layers, dtype=jnp.int32),
+            window=table(cfg.window_table()),
+            rope=table(cfg.rope_table()),
+        )
+        carry, _ = self.block((x, cache), loop, context, tables)
+        return carry
+
+
+HEAD_PARAMS = ("embedding", "head", "final_norm")
+
+
+def head_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of the params `Decoder.unembed` reads."""
+    return {name: params[name] for name in HEAD_PARAMS if name in params}
+
+
+def init_params(cfg: DecoderConfig, key: jax.Array) -> dict[str, Any]:
+    """Random f32 params of `cfg` (from-scratch training and shapes)."""
+    return nn.meta.unbox(_init_boxed(cfg, key))
+
+
+def abstract_params(cfg: DecoderConfig) -> dict[str, Any]:
+    """Shapes and dtypes of the params, nothing allocated."""
+    return jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+
+
+def logical_axes(cfg: DecoderConfig) -> dict[str, Any]:
+    """A PartitionSpec of logical axis names for every parameter; `sharding` maps them to a mesh."""
+    return nn.get_partition_spec(jax.eval_shape(lambda: _init_boxed(cfg, jax.random.key(0))))
+
+
+def _init_boxed(cfg: DecoderConfig, key: jax.Array):
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return Decoder(cfg).init(key, tokens, tokens)["params"]
+
+
+def parameter_counts(params: Mapping[str, Any]) -> dict[str, int]:
+    """Numbers stored, by group; works on arrays and on abstract shapes.
+
+    shared: the block's projection matrices (the paper's N-emb); lora; vectors: norms and biases;
+    embedding: token embedding and untied head; total.
+    """
+    counts = dict.fromkeys(("shared", "lora", "vectors", "embedding", "total"), 0)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        keys = [p.key for p in path]
+        if keys[0] in ("embedding", "head"):
+            group = "embedding"
+        elif keys[-1] == "w":
+            group = "shared"
+        elif keys[-1].startswith("lora_"):
+            group = "lora"
+        else:
+            group = "vectors"
+        size = 1
+        for n in leaf.shape:
+            size *= n
+        counts[group] += size
+        counts["total"] += size
+    return counts

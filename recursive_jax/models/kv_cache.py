@@ -1,0 +1,53 @@
+"""Keys and values of every loop: one array, carried through the scans and updated in place."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from recursive_jax.models.config import DecoderConfig
+
+
+@struct.dataclass
+class KVCache:
+    """`rows [loop, layer, slot, length, kv_heads, 2, head_dim]`, K and V interleaved.
+
+    Row index == position, so the causal mask also hides stale rows of a reused slot. A write at a
+    position >= length is dropped: that is how padding and idle lanes are masked. Carry the cache
+    (never as scan input/output, never through a branching `cond`): it is then updated in place.
+    """
+
+    rows: jax.Array
+
+    @classmethod
+    def zeros(cls, cfg: DecoderConfig, num_slots: int, length: int, dtype=jnp.float32) -> KVCache:
+        """An empty cache of `num_slots` requests of up to `length` tokens each."""
+        shape = (cfg.num_loops, cfg.num_layers, num_slots, length, cfg.num_kv_heads, 2)
+        return cls(rows=jnp.zeros((*shape, cfg.head_dim), dtype))
+
+    @property
+    def length(self) -> int:
+        return self.rows.shape[3]
+
+    @property
+    def num_slots(self) -> int:
+        return self.rows.shape[2]
+
+    def write(self, k, v, loop, layer, slots, positions) -> KVCache:
+        """Store k, v `[B, T, K, H]` at rows `(loop, layer, slots [B], positions [B, T])`.
+
+        `loop` is a scalar or `[B]`. Positions must not be negative (a negative index would wrap).
+        """
+        new = jnp.stack([k, v], axis=3).astype(self.rows.dtype)  # [B, T, K, 2, H]
+        loop = jnp.reshape(loop, (-1, 1))
+        index = jnp.broadcast_arrays(loop, layer, slots[:, None], positions)
+        return self.replace(
+            rows=self.rows.at[tuple(index)].set(new, mode="drop", unique_indices=True)
+        )
+
+    def read(self, loop, layer, slots) -> tuple[jax.Array, jax.Array]:
+        """All rows of the given slots `[B]` at `loop` (scalar or `[B]`): k, v `[B, S, K, H]`."""
+        loop, slots = jnp.broadcast_arrays(loop, slots)
+        rows = self.rows[loop, layer, slots]  # [B, S, K, 2, H]
+        return rows[..., 0, :], rows[..., 1, :]

@@ -1,0 +1,1 @@
+"""One optimiser step: data, losses, optimizer, step."""

@@ -1,0 +1,1 @@
+"""How weights are named, tied and stored."""

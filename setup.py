@@ -1,0 +1,50 @@
+"""Packaging of recursive_jax; `pip install -e .` from a checkout."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(
+    r'__version__ = "(.+)"', (ROOT / "recursive_jax" / "__init__.py").read_text()
+).group(1)
+
+JAX = "jax>=0.10,<0.13"  # run on 0.10.2 (Python 3.11) and 0.12 (3.12, 3.13)
+
+setup(
+    name="recursive_jax",
+    version=VERSION,
+    description="Relaxed Recursive Transformers in JAX: convert, uptrain, exit early, serve",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["recursive_jax", "recursive_jax.*"]),
+    package_data={"recursive_jax": ["assets/**/*"]},
+    python_requires=">=3.11",
+    install_requires=[
+        JAX,
+        "flax>=0.12.8",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12.4,<0.13",  # its v1 API changes names in 1.0
+        "chex>=0.1.92",
+        "ml-collections>=1.1",
+        "grain>=0.2.18",
+        "transformers>=5.16,<6",  # tokenizers and chat templates only; no torch
+        "tokenizers>=0.22",
+        "safetensors>=0.5",
+        "gguf>=0.17",
+        "tensorflow-datasets>=4.9.10",
+        "tensorboardX>=2.6.5",
+        "numpy>=2.2",
+        "absl-py>=2.1",
+        "tqdm>=4.66",
+        "zstandard>=0.22",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "cuda12": ["jax[cuda12]>=0.10,<0.13"],
+        "hub": ["huggingface-hub>=0.34"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6"],
+    },
+)
