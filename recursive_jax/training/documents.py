@@ -1,0 +1,323 @@
+"""Where training text comes from: readers that turn one `source` string into documents.
+
+A source is a comma-separated list of
+
+| item | documents |
+|---|---|
+| `book.txt`, `page.md` | the file |
+| `lines.jsonl`, `.jsonl.gz`, `.jsonl.zst` | the `text` field of every line |
+| `DIR` | all of these below the directory, in sorted order |
+| `tfds:NAME`, `tfds:DIR`, a TFDS directory | a TFDS data set stored as array_record; `@SPLIT` chooses the split (`train`) |
+| `docstrings`, `docstrings:N` | what the installed Python packages say about themselves, at most N MB |
+
+Nothing here imports TensorFlow, and nothing installed is imported in order to read its docstrings.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import inspect
+import io
+import json
+import pathlib
+import sys
+import sysconfig
+import warnings
+from collections.abc import Callable, Iterator
+
+SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst")
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+    """A stream of documents that can be read again and again, always in the same order.
+
+    Attributes:
+      source: what the user asked for.
+      fingerprint: changes when the listing (names, sizes, modification times, versions) does, and
+        is known without reading the text: the key of every cache.
+      read: starts a new pass; yields `(name, text)`, where the name says where a text came from.
+    """
+
+    source: str
+    fingerprint: str
+    read: Callable[[], Iterator[tuple[str, str]]]
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return self.read()
+
+
+def documents(source: str) -> Documents:
+    """The documents of a source (grammar above); listing is immediate, reading is lazy.
+
+    Raises:
+      FileNotFoundError: a file, directory or TFDS data set does not exist.
+      ValueError: an item is none of the above, or a directory holds no text.
+    While reading: ValueError naming file and line for text that is not UTF-8, malformed JSON or a
+    missing `text` field.
+    """
+    items = [item.strip() for item in source.split(",") if item.strip()]
+    if not items:
+        raise ValueError(
+            "no data source given; expected files, directories, tfds:NAME or docstrings, "
+            "separated by commas"
+        )
+    parts = [_open_item(item) for item in items]
+
+    def read():
+        for part in parts:
+            yield from part.read()
+
+    return Documents(source, _digest([part.fingerprint for part in parts]), read)
+
+
+def _open_item(item: str) -> Documents:
+    if item == "docstrings" or item.startswith("docstrings:"):
+        return _docstrings(item)
+    if item.startswith("tfds:"):
+        return _tfds(item, item.removeprefix("tfds:"))
+    path = pathlib.Path(item).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(
+            f"data source {item!r} does not exist; expected a file or directory of "
+            f"{', '.join(SUFFIXES)}, tfds:NAME, or docstrings"
+        )
+    if path.is_dir() and (path / "dataset_info.json").exists():
+        return _tfds(item, item)
+    return _files(item, path)
+
+
+# Files
+
+
+def _files(item: str, path: pathlib.Path) -> Documents:
+    if path.is_dir():
+        files = sorted(f for f in path.rglob("*") if f.is_file() and f.name.endswith(SUFFIXES))
+        if not files:
+            raise ValueError(f"no text in directory {item}; expected {', '.join(SUFFIXES)} files")
+    elif path.name.endswith(SUFFIXES):
+        files = [path]
+    else:
+        raise ValueError(
+            f"cannot read {item} as training text; expected a name ending in {', '.join(SUFFIXES)}"
+        )
+    listing = [
+        (
+            f.relative_to(path).as_posix() if f != path else f.name,
+            f.stat().st_size,
+            f.stat().st_mtime_ns,
+        )
+        for f in files
+    ]
+
+    def read():
+        for file in files:
+            if file.name.endswith((".txt", ".md")):
+                yield str(file), _decode(file.read_bytes(), str(file))
+            else:
+                yield from _read_jsonl(file)
+
+    return Documents(item, _digest(listing), read)
+
+
+def _read_jsonl(file: pathlib.Path) -> Iterator[tuple[str, str]]:
+    number = 0
+    try:
+        with _open_compressed(file) as lines:
+            for number, line in enumerate(lines, 1):
+                where = f"{file}, line {number}"
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(_decode(line, where))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{where} is not JSON: {error}") from error
+                if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+                    found = sorted(record) if isinstance(record, dict) else type(record).__name__
+                    raise ValueError(
+                        f'{where} has no string field "text" (found {found}); '
+                        'every line must be an object like {"text": "..."}'
+                    )
+                yield where, record["text"]
+    except (EOFError, OSError) as error:  # gzip's own errors for damaged files
+        raise ValueError(f"{file} is damaged after line {number}: {error}") from error
+
+
+@contextlib.contextmanager
+def _open_compressed(file: pathlib.Path) -> Iterator[io.BufferedIOBase]:
+    if file.name.endswith(".gz"):
+        with gzip.open(file, "rb") as lines:
+            yield lines
+    elif file.name.endswith(".zst"):
+        import zstandard
+
+        try:
+            with zstandard.open(file, "rb") as stream:
+                yield io.BufferedReader(stream)
+        except zstandard.ZstdError as error:
+            raise OSError(str(error)) from error
+    else:
+        with open(file, "rb") as lines:
+            yield lines
+
+
+def _decode(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not UTF-8 text (byte {error.start})") from error
+
+
+# TFDS
+
+
+def _tfds(item: str, name: str) -> Documents:
+    import tensorflow_datasets as tfds
+
+    name, _, split = name.partition("@")
+    split = split or "train"
+    try:
+        if (pathlib.Path(name).expanduser() / "dataset_info.json").exists() or "://" in name:
+            builder = tfds.builder_from_directory(str(pathlib.Path(name).expanduser()))
+        else:
+            builder = tfds.builder(name, file_format="array_record")
+        records = builder.as_data_source(split=split)
+    except Exception as error:  # TFDS raises many kinds; all mean: not prepared here
+        raise FileNotFoundError(
+            f"TFDS data set {name!r}, split {split!r}, cannot be read: "
+            f"{str(error).strip().splitlines()[0]}. It must be prepared as array_record: "
+            "tfds.builder(NAME, file_format='array_record').download_and_prepare()"
+        ) from error
+    field = _text_feature(builder.info.features, name)
+
+    def read():
+        for i in range(len(records)):
+            text = records[i][field]
+            yield f"{name}@{split}[{i}]", _decode(bytes(text), f"{name}@{split}[{i}]")
+
+    listing = [builder.info.full_name, split, len(records), builder.info.dataset_size]
+    return Documents(item, _digest(listing), read)
+
+
+def _text_feature(features, name: str) -> str:
+    """The feature named `text`, or else the only one that holds strings."""
+    strings = [key for key, value in features.items() if value.dtype in (str, bytes, object)]
+    if "text" in features:
+        return "text"
+    if len(strings) == 1:
+        return strings[0]
+    raise ValueError(
+        f"TFDS data set {name!r} has no feature `text`; its features are {sorted(features)}"
+    )
+
+
+# Docstrings
+
+
+def _docstrings(item: str) -> Documents:
+    limit = None
+    if ":" in item:
+        try:
+            limit = int(float(item.removeprefix("docstrings:")) * 1e6)
+        except ValueError as error:
+            raise ValueError(
+                f"{item!r}: expected docstrings or docstrings:N with N in megabytes, "
+                "e.g. docstrings:20"
+            ) from error
+    modules = _modules()
+    fingerprint = _digest(
+        [sys.version, limit, [(name, file.stat().st_size) for name, file in modules]]
+    )
+
+    def read():
+        # A docstring may be vendored or copied into many modules; only its first copy counts,
+        # which also keeps copies from standing on both sides of a held-out split.
+        seen, size = set(), 0
+        for name, text in _read_modules(modules, seen):
+            yield name, text
+            size += len(text)
+            if limit is not None and size >= limit:
+                return
+
+    return Documents(item, fingerprint, read)
+
+
+def _modules() -> list[tuple[str, pathlib.Path]]:
+    """Importable modules as (dotted name, file), in an order that is fixed but mixes packages.
+
+    The order is by the hash of the name, so a capped read is a sample of everything installed.
+    """
+    paths = sysconfig.get_paths()
+    packages = {pathlib.Path(paths[key]).resolve() for key in ("purelib", "platlib")}
+    stdlib = pathlib.Path(paths["stdlib"]).resolve()
+    found = {}
+    for root in [stdlib, *sorted(packages)]:
+        for file in root.rglob("*.py"):
+            parts = file.relative_to(root).with_suffix("").parts
+            installed = root == stdlib and {"site-packages", "dist-packages"} & set(parts)
+            # Tests rarely say anything; a part that is no identifier cannot be imported.
+            tests = any(part in ("test", "tests", "idlelib") for part in parts)
+            tests |= parts[-1].startswith("test_") or parts[-1].endswith("_test")
+            if installed or tests or not all(part.isidentifier() for part in parts):
+                continue
+            if parts[-1] == "__init__":
+                parts = parts[:-1]
+            found.setdefault(".".join(parts), file)
+    order = lambda name: hashlib.blake2b(name.encode(), digest_size=8).digest()  # noqa: E731
+    return [(name, found[name]) for name in sorted(found, key=order) if name]
+
+
+def _read_modules(modules, seen: set[bytes]) -> Iterator[tuple[str, str]]:
+    for name, file in modules:
+        if name == "pydoc_data.topics":  # help() texts of the language: data, not docstrings
+            for topic, text in sorted(_literal_dict(file).items()):
+                yield f"{name}[{topic}]", text.strip()
+            continue
+        try:
+            source = file.read_bytes()
+            if b'"""' not in source and b"'''" not in source:
+                continue
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # invalid escapes in other people's code
+                tree = ast.parse(source)
+        except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+            continue  # templates and files for other Python versions
+        entries = []
+        for title, text in _entries(tree, name):
+            digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
+            if digest not in seen:
+                seen.add(digest)
+                entries.append(f"{title}\n\n{text}")
+        if entries:
+            yield name, "\n\n\n".join(entries).encode("utf-8", "replace").decode()
+
+
+def _entries(node: ast.AST, title: str) -> Iterator[tuple[str, str]]:
+    """(heading, docstring) of a module or class and of the classes and functions in it."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        names = [a.arg for a in arguments if a.arg not in ("self", "cls")]
+        title = f"{title}({', '.join(names)})"
+    docstring = ast.get_docstring(node, clean=False)
+    if docstring and (text := inspect.cleandoc(docstring).strip()):
+        yield title, text
+    if isinstance(node, ast.Module | ast.ClassDef):
+        for child in node.body:
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                inside = f"{title}.{child.name}" if isinstance(node, ast.ClassDef) else child.name
+                yield from _entries(child, inside)
+
+
+def _literal_dict(file: pathlib.Path) -> dict[str, str]:
+    for node in ast.parse(file.read_bytes()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            return ast.literal_eval(node.value)
+    return {}
+
+
+def _digest(value) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
