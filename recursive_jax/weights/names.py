@@ -1,0 +1,245 @@
+"""Name tables: `(our path, their name, transform)`, one row per parameter, read in both directions.
+
+`{}` in a name is the layer. A row applies when the config has that parameter, so one table serves
+models with and without biases, query norms or an untied head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from recursive_jax.models.config import DecoderConfig
+from recursive_jax.models.decoder import abstract_params
+
+
+class Transform(NamedTuple):
+    """How one of their tensors relates to one layer of ours."""
+
+    split: Callable[[np.ndarray, DecoderConfig], np.ndarray]  # their tensor -> our piece
+    join: Callable[[Sequence[np.ndarray], DecoderConfig], np.ndarray]  # rows of a tensor -> it
+    shape: Callable[[tuple[int, ...]], tuple[int, ...]]  # shape of our piece -> of their tensor
+
+
+class Row(NamedTuple):
+    ours: str
+    theirs: str
+    transform: Transform
+
+
+AS_IS = Transform(lambda x, cfg: x, lambda xs, cfg: xs[0], lambda s: s)
+# torch linears are [out, in]
+TRANSPOSE = Transform(lambda x, cfg: x.T, lambda xs, cfg: xs[0].T, lambda s: s[::-1])
+
+
+def _fused(part: int) -> Transform:
+    """One of q, k, v in GPT-NeoX's fused projection, whose rows are [heads, 3, head_dim]."""
+
+    def split(x, cfg):
+        parts = x.reshape(cfg.num_heads, 3, cfg.head_dim, *x.shape[1:])
+        return parts[:, part].reshape(-1, *x.shape[1:]).T
+
+    def join(xs, cfg):
+        parts = [x.T.reshape(cfg.num_heads, cfg.head_dim, *x.shape[:-1]) for x in xs]
+        return np.stack(parts, axis=1).reshape(-1, *xs[0].shape[:-1])
+
+    return Transform(split, join, lambda s: (3 * s[-1], *s[:-1]))
+
+
+def _linears(block: str, names: Mapping[str, str]) -> list[Row]:
+    return [
+        Row(f"block/{ours}/{leaf}", f"{block}{theirs}.{suffix}", transform)
+        for ours, theirs in names.items()
+        for leaf, suffix, transform in (("w", "weight", TRANSPOSE), ("b", "bias", AS_IS))
+    ]
+
+
+def _norms(names: Mapping[str, str]) -> list[Row]:
+    return [
+        Row(f"{ours}/{leaf}", f"{theirs}.{suffix}", AS_IS)
+        for ours, theirs in names.items()
+        for leaf, suffix in (("scale", "weight"), ("bias", "bias"))
+    ]
+
+
+_LLAMA_LINEARS = {
+    "attention/q": "self_attn.q_proj",
+    "attention/k": "self_attn.k_proj",
+    "attention/v": "self_attn.v_proj",
+    "attention/o": "self_attn.o_proj",
+    "mlp/gate": "mlp.gate_proj",
+    "mlp/up": "mlp.up_proj",
+    "mlp/down": "mlp.down_proj",
+}
+_LLAMA_BASE = [
+    Row("embedding", "model.embed_tokens.weight", AS_IS),
+    Row("head", "lm_head.weight", TRANSPOSE),
+    *_linears("model.layers.{}.", _LLAMA_LINEARS),
+    *_norms(
+        {
+            "final_norm": "model.norm",
+            "block/attention/q_norm": "model.layers.{}.self_attn.q_norm",
+            "block/attention/k_norm": "model.layers.{}.self_attn.k_norm",
+            "block/pre_attention_norm": "model.layers.{}.input_layernorm",
+        }
+    ),
+]
+LLAMA = _LLAMA_BASE + _norms({"block/pre_mlp_norm": "model.layers.{}.post_attention_layernorm"})
+GEMMA2 = _LLAMA_BASE + _norms(
+    {
+        "block/post_attention_norm": "model.layers.{}.post_attention_layernorm",
+        "block/pre_mlp_norm": "model.layers.{}.pre_feedforward_layernorm",
+        "block/post_mlp_norm": "model.layers.{}.post_feedforward_layernorm",
+    }
+)
+_QKV = "gpt_neox.layers.{}.attention.query_key_value."
+GPT_NEOX = [
+    Row("embedding", "gpt_neox.embed_in.weight", AS_IS),
+    Row("head", "embed_out.weight", TRANSPOSE),
+    *(
+        Row(f"block/attention/{name}/{leaf}", _QKV + suffix, _fused(part))
+        for part, name in enumerate("qkv")
+        for leaf, suffix in (("w", "weight"), ("b", "bias"))
+    ),
+    *_linears(
+        "gpt_neox.layers.{}.",
+        {
+            "attention/o": "attention.dense",
+            "mlp/up": "mlp.dense_h_to_4h",
+            "mlp/down": "mlp.dense_4h_to_h",
+        },
+    ),
+    *_norms(
+        {
+            "final_norm": "gpt_neox.final_layer_norm",
+            "block/pre_attention_norm": "gpt_neox.layers.{}.input_layernorm",
+            "block/pre_mlp_norm": "gpt_neox.layers.{}.post_attention_layernorm",
+        }
+    ),
+]
+HF_TABLES = {
+    "gemma": LLAMA,
+    "gemma2": GEMMA2,
+    "gemma3": GEMMA2,
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "gpt_neox": GPT_NEOX,
+}
+
+
+def leaf_shapes(cfg: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of `cfg`, by flat path."""
+    if cfg.num_loops != 1 or cfg.lora_ranks:
+        raise ValueError(
+            f"only vanilla models have names elsewhere; this one has num_loops={cfg.num_loops} "
+            f"and lora_ranks={dict(cfg.lora_ranks)}. Untie it first"
+        )
+    flat = traverse_util.flatten_dict(abstract_params(cfg), sep="/")
+    return {path: leaf.shape for path, leaf in flat.items()}
+
+
+def used_rows(table: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Row]:
+    """The rows whose parameter this model has, by our path."""
+    rows = {row.ours: row for row in table if row.ours in shapes}
+    assert set(rows) == set(shapes), f"name table lacks {sorted(set(shapes) - set(rows))}"
+    return rows
+
+
+def layer_names(row: Row, shape: tuple[int, ...]) -> list[str]:
+    """Their names of our leaf, in layer order; one name where there is no layer axis."""
+    return [row.theirs.format(i) for i in range(shape[0])] if "{}" in row.theirs else [row.theirs]
+
+
+def audit(
+    table: Sequence[Row],
+    shapes: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    where: str,
+) -> None:
+    """Refuse tensors that are left over, missing or misshapen, by name.
+
+    Args:
+      table: name table.
+      shapes: our leaves, see `leaf_shapes`.
+      found: their tensors' shapes.
+      where: file or directory, for the message.
+    """
+    expected = {}
+    for path, row in used_rows(table, shapes).items():
+        piece = shapes[path][1:] if "{}" in row.theirs else shapes[path]
+        for name in layer_names(row, shapes[path]):
+            expected[name] = tuple(row.transform.shape(piece))
+    problems = {
+        "missing": sorted(set(expected) - set(found)),
+        "left over": sorted(set(found) - set(expected)),
+        "misshapen": [
+            f"{name} {list(found[name])}, expected {list(shape)}"
+            for name, shape in expected.items()
+            if name in found and tuple(found[name]) != shape
+        ],
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
+        raise ValueError(
+            f"{where}: the tensors do not fit the model's config. {listed}. "
+            "Check that the config belongs to these weights"
+        )
+
+
+def _some(names: Sequence[str], limit: int = 6) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+class LazyParams(Mapping):
+    """Flat mapping of our parameters, `{'block/attention/q/w': array}`, read when asked for.
+
+    One item is read, transformed and stacked over layers per access; nothing is kept.
+    """
+
+    def __init__(
+        self,
+        rows: Mapping[str, Row],
+        shapes: Mapping[str, tuple[int, ...]],
+        read: Callable[[str], np.ndarray],
+        cfg: DecoderConfig,
+        stored: Callable[[str], np.dtype],
+        dtype: np.dtype | None = None,
+    ):
+        self._rows, self._shapes, self._read, self._cfg = rows, shapes, read, cfg
+        self._stored, self.dtype = stored, dtype
+
+    def __getitem__(self, path: str) -> np.ndarray:
+        row, shape = self._rows[path], self._shapes[path]
+        names = layer_names(row, shape)
+        dtype = self.dtype
+        if dtype is None:  # layers stored in different types: the one that holds them all
+            dtype = np.result_type(*{self._stored(name) for name in names})
+        out = np.empty(shape, dtype)
+        for name, piece in zip(names, out if "{}" in row.theirs else [out], strict=True):
+            piece[...] = row.transform.split(self._read(name), self._cfg)
+        return out
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+def nested(flat: Mapping[str, np.ndarray]) -> dict:
+    """`{'a/b': x}` -> `{'a': {'b': x}}`; reads a lazy mapping item by item."""
+    return traverse_util.unflatten_dict({path: flat[path] for path in flat}, sep="/")
+
+
+def flat(params: Mapping) -> Mapping[str, np.ndarray | jax.Array]:
+    """Flat view of nested params; a flat (perhaps lazy) mapping is returned as it is."""
+    if isinstance(params, dict) and any(isinstance(v, Mapping) for v in params.values()):
+        return traverse_util.flatten_dict(params, sep="/")
+    return params
