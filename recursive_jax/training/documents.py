@@ -2,13 +2,13 @@
 
 A source is a comma-separated list of
 
-| item | documents |
-|---|---|
-| `book.txt`, `page.md` | the file |
-| `lines.jsonl`, `.jsonl.gz`, `.jsonl.zst` | the `text` field of every line |
-| `DIR` | all of these below the directory, in sorted order |
-| `tfds:NAME`, `tfds:DIR`, a TFDS directory | a TFDS data set stored as array_record; `@SPLIT` chooses the split (`train`) |
-| `docstrings`, `docstrings:N` | what the installed Python packages say about themselves, at most N MB |
+* `book.txt`, `page.md`: the file;
+* `lines.jsonl`, `.jsonl.gz`, `.jsonl.zst`: the `text` field of every line;
+* `DIR`: all of these below the directory, in sorted order;
+* `tfds:NAME`, `tfds:DIR`: a TFDS data set stored as array_record, its split `train` or the one
+  named behind an `@`, as in `tfds:lm1b@train[:10%]`;
+* `docstrings`, `docstrings:N`: what the installed Python packages say about themselves, N MB at
+  most.
 
 Nothing here imports TensorFlow, and nothing installed is imported in order to read its docstrings.
 """
@@ -40,11 +40,13 @@ class Documents:
       source: what the user asked for.
       fingerprint: changes when the listing (names, sizes, modification times, versions) does, and
         is known without reading the text: the key of every cache.
+      num_chars: estimate of the characters to come, for progress bars.
       read: starts a new pass; yields `(name, text)`, where the name says where a text came from.
     """
 
     source: str
     fingerprint: str
+    num_chars: int
     read: Callable[[], Iterator[tuple[str, str]]]
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
@@ -72,7 +74,12 @@ def documents(source: str) -> Documents:
         for part in parts:
             yield from part.read()
 
-    return Documents(source, _digest([part.fingerprint for part in parts]), read)
+    return Documents(
+        source,
+        _digest([part.fingerprint for part in parts]),
+        sum(part.num_chars for part in parts),
+        read,
+    )
 
 
 def _open_item(item: str) -> Documents:
@@ -121,7 +128,9 @@ def _files(item: str, path: pathlib.Path) -> Documents:
             else:
                 yield from _read_jsonl(file)
 
-    return Documents(item, _digest(listing), read)
+    packed = 3  # what gzip and zstd make of English, roughly
+    size = sum(n * (packed if name.endswith((".gz", ".zst")) else 1) for name, n, _ in listing)
+    return Documents(item, _digest(listing), size, read)
 
 
 def _read_jsonl(file: pathlib.Path) -> Iterator[tuple[str, str]]:
@@ -200,7 +209,7 @@ def _tfds(item: str, name: str) -> Documents:
             yield f"{name}@{split}[{i}]", _decode(bytes(text), f"{name}@{split}[{i}]")
 
     listing = [builder.info.full_name, split, len(records), builder.info.dataset_size]
-    return Documents(item, _digest(listing), read)
+    return Documents(item, _digest(listing), int(builder.info.splits[split].num_bytes), read)
 
 
 def _text_feature(features, name: str) -> str:
@@ -229,9 +238,9 @@ def _docstrings(item: str) -> Documents:
                 "e.g. docstrings:20"
             ) from error
     modules = _modules()
-    fingerprint = _digest(
-        [sys.version, limit, [(name, file.stat().st_size) for name, file in modules]]
-    )
+    sizes = [file.stat().st_size for _, file in modules]
+    fingerprint = _digest([sys.version, limit, [name for name, _ in modules], sizes])
+    expected = sum(sizes) // 6  # the share of docstrings in source code
 
     def read():
         # A docstring may be vendored or copied into many modules; only its first copy counts,
@@ -243,7 +252,7 @@ def _docstrings(item: str) -> Documents:
             if limit is not None and size >= limit:
                 return
 
-    return Documents(item, fingerprint, read)
+    return Documents(item, fingerprint, min(expected, limit or expected), read)
 
 
 def _modules() -> list[tuple[str, pathlib.Path]]:

@@ -1,0 +1,225 @@
+"""Text in, token ids out: the few conventions every job shares.
+
+The tokenizer's own BOS rule starts every document, window and prompt, and nothing is appended.
+*Content ids* are a text's ids without that prefix. A `tokenizer` is any tokenizer of
+`transformers` (which is only imported when one is loaded from disk).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Ids = Sequence[int] | np.ndarray
+
+
+def load_tokenizer(path: str | pathlib.Path) -> Any:
+    """The tokenizer stored in a directory; never looks anything up on a network.
+
+    Raises:
+      FileNotFoundError: no such directory, or it holds no tokenizer files.
+      ValueError: the files are there but cannot be understood.
+    """
+    directory = pathlib.Path(path).expanduser()
+    if not directory.is_dir():
+        raise FileNotFoundError(f"no tokenizer directory {directory}; expected a directory")
+    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    if not any((directory / name).exists() for name in files):
+        raise FileNotFoundError(
+            f"no tokenizer in {directory}; expected one of {', '.join(files)}. Copy the tokenizer "
+            "files of the model there"
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise many kinds
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(f"the tokenizer in {directory} cannot be loaded: {reason}") from error
+
+
+def bos_prefix(tokenizer: Any) -> list[int]:
+    """The tokenizer's BOS rule: the ids it puts in front of a text, `[]` when it has none.
+
+    Found by looking, not by `bos_token`: many tokenizers name a BOS that they never add.
+    """
+    content = _content(tokenizer, "a")
+    whole = list(tokenizer.encode("a", add_special_tokens=True))
+    for start in range(len(whole) - len(content) + 1):
+        if whole[start : start + len(content)] == content:
+            return whole[:start]
+    raise ValueError(
+        f"cannot tell the BOS rule of {type(tokenizer).__name__}: 'a' is {whole} with special "
+        f"tokens and {content} without; expected the second inside the first"
+    )
+
+
+def encode(tokenizer: Any, text: str, vocab_size: int | None = None) -> list[int]:
+    """Ids of a prompt or document: the BOS rule, then the text, nothing behind it.
+
+    With `vocab_size`, a text that spells out a token the model has no row for is refused
+    (see `check_vocabulary`) instead of reading a wrong embedding.
+    """
+    ids = bos_prefix(tokenizer) + _content(tokenizer, text)
+    if vocab_size is not None and max(ids, default=0) >= vocab_size:
+        token = tokenizer.convert_ids_to_tokens(max(ids))
+        raise ValueError(
+            f"the text contains {token!r}, id {max(ids)}, which this model does not have "
+            f"(vocab_size={vocab_size}); remove it from the text"
+        )
+    return ids
+
+
+def encode_batch(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Content ids of many texts, in parallel where the tokenizer can."""
+    # verbose=False: documents are longer than a model's context; they are cut later.
+    return tokenizer(
+        list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+    )["input_ids"]
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """Identifies what a tokenizer does to text; the key of token caches."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        for state in ("truncation", "padding"):  # left behind by the last call
+            rules.pop(state, None)
+    else:
+        rules = [type(tokenizer).__name__, tokenizer.get_vocab()]
+    data = json.dumps([rules, bos_prefix(tokenizer)], sort_keys=True).encode()
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+class Windows(NamedTuple):
+    """Text cut for perplexity.
+
+    Attributes:
+      tokens: int32 `[N, T]`, zero where a window is shorter than T.
+      scored: bool `[N, T]`; True where the log-probability of `tokens[n, t]` given
+        `tokens[n, :t]` counts. `scored[:, 0]` is always False, and so is padding.
+    """
+
+    tokens: np.ndarray
+    scored: np.ndarray
+
+
+def eval_windows(
+    tokenizer: Any,
+    texts: Iterable[str | Ids],
+    context_length: int = 512,
+    max_tokens: int | None = None,
+) -> Windows:
+    """The windows perplexity is measured on, everywhere in this program.
+
+    Every text is cut into consecutive, non-overlapping windows of `context_length` tokens; no
+    window holds two texts. Where the tokenizer has a BOS rule every window starts with it, the
+    rule's ids count towards the length and are not scored, and every token of the text is scored
+    once. Where it has none, the first token of each window has nothing before it and is not
+    scored. The last window of a text is padded with zeros behind its end.
+
+    Args:
+      tokenizer: gives the BOS rule, and the ids of texts that are strings.
+      texts: strings, or content ids of texts that are tokenised already.
+      context_length: T, at least one token more than the BOS rule.
+      max_tokens: stop after this many scored tokens; None takes all.
+
+    Raises:
+      ValueError: the texts hold nothing to score, or T is too short.
+    """
+    prefix = bos_prefix(tokenizer)
+    unscored = max(len(prefix), 1)
+    if context_length <= unscored:
+        raise ValueError(
+            f"context_length={context_length} leaves nothing to score behind the BOS rule "
+            f"{prefix}; expected at least {unscored + 1}"
+        )
+    budget = np.inf if max_tokens is None else max_tokens
+    step = context_length - len(prefix)
+    windows = []
+    for text in texts:
+        content = _content(tokenizer, text) if isinstance(text, str) else text
+        for start in range(0, len(content), step):
+            if budget <= 0:
+                break
+            window = [*prefix, *content[start : start + step]]
+            window = window[: int(min(context_length, unscored + budget))]
+            if len(window) > unscored:
+                windows.append(window)
+                budget -= len(window) - unscored
+        if budget <= 0:
+            break
+    if not windows:
+        raise ValueError("no text to measure perplexity on: expected at least two tokens of text")
+    tokens = np.zeros((len(windows), context_length), np.int32)
+    scored = np.zeros(tokens.shape, bool)
+    for n, window in enumerate(windows):
+        tokens[n, : len(window)] = window
+        scored[n, unscored : len(window)] = True
+    return Windows(tokens, scored)
+
+
+def stop_ids(tokenizer: Any, generation_config: Mapping[str, Any] | None = None) -> tuple[int, ...]:
+    """Ids that end a generated text: those of `generation_config.json`, else the tokenizer's EOS.
+
+    A model's generation config is the fuller list (chat models end turns with a token of their
+    own), so it wins where it names any. `()` means: run to the token limit.
+    """
+    named = (generation_config or {}).get("eos_token_id")
+    if named is None:
+        named = tokenizer.eos_token_id
+    if named is None:
+        return ()
+    return tuple(sorted({named} if isinstance(named, int) else set(named)))
+
+
+def apply_chat(tokenizer: Any, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+    """Ids of a conversation up to where the model's turn begins, by the tokenizer's own template.
+
+    Args:
+      tokenizer: must carry a chat template; the template writes BOS itself.
+      prompt: the user's words, or messages `{"role": ..., "content": ...}`.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "this tokenizer has no chat template: the model was not trained to chat. "
+            "Leave out --chat and give it a text to continue"
+        )
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    return list(
+        tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    )
+
+
+def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
+    """Refuses a tokenizer that writes ids the model has no embedding row for.
+
+    A model may have more rows than the tokenizer has tokens (padding for the hardware). Added
+    tokens past the end that ordinary text cannot produce are let through, because published models
+    have them (Gemma 3's text models lack the row of `<image_soft_token>`); `encode` refuses
+    the texts that spell them out.
+    """
+    added = set(tokenizer.get_added_vocab())
+    ids = {token: i for token, i in tokenizer.get_vocab().items() if token not in added}
+    roles = {i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None}
+    roles |= set(bos_prefix(tokenizer))
+    ids |= {token: i for token, i in tokenizer.get_added_vocab().items() if i in roles}
+    outside = sorted((i, token) for token, i in ids.items() if i >= vocab_size)
+    if outside:
+        examples = ", ".join(f"{token!r} = {i}" for i, token in outside[:3])
+        raise ValueError(
+            f"tokenizer and model do not belong together: the tokenizer writes ids up to "
+            f"{outside[-1][0]}, the model has rows for 0..{vocab_size - 1} ({len(outside)} tokens "
+            f"outside: {examples}). Use the tokenizer the model was trained with"
+        )
+
+
+def _content(tokenizer: Any, text: str) -> list[int]:
+    return encode_batch(tokenizer, [text])[0]

@@ -1,0 +1,334 @@
+"""Training data: documents -> token ids on disk -> packed rows -> shuffled batches.
+
+    tokenized = tokenize(documents(source), encode_batch, fingerprint, cache_dir)
+    rows = PackedRows(tokenized.split("train", 0.01), prefix, context_length, seed)
+    for batch in batches(rows, batch_size, seed): ...
+
+Packed rows are a random-access function of (ids on disk, seed), so counting them, shuffling them,
+sharding them over processes and resuming in the middle is index arithmetic, done by grain.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+
+import grain
+import numpy as np
+from flax import struct
+
+from recursive_jax.training.documents import Documents
+
+CHARS_PER_CALL = 4_000_000  # handed to the tokenizer at once; it spreads them over the cores
+CACHE_VERSION = 1  # of the files below
+
+
+@struct.dataclass
+class Batch:
+    """One training batch, or one row of it when the leading axis is absent.
+
+    Attributes:
+      tokens: int32 `[B, T]`.
+      targets: int32 `[B, T]`, the token that follows in the same document, else 0.
+      weights: f32 `[B, T]`, 1 where the prediction of the target counts, else 0.
+      positions: int32 `[B, T]`, restarting at 0 with every segment.
+      segment_ids: int32 `[B, T]`, 1, 2, ... per document in the row, 0 on padding.
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    positions: np.ndarray
+    segment_ids: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedDocuments:
+    """Content ids (no BOS) of many documents in one array, usually memory-mapped.
+
+    Attributes:
+      ids: int32 `[total]`.
+      starts, lengths: int64 `[D]`; document d is `ids[starts[d] : starts[d] + lengths[d]]`.
+      hashes: uint64 `[D]` of the texts; they decide the held-out split.
+    """
+
+    ids: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    hashes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, d: int) -> np.ndarray:
+        """Content ids of document d, int32 `[lengths[d]]`; IndexError past the end."""
+        return self.ids[self.starts[d] : self.starts[d] + self.lengths[d]]
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    def split(self, which: str, valid_fraction: float) -> TokenizedDocuments:
+        """'train' or the held-out 'valid' part; together they are everything, once.
+
+        A document is held out when the hash of its text falls into the first `valid_fraction` of
+        the range (at least one is), so a text stays on its side whatever it is mixed with, and
+        copies stay together. A corpus of so few documents that not one would be expected is cut
+        inside: the last `valid_fraction` of every document is held out.
+        """
+        if which not in ("train", "valid"):
+            raise ValueError(f"split {which!r}; expected 'train' or 'valid'")
+        if not 0 < valid_fraction < 1:
+            raise ValueError(f"valid_fraction={valid_fraction}; expected a number between 0 and 1")
+        valid = which == "valid"
+        if len(self) * valid_fraction < 1:
+            tails = np.maximum((self.lengths * valid_fraction).astype(np.int64), 1)
+            starts = self.starts + (self.lengths - tails if valid else 0)
+            part = dataclasses.replace(
+                self, starts=starts, lengths=tails if valid else self.lengths - tails
+            )
+            return part._take(part.lengths > 0)
+        held_out = self.hashes.astype(np.float64) < valid_fraction * 2.0**64
+        held_out |= self.hashes == self.hashes.min()
+        return self._take(held_out if valid else ~held_out)
+
+    def _take(self, mask: np.ndarray) -> TokenizedDocuments:
+        return TokenizedDocuments(
+            self.ids, self.starts[mask], self.lengths[mask], self.hashes[mask]
+        )
+
+
+def tokenize(
+    docs: Documents,
+    encode_batch: Callable[[list[str]], list[list[int]]],
+    fingerprint: str,
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> TokenizedDocuments:
+    """Content ids of all documents, from the cache where these were tokenised before.
+
+    Args:
+      docs: the documents; empty ones are left out.
+      encode_batch: texts -> ids without BOS, see `text.encode_batch`.
+      fingerprint: of the tokenizer; with that of the documents it names the cache entry.
+      cache_dir: where ids are kept, `default_cache_dir()` when None. An entry appears whole or
+        not at all, so runs may share a directory and may be killed.
+      progress: show a bar when it takes more than a few seconds.
+
+    Raises:
+      ValueError: there is no text at all, or a document cannot be read.
+    """
+    cache = pathlib.Path(cache_dir or default_cache_dir()).expanduser()
+    key = hashlib.blake2b(
+        f"{CACHE_VERSION} {docs.fingerprint} {fingerprint}".encode(), digest_size=16
+    ).hexdigest()
+    entry = cache / key
+    if not _is_whole(entry):
+        shutil.rmtree(entry, ignore_errors=True)
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{key}-", dir=cache))
+        try:
+            _write_entry(partial, docs, encode_batch, progress)
+            try:
+                os.replace(partial, entry)
+            except OSError:  # another process was faster; its entry holds the same
+                if not _is_whole(entry):
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    index = np.load(entry / "index.npz")
+    return TokenizedDocuments(
+        np.memmap(entry / "ids.i32", np.int32, mode="r"),
+        np.cumsum(index["lengths"]) - index["lengths"],
+        index["lengths"],
+        index["hashes"],
+    )
+
+
+def default_cache_dir() -> pathlib.Path:
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return pathlib.Path(root).expanduser() / "recursive_jax" / "tokens"
+
+
+def _is_whole(entry: pathlib.Path) -> bool:
+    try:
+        expected = json.loads((entry / "meta.json").read_text())["ids_bytes"]
+        return (entry / "ids.i32").stat().st_size == expected
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _write_entry(entry: pathlib.Path, docs: Documents, encode_batch, progress: bool) -> None:
+    from tqdm import tqdm
+
+    lengths, hashes = [], []
+    bar = tqdm(
+        total=docs.num_chars,
+        desc=f"tokenising {docs.source}",
+        unit="char",
+        unit_scale=True,
+        delay=3,
+        disable=not progress,
+    )
+    with bar, open(entry / "ids.i32", "wb") as file:
+        for texts in _chunks(text for _, text in docs):
+            for text, ids in zip(texts, encode_batch(texts), strict=True):
+                if len(ids):
+                    file.write(np.asarray(ids, np.int32).tobytes())
+                    lengths.append(len(ids))
+                    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8)
+                    hashes.append(int.from_bytes(digest.digest(), "big"))
+                bar.update(len(text))
+        size = file.tell()
+    if not lengths:
+        raise ValueError(f"no text in {docs.source}: every document is empty")
+    np.savez(
+        entry / "index.npz",
+        lengths=np.asarray(lengths, np.int64),
+        hashes=np.asarray(hashes, np.uint64),
+    )
+    meta = {"source": docs.source, "documents": len(lengths), "ids_bytes": size}
+    (entry / "meta.json").write_text(json.dumps(meta, indent=1))
+    logging.info("tokenised %s: %d documents, %d tokens", docs.source, len(lengths), size // 4)
+
+
+def _chunks(texts: Iterator[str]) -> Iterator[list[str]]:
+    chunk, size = [], 0
+    for text in texts:
+        chunk.append(text)
+        size += len(text)
+        if size >= CHARS_PER_CALL:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+class PackedRows:
+    """Documents, each begun by BOS, laid end to end in shuffled order and cut into rows.
+
+    A document that does not fit goes on in the next row, as a segment of its own: it sees nothing
+    of the row before, and begins with BOS again, since models that know BOS are lost without it.
+    Every content token is the target of exactly one weighted position, the row's last position
+    predicting the first token of the next row; only where there is no BOS rule does a document's
+    very first token go unpredicted.
+
+    `rows[i]` is a `Batch` of `[T]` arrays.
+
+    Args:
+      docs: what to pack.
+      prefix: ids of the BOS rule, may be empty.
+      context_length: T.
+      seed: of the document order; None keeps the order of the corpus.
+    """
+
+    def __init__(
+        self,
+        docs: TokenizedDocuments,
+        prefix: Sequence[int],
+        context_length: int,
+        seed: int | None = None,
+    ):
+        if context_length <= len(prefix):
+            raise ValueError(
+                f"context_length={context_length} has no room for text behind the BOS rule "
+                f"{list(prefix)}; expected at least {len(prefix) + 1}"
+            )
+        if not len(docs):
+            raise ValueError("no documents to pack: this part of the data is empty")
+        self._docs = docs
+        self._prefix = np.asarray(prefix, np.int32)
+        self._length = context_length
+        self._order = np.arange(len(docs))
+        if seed is not None:
+            self._order = np.random.default_rng(seed).permutation(len(docs))
+        self._ends = np.cumsum(docs.lengths[self._order] + len(prefix))  # in the laid-out stream
+        self._stride = context_length - len(prefix)  # stream tokens per row; BOS fills the rest
+
+    @property
+    def num_tokens(self) -> int:
+        """Content tokens of one epoch."""
+        return self._docs.num_tokens
+
+    def __len__(self) -> int:
+        return int(-(-self._ends[-1] // self._stride))
+
+    def __getitem__(self, i: int) -> Batch:
+        if not 0 <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)}")
+        row = Batch(
+            tokens=np.zeros(self._length, np.int32),
+            targets=np.zeros(self._length, np.int32),
+            weights=np.zeros(self._length, np.float32),
+            positions=np.zeros(self._length, np.int32),
+            segment_ids=np.zeros(self._length, np.int32),
+        )
+        begin, end = i * self._stride, (i + 1) * self._stride
+        first = int(np.searchsorted(self._ends, begin, side="right"))
+        at = 0
+        for segment, d in enumerate(range(first, len(self._ends)), 1):
+            document = self._docs[self._order[d]]
+            start = int(self._ends[d]) - len(document) - len(self._prefix)
+            if start >= end:
+                break
+            at += self._fill(row, at, segment, document, max(begin - start, 0), end - start)
+        return row
+
+    def _fill(self, row: Batch, at: int, segment: int, document, low: int, high: int) -> int:
+        """Writes tokens [low, high) of BOS + document as a segment at `at`; returns its length."""
+        bos = len(self._prefix)
+        lead = self._prefix[:low]  # repeated in front of a continuation
+        # One token more than the row holds is the target of the segment's last position.
+        text = document[max(low - bos, 0) : max(high + 1 - bos, 0)]
+        sequence = np.concatenate([lead, self._prefix[low : high + 1], text])
+        length = len(lead) + min(high, bos + len(document)) - low
+        here = slice(at, at + length)
+        row.tokens[here] = sequence[:length]
+        row.positions[here] = np.arange(length)
+        row.segment_ids[here] = segment
+        # Position p predicts sequence[p + 1], except BOS itself and the first token of a
+        # continuation, which the row before has predicted.
+        predicted = np.arange(max(bos, len(lead) + 1), len(sequence))
+        row.targets[at + predicted - 1] = sequence[predicted]
+        row.weights[at + predicted - 1] = 1.0
+        return length
+
+
+def batches(
+    rows: PackedRows,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator:
+    """Endless iterator of `Batch` of numpy arrays, reshuffled every epoch.
+
+    Args:
+      rows: what an epoch consists of.
+      batch_size: B over all processes; this one gets every `process_count`-th of its rows.
+      seed: of the row order.
+      process_index, process_count: which share is this process's.
+
+    Returns:
+      An iterator with `get_state() -> dict` (one number) and `set_state`: from the same arguments,
+      a restored iterator goes on exactly where the saved one stood. The rows of the n-th batch, all
+      processes together, do not depend on `process_count`.
+    """
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"batch_size={batch_size} cannot be shared by {process_count} processes; "
+            "expected a multiple"
+        )
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index={process_index}; expected 0..{process_count - 1}")
+    shuffled = grain.MapDataset.source(rows).shuffle(seed=seed).repeat()
+    share = shuffled[process_index::process_count].batch(batch_size // process_count)
+    # A batch is built while the step before runs; more threads would only queue for Python's lock.
+    return iter(share.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
