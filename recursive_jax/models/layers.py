@@ -92,6 +92,7 @@ class Linear(nn.Module):
                 ((loops,) if loops else ()) + (out_dim,),
             )
             bias = at_loop(bias, loop, y.ndim) if loops else bias
+            bias = bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
             y = y + bias.astype(self.dtype)
         return y
 

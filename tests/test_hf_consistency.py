@@ -1,0 +1,121 @@
+"""The same weights give the same logits here and in transformers on torch, both ways."""
+
+import importlib.util
+import pathlib
+import pydoc_data.topics
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden import cases
+
+from recursive_jax.models.decoder import Decoder
+from recursive_jax.weights import hf
+
+torch = pytest.importorskip("torch", reason="parity with transformers needs torch")
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.torch
+
+TOLERANCE = 1e-4  # of the logit scale, max |logit|
+
+
+def torch_model(name):
+    """A tiny transformers model with the seeded weights of `cases`."""
+    kind, settings = cases.CASES[name]
+    config = transformers.AutoConfig.for_model(kind, **settings)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            value.copy_(torch.from_numpy(cases.weight(key, tuple(value.shape), kind)))
+    return model.eval()
+
+
+def torch_logits(model, tokens):
+    with torch.no_grad():
+        return model(torch.from_numpy(np.asarray(tokens))).logits.float().numpy()
+
+
+def our_logits(path, tokens, cfg=None, dtype=jnp.float32):
+    cfg = cfg or hf.load_config(path)
+    model = Decoder(cfg, dtype)
+
+    @jax.jit
+    def run(params, tokens):
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+        hidden, _ = model.apply({"params": params}, tokens, positions)
+        return model.apply({"params": params}, hidden, method="unembed")
+
+    return np.asarray(run(hf.load_params(path, cfg), jnp.asarray(tokens)))
+
+
+def assert_close(ours, theirs, tolerance=TOLERANCE):
+    difference, scale = np.abs(ours - theirs).max(), np.abs(theirs).max()
+    assert difference <= tolerance * scale, f"max |Δlogit| {difference:.3e} of scale {scale:.3e}"
+    return difference / scale
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_logits_equal_those_of_transformers(name, tmp_path):
+    model = torch_model(name)
+    tokens = cases.tokens(model.config.vocab_size, batch=2)
+    model.save_pretrained(tmp_path)
+    assert_close(our_logits(tmp_path, tokens), torch_logits(model, tokens))
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_what_we_write_loads_in_transformers(name, tmp_path):
+    """HF -> ours -> HF: transformers finds every weight, unchanged, and computes the same."""
+    model = torch_model(name)
+    model.save_pretrained(tmp_path / "theirs")
+    cfg = hf.load_config(tmp_path / "theirs")
+    hf.save_params(hf.open_params(tmp_path / "theirs", cfg), cfg, tmp_path / "ours")
+    back, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    for key, value in model.state_dict().items():
+        assert torch.equal(back.state_dict()[key], value), key
+    tokens = cases.tokens(model.config.vocab_size)
+    # not bitwise: the same activation may come back under its other name
+    assert_close(torch_logits(back, tokens), torch_logits(model, tokens), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("wrapped", ["save_pretrained", "nested names"])
+def test_multimodal_gemma3_gives_its_text_model(wrapped, tmp_path):
+    kind, settings = cases.CASES["gemma3_local_global"]
+    vision = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    config = transformers.Gemma3Config(
+        text_config=settings | {"model_type": kind},
+        vision_config=vision | dict(image_size=16, patch_size=8),
+        mm_tokens_per_image=4,
+    )
+    config._attn_implementation = "eager"
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            value.copy_(torch.from_numpy(cases.weight(key, tuple(value.shape), kind)))
+    model.save_pretrained(tmp_path)
+    if wrapped == "nested names":  # the other spelling, of transformers 4.52 and later
+        from safetensors.torch import save_file
+
+        state = {k: v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
+        assert any(k.startswith("model.language_model.") for k in state)
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    tokens = cases.tokens(settings["vocab_size"])
+    assert hf.load_config(tmp_path).family == "gemma3"
+    with torch.no_grad():
+        ids = torch.from_numpy(tokens)
+        theirs = model(ids, token_type_ids=torch.zeros_like(ids)).logits.numpy()
+    assert_close(our_logits(tmp_path, tokens), theirs)
+
+
+def test_half_precision_rounds_as_much_as_transformers_does(tmp_path):
+    """bf16 compute: our distance from f32 is of the size of transformers' own."""
+    model = torch_model("llama_gqa_llama3_rope")
+    model.save_pretrained(tmp_path)
+    tokens = cases.tokens(model.config.vocab_size, batch=2)
+    exact = torch_logits(model, tokens)
+    theirs = np.abs(torch_logits(model.to(torch.bfloat16), tokens) - exact).mean()
+    ours = np.abs(our_logits(tmp_path, tokens, dtype=jnp.bfloat16) - exact).mean()
+    assert 0 < ours < 2 * theirs
