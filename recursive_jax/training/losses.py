@@ -1,0 +1,213 @@
+"""The training objective: cross-entropy, distillation and exit losses, with a chunked head.
+
+Hidden states come out of the decoder, logits exist only here, one chunk of positions at a time:
+`chunked_sum` computes a chunk's loss *and* its gradient in the forward pass, so logits (262k wide
+for Gemma 3) are neither kept for the backward pass nor computed twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+KD_LOSSES = ("forward_kl", "reverse_kl", "jsd", "tvd")
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Weights of the loss terms; each is a mean over the scored tokens.
+
+    loss = ce·CE(final) + kd·KD(final, teacher) + Σ_exits exit_coefficient·CE(exit)
+         + exit_coefficient·exit_kd·KD(exit, stop_gradient(final)).
+
+    Attributes:
+      ce: weight of the cross-entropy of the last loop.
+      kd: weight of distillation from the teacher, 0 trains without one.
+      kd_loss: divergence, one of `KD_LOSSES` (paper Table I.1; it chose forward KL).
+      temperature: of teacher and student in the divergence.
+      exit_coefficient: weight of every earlier loop's cross-entropy; 0 trains the last loop only.
+        The paper's aggressive setting is 0.1 (§3.7).
+      exit_kd: weight of self-distillation of the exits from the detached final output.
+    """
+
+    ce: float = 1.0
+    kd: float = 1.0
+    kd_loss: str = "forward_kl"
+    temperature: float = 1.0
+    exit_coefficient: float = 0.0
+    exit_kd: float = 0.0
+
+    def __post_init__(self):
+        if self.kd_loss not in KD_LOSSES:
+            raise ValueError(f"kd_loss={self.kd_loss!r}; expected one of {KD_LOSSES}")
+        for name in ("ce", "kd", "exit_coefficient", "exit_kd"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"objective.{name} must be >= 0, got {getattr(self, name)}")
+        if self.temperature <= 0:
+            raise ValueError(f"objective.temperature must be > 0, got {self.temperature}")
+        if not self.ce and not self.kd:
+            raise ValueError("objective.ce and objective.kd are both 0: nothing to train on")
+
+    @property
+    def exits(self) -> bool:
+        """Whether the hidden states of earlier loops are needed."""
+        return self.exit_coefficient > 0
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log p(target), nats: logits f32 `[..., V]`, targets int `[...]` -> `[...]`."""
+    # a comparison instead of a gather: it fuses, and its gradient needs no scatter
+    vocab = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    target = jnp.where(vocab == targets[..., None], logits, 0.0).sum(axis=-1)
+    return jax.nn.logsumexp(logits, axis=-1) - target
+
+
+def divergence(
+    student: jax.Array, teacher: jax.Array, kind: str = "forward_kl", temperature: float = 1.0
+) -> jax.Array:
+    """Distance of two logit arrays `[..., V]` as distributions, nats (tvd: in [0, 1]) -> `[...]`.
+
+    No gradient reaches the teacher. Temperature t divides both logits and the result is scaled by
+    t², which keeps the gradient's size.
+    """
+    teacher = jax.lax.stop_gradient(teacher)
+    log_p = jax.nn.log_softmax(teacher / temperature, axis=-1)
+    log_q = jax.nn.log_softmax(student / temperature, axis=-1)
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    if kind == "forward_kl":
+        value = (p * (log_p - log_q)).sum(axis=-1)
+    elif kind == "reverse_kl":
+        value = (q * (log_q - log_p)).sum(axis=-1)
+    elif kind == "jsd":
+        log_m = jnp.log(0.5 * (p + q) + jnp.finfo(p.dtype).tiny)
+        value = 0.5 * ((p * (log_p - log_m)).sum(-1) + (q * (log_q - log_m)).sum(-1))
+    elif kind == "tvd":
+        value = 0.5 * jnp.abs(p - q).sum(axis=-1)
+    else:
+        raise ValueError(f"unknown divergence {kind!r}; expected one of {KD_LOSSES}")
+    return value * temperature**2
+
+
+def token_losses(
+    objective: Objective,
+    logits: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    teacher_logits: jax.Array | None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Weighted sums over tokens.
+
+    Args:
+      logits: f32 `[E, B, T, V]`, exits in order of depth, the last loop's last.
+      targets, weights: `[B, T]`.
+      teacher_logits: `[B, T, V]` or None.
+
+    Returns:
+      loss sum (scalar) and sums of its parts: `ce [E]`, `kd []`, `exit_kd []`, `correct [E]`.
+    """
+    num_exits = logits.shape[0]
+    ce = jnp.stack([(weights * cross_entropy(x, targets)).sum() for x in logits])
+    correct = jnp.stack([(weights * (x.argmax(-1) == targets)).sum() for x in logits])
+    zero = jnp.zeros((), jnp.float32)
+    kd, exit_kd = zero, zero
+    kd_of = functools.partial(
+        divergence, kind=objective.kd_loss, temperature=objective.temperature
+    )
+    if teacher_logits is not None:
+        kd = (weights * kd_of(logits[-1], teacher_logits)).sum()
+    loss = objective.ce * ce[-1] + objective.kd * kd
+    if num_exits > 1:
+        if objective.exit_kd:
+            exit_kd = sum((weights * kd_of(x, logits[-1])).sum() for x in logits[:-1])
+        loss += objective.exit_coefficient * (ce[:-1].sum() + objective.exit_kd * exit_kd)
+    return loss, {"ce": ce, "kd": kd, "exit_kd": exit_kd, "correct": correct}
+
+
+def chunked_sum(
+    fn: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]],
+    head: Any,
+    hidden: jax.Array,
+    data: Any,
+    chunk: int,
+) -> tuple[jax.Array, Any]:
+    """Sum of `fn(head, hidden chunk, data chunk) -> (loss, aux)` over chunks of positions.
+
+    Differentiable in `head` and `hidden` (not in `data`, and aux carries no gradient). The
+    gradient is formed beside the value, chunk by chunk, so one chunk's logits is all that ever
+    exists.
+
+    Args:
+      fn: sums over the positions it is given.
+      head: pytree of params.
+      hidden: `[E, B, T, D]`.
+      data: pytree of arrays `[B, T, ...]`.
+      chunk: positions per chunk; T is padded with zeros (weights must be part of `data`).
+    """
+    length = hidden.shape[2]
+    chunk = min(chunk, length)
+    num_chunks = -(-length // chunk)
+    pad = num_chunks * chunk - length
+
+    def split(x, axis):
+        x = jnp.pad(x, [(0, pad if i == axis else 0) for i in range(x.ndim)])
+        x = x.reshape(*x.shape[:axis], num_chunks, chunk, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    return _sum_over_chunks(fn, head, split(hidden, 2), jax.tree.map(lambda x: split(x, 1), data))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_over_chunks(fn, head, hidden, data):
+    def body(total, xs):
+        return jax.tree.map(jnp.add, total, fn(head, *xs)), None
+
+    first = jax.tree.map(lambda x: x[0], (hidden, data))
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, head, *first)
+    )
+    return jax.lax.scan(body, zeros, (hidden, data))[0]
+
+
+def _sum_over_chunks_fwd(fn, head, hidden, data):
+    value_and_grad = jax.value_and_grad(fn, argnums=(0, 1), has_aux=True)
+    if hidden.shape[0] == 1:  # one chunk: no scan, no accumulator
+        first = jax.tree.map(lambda x: x[0], (hidden, data))
+        total, (d_head, d_hidden) = value_and_grad(head, *first)
+        return total, (d_head, d_hidden[None], data)
+
+    def body(carry, xs):
+        total, (d_head, d_hidden) = value_and_grad(head, *xs)
+        return jax.tree.map(jnp.add, carry, (total, d_head)), d_hidden
+
+    first = jax.tree.map(lambda x: x[0], (hidden, data))
+    shapes = (jax.eval_shape(fn, head, *first), head)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (total, d_head), d_hidden = jax.lax.scan(body, zeros, (hidden, data))
+    return total, (d_head, d_hidden, data)
+
+
+def _sum_over_chunks_bwd(fn, residuals, cotangent):
+    d_head, d_hidden, data = residuals
+    scale, _ = cotangent  # the aux part carries no gradient
+    times = lambda tree: jax.tree.map(lambda g: (g * scale).astype(g.dtype), tree)  # noqa: E731
+    return times(d_head), times(d_hidden), jax.tree.map(_zero_cotangent, data)
+
+
+def _zero_cotangent(x):
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        return jnp.zeros_like(x)
+    return jnp.zeros(x.shape, jax.dtypes.float0)
+
+
+_sum_over_chunks.defvjp(_sum_over_chunks_fwd, _sum_over_chunks_bwd)
+
+
+def chunk_length(batch: int, length: int, vocab: int, copies: int, budget_bytes: int) -> int:
+    """Positions per chunk so that `copies` f32 logit arrays `[batch, chunk, vocab]` fit a budget."""
+    per_position = 4 * batch * vocab * copies
+    return max(1, min(length, budget_bytes // per_position))
