@@ -77,10 +77,14 @@ def encode(tokenizer: Any, text: str, vocab_size: int | None = None) -> list[int
 
 def encode_batch(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Content ids of many texts, in parallel where the tokenizer can."""
-    # verbose=False: documents are longer than a model's context; they are cut later.
-    return tokenizer(
-        list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
-    )["input_ids"]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    # The Rust tokenizer itself: half the time of `tokenizer(texts)`, which also tracks offsets.
+    backend.no_truncation()
+    backend.no_padding()
+    encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
 
 
 def fingerprint(tokenizer: Any) -> str:

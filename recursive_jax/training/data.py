@@ -329,6 +329,7 @@ def batches(
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index={process_index}; expected 0..{process_count - 1}")
     shuffled = grain.MapDataset.source(rows).shuffle(seed=seed).repeat()
-    share = shuffled[process_index::process_count].batch(batch_size // process_count)
+    share = shuffled[process_index::process_count]
+    share = share.batch(batch_size // process_count, drop_remainder=True)  # there is none: endless
     # A batch is built while the step before runs; more threads would only queue for Python's lock.
     return iter(share.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

@@ -16,17 +16,16 @@ Nothing here imports TensorFlow, and nothing installed is imported in order to r
 from __future__ import annotations
 
 import ast
-import contextlib
 import dataclasses
 import gzip
 import hashlib
 import inspect
-import io
 import json
 import pathlib
 import sys
 import sysconfig
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -136,42 +135,53 @@ def _files(item: str, path: pathlib.Path) -> Documents:
 def _read_jsonl(file: pathlib.Path) -> Iterator[tuple[str, str]]:
     number = 0
     try:
-        with _open_compressed(file) as lines:
-            for number, line in enumerate(lines, 1):
-                where = f"{file}, line {number}"
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(_decode(line, where))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{where} is not JSON: {error}") from error
-                if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                    found = sorted(record) if isinstance(record, dict) else type(record).__name__
-                    raise ValueError(
-                        f'{where} has no string field "text" (found {found}); '
-                        'every line must be an object like {"text": "..."}'
-                    )
-                yield where, record["text"]
-    except (EOFError, OSError) as error:  # gzip's own errors for damaged files
+        for number, line in enumerate(_lines(file), 1):
+            where = f"{file}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(_decode(line, where))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where} is not JSON: {error}") from error
+            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+                found = sorted(record) if isinstance(record, dict) else type(record).__name__
+                raise ValueError(
+                    f'{where} has no string field "text" (found {found}); '
+                    'every line must be an object like {"text": "..."}'
+                )
+            yield where, record["text"]
+    except (EOFError, OSError, zlib.error) as error:  # what damaged files raise
         raise ValueError(f"{file} is damaged after line {number}: {error}") from error
 
 
-@contextlib.contextmanager
-def _open_compressed(file: pathlib.Path) -> Iterator[io.BufferedIOBase]:
-    if file.name.endswith(".gz"):
-        with gzip.open(file, "rb") as lines:
-            yield lines
-    elif file.name.endswith(".zst"):
-        import zstandard
-
-        try:
-            with zstandard.open(file, "rb") as stream:
-                yield io.BufferedReader(stream)
-        except zstandard.ZstdError as error:
-            raise OSError(str(error)) from error
+def _lines(file: pathlib.Path) -> Iterator[bytes]:
+    if file.name.endswith(".zst"):
+        yield from _zstd_lines(file)
     else:
-        with open(file, "rb") as lines:
-            yield lines
+        with gzip.open(file) if file.name.endswith(".gz") else open(file, "rb") as lines:
+            yield from lines
+
+
+def _zstd_lines(file: pathlib.Path) -> Iterator[bytes]:
+    """Lines of one or more zstd frames. zstandard's own reader takes a cut file for a short one."""
+    import zstandard
+
+    frame, tail = None, b""
+    with open(file, "rb") as compressed:
+        while data := compressed.read(1 << 20):
+            while data:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                try:
+                    *lines, tail = (tail + frame.decompress(data)).split(b"\n")
+                except zstandard.ZstdError as error:
+                    raise OSError(str(error)) from error
+                yield from lines
+                data = frame.unused_data
+                frame = None if frame.eof else frame
+    if frame is not None:
+        raise OSError("the file ends inside a zstd frame")
+    if tail:
+        yield tail
 
 
 def _decode(data: bytes, where: str) -> str:
@@ -196,9 +206,10 @@ def _tfds(item: str, name: str) -> Documents:
             builder = tfds.builder(name, file_format="array_record")
         records = builder.as_data_source(split=split)
     except Exception as error:  # TFDS raises many kinds; all mean: not prepared here
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise FileNotFoundError(
-            f"TFDS data set {name!r}, split {split!r}, cannot be read: "
-            f"{str(error).strip().splitlines()[0]}. It must be prepared as array_record: "
+            f"TFDS data set {name!r}, split {split!r}, cannot be read: {reason}. It "
+            "must be prepared as array_record: "
             "tfds.builder(NAME, file_format='array_record').download_and_prepare()"
         ) from error
     field = _text_feature(builder.info.features, name)
@@ -208,19 +219,23 @@ def _tfds(item: str, name: str) -> Documents:
             text = records[i][field]
             yield f"{name}@{split}[{i}]", _decode(bytes(text), f"{name}@{split}[{i}]")
 
-    listing = [builder.info.full_name, split, len(records), builder.info.dataset_size]
-    return Documents(item, _digest(listing), int(builder.info.splits[split].num_bytes), read)
+    info = builder.info
+    listing = [str(builder.data_dir), info.full_name, split, len(records), info.dataset_size]
+    return Documents(item, _digest(listing), int(info.splits[split].num_bytes), read)
 
 
 def _text_feature(features, name: str) -> str:
     """The feature named `text`, or else the only one that holds strings."""
-    strings = [key for key, value in features.items() if value.dtype in (str, bytes, object)]
+    from tensorflow_datasets import features as kinds
+
+    strings = [key for key, value in features.items() if isinstance(value, kinds.Text)]
     if "text" in features:
         return "text"
     if len(strings) == 1:
         return strings[0]
     raise ValueError(
-        f"TFDS data set {name!r} has no feature `text`; its features are {sorted(features)}"
+        f"cannot tell which feature of TFDS data set {name!r} is the text; expected one named "
+        f"`text` or a single Text feature, found {sorted(features)}"
     )
 
 
