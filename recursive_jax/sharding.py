@@ -1,0 +1,136 @@
+"""Meshes, and the one table that maps the model's logical axis names to them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axes. Absent from the mesh rules: not sharded.
+RULES: tuple[tuple[str, Any], ...] = (
+    ("batch", ("data", "fsdp")),
+    ("seq", None),
+    ("embed_activation", None),
+    ("embed", "fsdp"),
+    ("embed_vector", None),
+    ("mlp", "tensor"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("head_dim", None),
+    ("vocab", "tensor"),
+    ("rank", None),
+    ("layer", None),
+    ("loop", None),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """A `(data, fsdp, tensor)` mesh over all devices; one size may be -1 (what is left).
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    asked = dict(zip(MESH_AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
+        raise ValueError(f"mesh {asked}: sizes are positive, and at most one is -1")
+    known = math.prod(s for s in sizes if s != -1)
+    if len(devices) % known:
+        raise ValueError(f"mesh {asked} does not divide the {len(devices)} devices there are")
+    sizes = [len(devices) // known if s == -1 else s for s in sizes]
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"mesh {asked} uses {math.prod(sizes)} of {len(devices)} devices; "
+            "set one of the sizes to -1 to use what is left"
+        )
+    if len(devices) == len(jax.devices()):
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def rules_for(mesh: Mesh, cfg) -> tuple[tuple[str, Any], ...]:
+    """RULES with what does not divide left unsharded (logged), for a `DecoderConfig`."""
+    sizes = {
+        "mlp": cfg.mlp_dim,
+        "heads": cfg.num_heads,
+        "kv_heads": cfg.num_kv_heads,
+        "vocab": cfg.vocab_size,
+        "embed": cfg.embed_dim,
+    }
+    rules = []
+    for name, axis in RULES:
+        if axis is not None and name in sizes and sizes[name] % mesh.shape[axis]:
+            logging.warning(
+                "%s=%d is not divisible by mesh axis %s=%d: replicated",
+                name,
+                sizes[name],
+                axis,
+                mesh.shape[axis],
+            )
+            axis = None
+        rules.append((name, axis))
+    return tuple(rules)
+
+
+def shardings(logical_axes: Any, mesh: Mesh, rules=RULES) -> Any:
+    """NamedSharding for every leaf of a tree of logical PartitionSpecs."""
+    return nn.logical_to_mesh_sharding(logical_axes, mesh, rules)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def data_shards(mesh: Mesh) -> int:
+    """Devices a batch is spread over."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def state_shardings(abstract_state: Any, param_shardings: Any, mesh: Mesh) -> Any:
+    """Shardings of a train state: a leaf that mirrors a parameter is sharded like it.
+
+    Optimiser moments are found by the tail of their path, which repeats the parameter's.
+    """
+    by_path = {
+        tuple(k.key for k in path): s
+        for path, s in jax.tree_util.tree_leaves_with_path(param_shardings)
+    }
+
+    def find(path, leaf):
+        keys = tuple(k.key for k in path if hasattr(k, "key"))
+        for start in range(len(keys)):
+            if keys[start:] in by_path:
+                return by_path[keys[start:]]
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(find, abstract_state)
+
+
+def put_global(tree: Any, sharding: Any) -> Any:
+    """Host arrays that every process holds whole -> global arrays; `sharding` a leaf or a tree."""
+
+    def put(x, s):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, s, lambda index: x[index])
+
+    if isinstance(sharding, NamedSharding):
+        return jax.tree.map(lambda x: put(x, sharding), tree)
+    return jax.tree.map(put, tree, sharding)
+
+
+def put_local_batch(batch: Any, mesh: Mesh) -> Any:
+    """This process's rows of a batch -> one global batch over the mesh."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -1,0 +1,100 @@
+"""Perplexity and agreement on windows of text: one function for certificate, train and evaluate."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from recursive_jax.models.decoder import Decoder, head_params
+from recursive_jax.training.losses import chunk_length, chunked_sum, cross_entropy
+
+
+def perplexity(
+    model: Decoder,
+    params: Any,
+    tokens: np.ndarray,
+    scored: np.ndarray,
+    batch_size: int = 8,
+    all_loops: bool = False,
+    put: Callable[[Any], Any] = jnp.asarray,
+) -> dict[str, Any]:
+    """Perplexity of every exit.
+
+    Args:
+      tokens: int `[N, T]` windows.
+      scored: bool `[N, T]`, True where the probability of `tokens[n, t]` counts.
+      all_loops: measure every exit, not only the last loop.
+      put: host batch -> device batch (a job's sharding).
+
+    Returns:
+      `nll` (nats per scored token), `perplexity`, `tokens`; with `all_loops` also `nll_exits`
+      and `perplexity_exits`, a list by loops executed.
+    """
+    totals, count = 0.0, int(scored[:, 1:].sum())
+    if not count:
+        raise ValueError("no scored tokens: expected at least one True behind the first column")
+    score = _scorer(model, all_loops)
+    for batch in _batches(tokens, scored, batch_size):
+        totals = totals + np.asarray(score(params, *put(batch)), np.float64)
+    nll = totals / count
+    out = {"nll": float(nll[-1]), "perplexity": _exp(nll[-1]), "tokens": count}
+    if all_loops:
+        out["nll_exits"] = [float(x) for x in nll]
+        out["perplexity_exits"] = [_exp(x) for x in nll]
+    return out
+
+
+def _exp(nll: float) -> float:
+    return math.exp(nll) if nll < 700 else math.inf
+
+
+def _batches(tokens, scored, batch_size) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for start in range(0, len(tokens), batch_size):
+        rows = tokens[start : start + batch_size], scored[start : start + batch_size]
+        short = batch_size - len(rows[0])
+        yield tuple(np.pad(x, ((0, short), (0, 0))) for x in rows)  # padding is not scored
+
+
+@functools.lru_cache(maxsize=8)
+def _scorer(model: Decoder, all_loops: bool):
+    """Jitted `(params, tokens [B, T], scored [B, T]) -> summed nll [E]`."""
+
+    def chunk_nll(head, hidden, data):
+        logits = model.apply({"params": head}, hidden, method="unembed")  # [E, B, t, V]
+        targets, weights = data["targets"], data["weights"]
+        nll = jnp.stack([(weights * cross_entropy(x, targets)).sum() for x in logits])
+        return nll[-1], nll
+
+    @jax.jit
+    def score(params, tokens, scored):
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        positions = jnp.broadcast_to(jnp.arange(inputs.shape[1], dtype=jnp.int32), inputs.shape)
+        hidden, _ = model.apply({"params": params}, inputs, positions, all_loops=all_loops)
+        hidden = hidden if all_loops else hidden[None]
+        data = {"targets": targets, "weights": scored[:, 1:].astype(jnp.float32)}
+        chunk = chunk_length(*inputs.shape, model.cfg.vocab_size, hidden.shape[0], 256 << 20)
+        return chunked_sum(chunk_nll, head_params(params), hidden, data, chunk)[1]
+
+    return score
+
+
+def log_probabilities(
+    model: Decoder, params: Any, tokens: np.ndarray, batch_size: int = 1
+) -> Iterator[np.ndarray]:
+    """Log-probabilities f32 `[B, T - 1, V]` of the next token, batch by batch of windows."""
+
+    @jax.jit
+    def run(params, tokens):
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        hidden, _ = model.apply({"params": params}, tokens, positions)
+        logits = model.apply({"params": head_params(params)}, hidden, method="unembed")
+        return jax.nn.log_softmax(logits, axis=-1)
+
+    for start in range(0, len(tokens), batch_size):
+        yield np.asarray(run(params, jnp.asarray(tokens[start : start + batch_size, :-1])))

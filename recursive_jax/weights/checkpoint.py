@@ -1,0 +1,256 @@
+"""A checkpoint knows what it is: Orbax arrays beside config, tokenizer, certificate, checksums.
+
+    DIR/config.json          format, decoder config, source, tying, versions
+    DIR/tokenizer/           Hugging Face tokenizer files
+    DIR/certificate.json     what the conversion preserved (when converted)
+    DIR/checkpoints/STEP/    Orbax: params, and opt_state when training can resume from it
+
+Orbax commits a step whole or not at all, and notices missing and truncated files, but loads a
+flipped bit silently; so every step carries a checksum per array, verified on load.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pathlib
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from recursive_jax.models.config import DecoderConfig
+from recursive_jax.models.decoder import abstract_params
+
+FORMAT = 1
+CONFIG = "config.json"
+CERTIFICATE = "certificate.json"
+STEPS = "checkpoints"
+
+
+def write_json(path: pathlib.Path, data: Any) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".tmp") as f:
+        json.dump(data, f, indent=1)
+        f.write("\n")
+    os.chmod(f.name, 0o644)
+    os.replace(f.name, path)
+
+
+def create(
+    directory: str | os.PathLike,
+    cfg: DecoderConfig,
+    tokenizer: Any = None,
+    **facts: Any,
+) -> None:
+    """Start a checkpoint directory: what the model is, and its tokenizer.
+
+    `facts` (source, tying, ...) must be JSON; they come back from `load_config`.
+    """
+    directory = pathlib.Path(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(directory / "tokenizer"))
+    import flax
+
+    from recursive_jax import __version__
+
+    versions = {"recursive_jax": __version__, "jax": jax.__version__, "flax": flax.__version__}
+    record = {"format": FORMAT, "decoder": cfg.to_json(), "versions": versions, **facts}
+    write_json(directory / CONFIG, record)
+
+
+def is_checkpoint(directory: str | os.PathLike) -> bool:
+    """Whether `directory` was made by `create` (it may have no step yet)."""
+    directory = pathlib.Path(directory)
+    return (directory / CONFIG).is_file() and (directory / STEPS).is_dir()
+
+
+def load_config(directory: str | os.PathLike) -> tuple[DecoderConfig, dict[str, Any]]:
+    """The decoder config and everything else `create` was told.
+
+    Raises:
+      FileNotFoundError: no checkpoint there.
+      ValueError: written by another version, or damaged.
+    """
+    path = pathlib.Path(directory) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no checkpoint in {directory} (expected {CONFIG}); create one with "
+            "python -m recursive_jax.convert --source=MODEL --out=DIR"
+        )
+    try:
+        record = json.loads(path.read_text())
+        if record.get("format") != FORMAT:
+            raise ValueError(
+                f"{path} has format {record.get('format')}, this version reads {FORMAT}; "
+                "if it is a Hugging Face model, give it as --source to convert"
+            )
+        return DecoderConfig.from_json(record.pop("decoder")), record
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it from a copy") from error
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """A number per array that changes with any flipped bit, the same however it is sharded.
+
+    Σ bits·(2·index + 1) mod 2³²: an odd multiplier keeps every single-bit change visible.
+    """
+    sums = _checksums([leaf for leaf in jax.tree.leaves(tree)])
+    paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return {path: int(value) for path, value in zip(paths, sums, strict=True)}
+
+
+@jax.jit
+def _checksums(leaves):
+    return [_checksum(leaf) for leaf in leaves]
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+    width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
+    weight = jnp.zeros(x.shape, jnp.uint32)
+    for axis in range(x.ndim):  # the row-major index, modulo 2³²
+        iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        weight = weight * jnp.uint32(x.shape[axis]) + iota
+    return (bits * (2 * weight + 1)).sum(dtype=jnp.uint32)
+
+
+class Writer:
+    """Saves steps, asynchronously; keeps the latest `keep`."""
+
+    def __init__(self, directory: str | os.PathLike, keep: int = 2):
+        from orbax.checkpoint import v1 as ocp
+
+        self._manager = ocp.training.Checkpointer(
+            str(pathlib.Path(directory).resolve() / STEPS),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+        self._pending = None
+
+    def save(
+        self,
+        step: int,
+        params: Any,
+        opt_state: Any = None,
+        progress: Mapping[str, Any] | None = None,
+        wait: bool = False,
+    ) -> None:
+        """Write a step; returns once the arrays may be donated. `progress` is JSON."""
+        self.wait()
+        arrays = {"params": params} | ({} if opt_state is None else {"opt_state": opt_state})
+        # On the CPU a host "copy" may alias the device buffer, which the next step donates.
+        arrays = jax.tree.map(jnp.copy, arrays) if jax.default_backend() == "cpu" else arrays
+        metadata = {"checksums": checksums(arrays), "progress": dict(progress or {})}
+        self._pending = self._manager.save_checkpointables_async(
+            step, arrays, force=True, overwrite=True, custom_metadata=metadata
+        )
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Block until the save under way is on disk."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+
+def latest_step(directory: str | os.PathLike) -> int | None:
+    """The newest whole step, None when there is none."""
+    steps = pathlib.Path(directory) / STEPS
+    if not steps.is_dir():
+        return None
+    found = [int(p.name) for p in steps.iterdir() if p.name.isdigit() and any(p.iterdir())]
+    return max(found, default=None)
+
+
+def restore(
+    directory: str | os.PathLike,
+    abstract: Mapping[str, Any],
+    step: int | None = None,
+) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Arrays of a step, onto the given shapes, dtypes and shardings, checksums verified.
+
+    Args:
+      abstract: `params` and optionally `opt_state`: trees of `jax.ShapeDtypeStruct`. A dtype other
+        than the stored one is converted to after the check.
+      step: None for the latest.
+
+    Returns:
+      the arrays, the `progress` that was saved with them, the step.
+
+    Raises:
+      FileNotFoundError: no such step.
+      ValueError: damaged, or not of these shapes.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    directory = pathlib.Path(directory)
+    step = latest_step(directory) if step is None else step
+    path = directory.resolve() / STEPS / str(step)
+    if step is None or not path.is_dir():
+        raise FileNotFoundError(
+            f"no saved step {'' if step is None else step} in {directory / STEPS}; "
+            "a run that was interrupted before its first save has to start again"
+        )
+    try:
+        metadata = ocp.checkpointables_metadata(str(path)).custom_metadata
+        stored = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=_sharding(x))
+            if x.dtype == jnp.bfloat16
+            else x,
+            abstract,
+        )
+        arrays = ocp.load_checkpointables(str(path), dict(stored))
+    except Exception as error:  # orbax and tensorstore raise many kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ValueError(
+            f"checkpoint {path} cannot be read ({reason[:300]}); it is damaged or of another "
+            "model. Use an older step (--step) or convert again"
+        ) from error
+    expected = metadata["checksums"]
+    broken = [k for k, v in checksums(arrays).items() if expected.get(k) != v]
+    if broken:
+        raise ValueError(
+            f"checkpoint {path} is corrupt: checksums differ for {broken[:3]}"
+            f"{' …' if len(broken) > 3 else ''}. Use an older step (--step) or convert again"
+        )
+    arrays = jax.tree.map(lambda x, want: x.astype(want.dtype), arrays, dict(abstract))
+    logging.info("restored step %d of %s", step, directory)
+    return arrays, metadata["progress"], step
+
+
+def _sharding(x):
+    return getattr(x, "sharding", None)
+
+
+def load_params(
+    directory: str | os.PathLike,
+    shardings: Any = None,
+    dtype: Any = jnp.float32,
+    step: int | None = None,
+) -> tuple[Any, DecoderConfig]:
+    """Just the model of a checkpoint, on one device or onto `shardings`."""
+    cfg, _ = load_config(directory)
+    abstract = abstract_params(cfg)
+    if shardings is None:
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: device, abstract)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), abstract, shardings
+    )
+    arrays, _, _ = restore(directory, {"params": abstract}, step)
+    return arrays["params"], cfg
+
+
+def as_numpy(tree: Any) -> Any:
+    return jax.tree.map(np.asarray, tree)
