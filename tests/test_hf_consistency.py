@@ -1,9 +1,5 @@
 """The same weights give the same logits here and in transformers on torch, both ways."""
 
-import importlib.util
-import pathlib
-import pydoc_data.topics
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +13,8 @@ torch = pytest.importorskip("torch", reason="parity with transformers needs torc
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.torch
 
-TOLERANCE = 1e-4  # of the logit scale, max |logit|
+# Of the logit scale, max |logit|; f32 noise is 1e-6, and gelu differs from its tanh form by 5e-5.
+TOLERANCE = 1e-5
 
 
 def torch_model(name):

@@ -216,9 +216,9 @@ def _drop_tied_head(path, table, slices, found) -> None:
     if head is None:
         return
     embedding = next(row.theirs for row in table if row.ours == "embedding")
-    same = found.get(embedding) == found[head]
-    for start in range(0, found[head][0] if same else 0, 4096):
-        a, b = (slices[n][start : start + 4096] for n in (embedding, head))
+    same, rows = found.get(embedding) == found[head], found[head][0]
+    for start in range(0, rows if same else 0, 4096):
+        a, b = (slices[n][start : min(start + 4096, rows)] for n in (embedding, head))
         same = same and a.dtype == b.dtype and a.tobytes() == b.tobytes()
     if not same:
         raise ValueError(

@@ -34,7 +34,7 @@ CASES = {
         _TINY
         | dict(vocab_size=71, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
         | dict(query_pre_attn_scalar=10, sliding_window=5)
-        | dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+        | dict(attn_logit_softcapping=2.0, final_logit_softcapping=20.0),
     ),
     "gemma3_local_global": (
         "gemma3_text",
@@ -86,7 +86,7 @@ CASES = {
     "gpt_neox_parallel": (
         "gpt_neox",
         _TINY
-        | dict(vocab_size=41, num_attention_heads=4)
+        | dict(vocab_size=41, num_attention_heads=2)
         | dict(
             rope_parameters=dict(
                 rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.25
@@ -96,7 +96,7 @@ CASES = {
     "gpt_neox_sequential": (
         "gpt_neox",
         _TINY
-        | dict(vocab_size=37, num_attention_heads=2, use_parallel_residual=False)
+        | dict(vocab_size=37, num_attention_heads=4, use_parallel_residual=False)
         | dict(attention_bias=False, tie_word_embeddings=True, hidden_act="gelu_new")
         | dict(
             rope_parameters=dict(rope_type="default", rope_theta=1000.0, partial_rotary_factor=0.5)

@@ -1,0 +1,418 @@
+"""Hugging Face directories: frozen logits, bitwise round trips, and refusals by name."""
+
+import base64
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from golden import cases
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from recursive_jax.models.decoder import Decoder
+from recursive_jax.weights import hf
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def load_golden(name):
+    golden = json.loads((GOLDEN / f"{name}.json").read_text())
+    tokens = np.asarray(golden["tokens"])
+    logits = np.frombuffer(base64.b64decode(golden["logits"]), "<f4")
+    return golden, tokens, logits.reshape(*tokens.shape, -1)
+
+
+def tensors_of(golden, dtype=np.float32):
+    kind = golden["config"]["model_type"]
+    # the head of gpt_neox is embed_out in files, and lm_head inside transformers 5
+    spelling = lambda n: n.replace("lm_head", "embed_out") if kind == "gpt_neox" else n  # noqa: E731
+    return {
+        spelling(name): cases.weight(name, tuple(shape), kind).astype(dtype)
+        for name, shape in golden["tensors"].items()
+    }
+
+
+def write_directory(path, name, dtype=np.float32, shards=1, edit=None):
+    """The golden model `name` as a Hugging Face directory; `edit` changes its tensors first."""
+    golden, _, _ = load_golden(name)
+    tensors = tensors_of(golden, dtype)
+    if edit:
+        edit(tensors)
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(golden["config"]))
+    if shards == 1:
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        return path
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        part = dict(list(tensors.items())[i::shards])
+        save_file(part, path / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    write_index(path, weight_map)
+    return path
+
+
+def write_index(path, weight_map):
+    index = {"metadata": {}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def read_all(path):
+    out = {}
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, "np") as f:
+            out |= {name: f.get_tensor(name) for name in f.keys()}
+    return out
+
+
+def forward(params, cfg, tokens):
+    model = Decoder(cfg)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+    hidden, _ = model.apply({"params": params}, jnp.asarray(tokens), positions)
+    return np.asarray(model.apply({"params": params}, hidden, method="unembed"))
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_logits_equal_the_frozen_ones_of_transformers(name, tmp_path):
+    _, tokens, expected = load_golden(name)
+    path = write_directory(tmp_path, name)
+    cfg = hf.load_config(path)
+    actual = forward(hf.load_params(path, cfg), cfg, tokens)
+    # f32 noise is 1e-6 of the scale, and gelu differs from its tanh form by 5e-5
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("name", cases.CASES)
+def test_hf_to_ours_to_hf_is_bitwise(name, dtype, shards, tmp_path):
+    source = write_directory(tmp_path / "source", name, dtype, shards)
+    cfg = hf.load_config(source)
+    total = sum(x.nbytes for x in read_all(source).values())
+    limit = total if shards == 1 else total // 2
+    hf.save_params(hf.open_params(source, cfg), cfg, tmp_path / "out", max_shard_bytes=limit)
+    before, after = read_all(source), read_all(tmp_path / "out")
+    assert set(before) == set(after)
+    for tensor, value in before.items():
+        assert after[tensor].dtype == dtype == value.dtype
+        assert after[tensor].tobytes() == value.tobytes(), tensor
+    assert hf.load_config(tmp_path / "out") == cfg
+    files = [f.name for f in (tmp_path / "out").iterdir()]
+    assert ("model.safetensors.index.json" in files) == (shards > 1)
+    assert all(f.stat().st_size < limit + 10_000 for f in (tmp_path / "out").iterdir())
+    hf.open_params(tmp_path / "out", cfg)  # our own audit accepts what we write
+
+
+def test_fused_qkv_is_interleaved_by_head(tmp_path):
+    """GPT-NeoX rows are [heads, 3, head_dim]: checked element by element, not by round trip."""
+    source = write_directory(tmp_path, "gpt_neox_parallel")
+    cfg = hf.load_config(source)
+    fused = read_all(source)["gpt_neox.layers.1.attention.query_key_value.weight"]
+    params = hf.open_params(source, cfg)
+    size = cfg.head_dim
+    for part, name in enumerate("qkv"):
+        for head in range(cfg.num_heads):
+            theirs = fused[(head * 3 + part) * size : (head * 3 + part + 1) * size]
+            ours = params[f"block/attention/{name}/w"][1][:, head * size : (head + 1) * size]
+            np.testing.assert_array_equal(ours, theirs.T)
+
+
+def test_opening_reads_nothing_and_items_are_read_one_at_a_time(tmp_path, monkeypatch):
+    source = write_directory(tmp_path, "llama_gqa_llama3_rope", ml_dtypes.bfloat16)
+    cfg = hf.load_config(source)
+    lazy = hf.open_params(source, cfg)
+    reads = []
+    read = lazy._read
+    monkeypatch.setattr(lazy, "_read", lambda name: reads.append(name) or read(name))
+    assert len(lazy) == len(list(lazy)) and not reads
+    up = lazy["block/mlp/up/w"]
+    assert up.shape == (3, 32, 48) and up.dtype == ml_dtypes.bfloat16
+    assert reads == [f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)]
+    as_f32 = hf.open_params(source, cfg, np.float32)["block/mlp/up/w"]
+    assert as_f32.dtype == np.float32
+    np.testing.assert_array_equal(as_f32, up.astype(np.float32))
+    # our leaf is the transpose of theirs
+    np.testing.assert_array_equal(up[2].T, read("model.layers.2.mlp.up_proj.weight"))
+    with pytest.raises(KeyError):
+        lazy["block/mlp/up/b"]
+
+
+def test_layers_of_different_types_widen(tmp_path):
+    def edit(tensors):
+        name = "model.layers.1.mlp.up_proj.weight"
+        tensors[name] = tensors[name].astype(np.float32) * 1.001
+
+    source = write_directory(tmp_path, "llama_gqa_llama3_rope", ml_dtypes.bfloat16, edit=edit)
+    up = hf.open_params(source, hf.load_config(source))["block/mlp/up/w"]
+    assert up.dtype == np.float32
+    np.testing.assert_array_equal(up[1].T, read_all(source)["model.layers.1.mlp.up_proj.weight"])
+
+
+def test_save_takes_nested_jax_arrays_and_casts(tmp_path):
+    source = write_directory(tmp_path / "in", "qwen3_qk_norm")
+    cfg = hf.load_config(source)
+    params = jax.tree.map(jnp.asarray, hf.load_params(source, cfg))
+    hf.save_params(
+        params, cfg, tmp_path / "out", dtype=ml_dtypes.bfloat16, config_extra={"eos_token_id": 7}
+    )
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["torch_dtype"] == "bfloat16" and config["eos_token_id"] == 7
+    for name, value in read_all(tmp_path / "out").items():
+        expected = read_all(source)[name].astype(ml_dtypes.bfloat16)
+        assert value.tobytes() == expected.tobytes()
+
+
+# What is refused, and what the message must name.
+
+
+def drop(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def put(name, value):
+    return lambda tensors: tensors.__setitem__(name, value)
+
+
+@pytest.mark.parametrize(
+    "edit, words",
+    [
+        (
+            drop("model.layers.2.mlp.up_proj.weight"),
+            ["missing", "model.layers.2.mlp.up_proj.weight"],
+        ),
+        (drop("lm_head.weight"), ["missing", "lm_head.weight"]),
+        (
+            put("model.layers.3.mlp.up_proj.weight", np.zeros((48, 32), np.float32)),
+            ["left over", "model.layers.3.mlp.up_proj.weight"],
+        ),
+        (
+            put("model.layers.0.self_attn.q_proj.bias", np.zeros(32, np.float32)),
+            ["left over", "model.layers.0.self_attn.q_proj.bias"],
+        ),
+        (
+            put("model.norm.weight", np.zeros(31, np.float32)),
+            ["misshapen", "model.norm.weight", "[31]", "[32]"],
+        ),
+        (
+            put("model.layers.1.mlp.down_proj.weight", np.zeros((48, 32), np.float32)),
+            ["misshapen", "model.layers.1.mlp.down_proj.weight", "[48, 32]", "[32, 48]"],
+        ),
+        (
+            put("model.layers.1.mlp.down_proj.weight", np.zeros((32, 48), np.int8)),
+            ["model.layers.1.mlp.down_proj.weight", "I8", "BF16"],
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_by_name(edit, words, tmp_path):
+    source = write_directory(tmp_path, "llama_gqa_llama3_rope", edit=edit)
+    with pytest.raises(ValueError) as error:
+        hf.open_params(source, hf.load_config(source))
+    for word in [str(source), *words]:
+        assert word in str(error.value), error.value
+
+
+def test_buffers_are_allowed_and_only_where_they_belong(tmp_path):
+    def buffers(tensors):
+        for i in range(3):
+            block = f"gpt_neox.layers.{i}.attention."
+            tensors[block + "bias"] = np.ones((1, 1, 4, 4), bool)
+            tensors[block + "masked_bias"] = np.array(-1e9, np.float32)
+            tensors[block + "rotary_emb.inv_freq"] = np.ones(2, np.float32)
+
+    source = write_directory(tmp_path / "a", "gpt_neox_parallel", edit=buffers)
+    hf.open_params(source, hf.load_config(source))
+    source = write_directory(tmp_path / "b", "llama_gqa_llama3_rope", edit=buffers)
+    with pytest.raises(ValueError, match="gpt_neox.layers.0.attention.bias"):
+        hf.open_params(source, hf.load_config(source))
+
+
+def test_new_spelling_of_the_pythia_head(tmp_path):
+    def rename(tensors):
+        tensors["lm_head.weight"] = tensors.pop("embed_out.weight")
+
+    plain = write_directory(tmp_path / "a", "gpt_neox_parallel")
+    renamed = write_directory(tmp_path / "b", "gpt_neox_parallel", edit=rename)
+    cfg = hf.load_config(plain)
+    np.testing.assert_array_equal(
+        hf.open_params(plain, cfg)["head"], hf.open_params(renamed, cfg)["head"]
+    )
+
+
+def test_head_of_a_tied_model_must_be_its_embedding(tmp_path):
+    def same(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+
+    def other(tensors):
+        same(tensors)
+        tensors["lm_head.weight"][-1, -1] += 1e-3
+
+    source = write_directory(tmp_path / "a", "gemma_mqa", edit=same)
+    hf.open_params(source, hf.load_config(source))
+    source = write_directory(tmp_path / "b", "gemma_mqa", edit=other)
+    with pytest.raises(ValueError, match="lm_head.weight differs.*tie_word_embeddings"):
+        hf.open_params(source, hf.load_config(source))
+
+
+@pytest.mark.parametrize("keep", [4, 100, 0.5, 0.999])
+def test_truncated_safetensors(keep, tmp_path):
+    source = write_directory(tmp_path, "gemma_mqa")
+    file = source / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[: keep if keep > 1 else int(keep * len(data))])
+    with pytest.raises(ValueError, match="model.safetensors is truncated or damaged"):
+        hf.open_params(source, hf.load_config(source))
+
+
+def test_damaged_header_and_git_lfs_pointer(tmp_path):
+    source = write_directory(tmp_path, "gemma_mqa")
+    file = source / "model.safetensors"
+    file.write_bytes(b"\xff" * 200)
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        hf.open_params(source, hf.load_config(source))
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ValueError, match="git lfs pull"):
+        hf.open_params(source, hf.load_config(source))
+
+
+@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "a/b", "..", "C:\\x", 3])
+def test_index_may_not_leave_the_directory(file, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    source = write_directory(tmp_path / "model", "gemma_mqa", shards=2)
+    write_index(source, {"model.norm.weight": file})
+    with pytest.raises(ValueError, match="expected a file name") as error:
+        hf.open_params(source, hf.load_config(source))
+    assert repr(file) in str(error.value)
+
+
+def test_index_must_describe_its_files(tmp_path):
+    source = write_directory(tmp_path, "gemma_mqa", shards=2)
+    cfg = hf.load_config(source)
+    index = source / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    some = "model.layers.1.mlp.up_proj.weight"
+    file, other = weight_map[some], next(f for f in weight_map.values() if f != weight_map[some])
+
+    write_index(source, weight_map | {some: other})
+    with pytest.raises(ValueError, match=f"does not describe its files.*{some}"):
+        hf.open_params(source, cfg)
+    write_index(source, {k: v for k, v in weight_map.items() if k != some})
+    with pytest.raises(ValueError, match=f"{file} holds {some}"):
+        hf.open_params(source, cfg)
+    write_index(source, weight_map | {some: "model-00009-of-00009.safetensors"})
+    with pytest.raises(FileNotFoundError, match="model-00009-of-00009.safetensors"):
+        hf.open_params(source, cfg)
+    for text in ("{", "[]", '{"weight_map": 3}', "{}"):
+        index.write_text(text)
+        with pytest.raises(ValueError, match="not a safetensors index"):
+            hf.open_params(source, cfg)
+
+    # the same tensor in two files
+    write_index(source, weight_map)
+    extra = {some: read_all(source)[some]}
+    with safe_open(source / other, "np") as f:
+        extra |= {name: f.get_tensor(name) for name in f.keys()}
+    save_file(extra, source / other)
+    with pytest.raises(ValueError, match=some):
+        hf.open_params(source, cfg)
+
+
+def test_two_spellings_of_one_tensor_are_a_duplicate(tmp_path):
+    def both(tensors):
+        name = "model.layers.0.mlp.up_proj.weight"
+        tensors["language_model." + name] = tensors[name]
+
+    source = write_directory(tmp_path, "gemma3_local_global", edit=both)
+    with pytest.raises(ValueError, match="model.layers.0.mlp.up_proj.weight is there twice"):
+        hf.open_params(source, hf.load_config(source))
+
+
+def test_pickles_are_never_read(tmp_path):
+    golden, _, _ = load_golden("gemma_mqa")
+    (tmp_path / "config.json").write_text(json.dumps(golden["config"]))
+    cfg = hf.load_config(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no model.safetensors"):
+        hf.open_params(tmp_path, cfg)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    with pytest.raises(FileNotFoundError, match="pytorch_model.bin.*save_pretrained"):
+        hf.open_params(tmp_path, cfg)
+
+
+def test_config_that_is_missing_or_broken(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no config.json"):
+        hf.load_config(tmp_path)
+    for text in ("{", "[]"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="config.json"):
+            hf.load_config(tmp_path)
+
+
+def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
+    source = write_directory(tmp_path / "in", "gemma_mqa")
+    cfg = hf.load_config(source)
+    params = dict(hf.open_params(source, cfg))
+    out = tmp_path / "out"
+
+    broken = params | {"final_norm/scale": np.zeros(3, np.float32)}
+    with pytest.raises(ValueError, match="final_norm/scale"):
+        hf.save_params(broken, cfg, out)
+    with pytest.raises(ValueError, match="final_norm/scale"):
+        hf.save_params({k: v for k, v in params.items() if "final" not in k}, cfg, out)
+    with pytest.raises(ValueError, match="Untie it first"):
+        hf.save_params(params, cfg.replace(num_layers=1, num_loops=3), out)
+
+    class DiskFull(Exception):
+        pass
+
+    def fail(*_):
+        raise DiskFull
+
+    monkeypatch.setattr(hf.os, "replace", fail)
+    with pytest.raises(DiskFull):
+        hf.save_params(params, cfg, out)
+    monkeypatch.undo()
+    assert [f.name for f in tmp_path.iterdir()] == ["in"]  # nothing was left behind
+
+    out.mkdir()
+    hf.save_params(params, cfg, out)
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="not empty"):
+        hf.save_params(params, cfg, out)
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_resolve_finds_local_paths_and_says_what_it_expected(tmp_path, monkeypatch):
+    assert hf.resolve(str(tmp_path)) == tmp_path
+    with pytest.raises(FileNotFoundError, match="hub id such as"):
+        hf.resolve(str(tmp_path / "nothing"))
+    with pytest.raises(FileNotFoundError, match="hub id such as"):
+        hf.resolve("./nothing/here")
+
+
+def test_hub_ids_download_safetensors_only(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    calls = []
+
+    def download(repo, allow_patterns):
+        calls.append((repo, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    assert hf.resolve("someone/a-model") == tmp_path
+    (repo, patterns), *_ = calls
+    assert repo == "someone/a-model" and "*.safetensors" in patterns
+    assert not any("bin" in p or p == "*" or ".pt" in p for p in patterns)
+
+    def offline(*_, **__):
+        raise OSError("no route to host\nlong trace")
+
+    monkeypatch.setattr(hub, "snapshot_download", offline)
+    with pytest.raises(FileNotFoundError, match="someone/a-model.*no route to host.*network"):
+        hf.resolve("someone/a-model")
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    with pytest.raises(FileNotFoundError, match=r"recursive_jax\[hub\]"):
+        hf.resolve("someone/a-model")
