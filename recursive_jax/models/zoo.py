@@ -29,6 +29,10 @@ from recursive_jax.models.families import (
     Family,
 )
 
+SIZES = (
+    "vocab_size embed_dim mlp_dim num_layers num_heads num_kv_heads max_length head_dim"
+).split()
+
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     """The `DecoderConfig` of a parsed Hugging Face `config.json`.
@@ -51,11 +55,14 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         if key not in values and key not in HEADS:
             raise ValueError(f"config.json: {key!r} is missing; a {family.name} model needs it")
         fields |= dict.fromkeys(names, values.get(key))
-    for name in ("vocab_size", "embed_dim", "mlp_dim", "num_layers", "num_heads", "max_length"):
-        if not isinstance(fields[name], int) or isinstance(fields[name], bool):
-            raise ValueError(f"config.json: {name} must be an integer, got {fields[name]!r}")
     fields["num_kv_heads"] = fields.get("num_kv_heads") or fields["num_heads"]
-    fields["head_dim"] = fields.get("head_dim") or fields["embed_dim"] // fields["num_heads"]
+    for name in SIZES:
+        if name == "head_dim" and not fields.get(name):
+            fields[name] = fields["embed_dim"] // fields["num_heads"]
+        if type(fields[name]) is not int or fields[name] < 1:
+            raise ValueError(
+                f"config.json: {name} must be a positive integer, got {fields[name]!r}"
+            )
     fields["activation"] = _activation(family, values)
     if family.query_scalar and values["query_pre_attn_scalar"] != fields["head_dim"]:
         fields["query_scale"] = values["query_pre_attn_scalar"] ** -0.5
@@ -211,7 +218,11 @@ def _local_layers(family: Family, values: Mapping[str, Any]) -> list[bool]:
     if family.local == "pattern":
         if window is None:
             raise ValueError(f"config.json: sliding_window is null; {family.name} needs a number")
-        n = values.get("_sliding_window_pattern", values["sliding_window_pattern"])
+        n = values.get("_sliding_window_pattern") or values["sliding_window_pattern"]
+        if type(n) is not int or n < 1:
+            raise ValueError(
+                f"config.json: sliding_window_pattern={n!r}; expected a positive integer"
+            )
         return [bool((i + 1) % n) for i in range(depth)]
     first = 0 if family.local == "all" else values["max_window_layers"]
     return [window is not None and i >= first for i in range(depth)]
