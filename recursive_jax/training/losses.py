@@ -115,9 +115,7 @@ def token_losses(
     correct = jnp.stack([(weights * (x.argmax(-1) == targets)).sum() for x in logits])
     zero = jnp.zeros((), jnp.float32)
     kd, exit_kd = zero, zero
-    kd_of = functools.partial(
-        divergence, kind=objective.kd_loss, temperature=objective.temperature
-    )
+    kd_of = functools.partial(divergence, kind=objective.kd_loss, temperature=objective.temperature)
     if teacher_logits is not None:
         kd = (weights * kd_of(logits[-1], teacher_logits)).sum()
     loss = objective.ce * ce[-1] + objective.kd * kd
@@ -167,9 +165,7 @@ def _sum_over_chunks(fn, head, hidden, data):
         return jax.tree.map(jnp.add, total, fn(head, *xs)), None
 
     first = jax.tree.map(lambda x: x[0], (hidden, data))
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, head, *first)
-    )
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, head, *first))
     return jax.lax.scan(body, zeros, (hidden, data))[0]
 
 

@@ -205,9 +205,11 @@ def restore(
     try:
         metadata = ocp.checkpointables_metadata(str(path)).custom_metadata
         stored = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=_sharding(x))
-            if x.dtype == jnp.bfloat16
-            else x,
+            lambda x: (
+                jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=_sharding(x))
+                if x.dtype == jnp.bfloat16
+                else x
+            ),
             abstract,
         )
         arrays = ocp.load_checkpointables(str(path), dict(stored))

@@ -1,0 +1,93 @@
+"""What every config starts from, and how `--config=FILE:arg` arguments are read.
+
+Each value is documented here once; the other configs change what they must.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+
+    # Where the model comes from. Restore order: workdir > init_from > source > scratch.
+    c.source = ""  # HF directory, .gguf, hub id or 'tiny': is converted, and teaches when kd > 0
+    c.init_from = ""  # checkpoint directory to start from instead of converting `source`
+    c.scratch = ConfigDict()  # DecoderConfig fields of a model trained from random weights
+    c.tokenizer = ""  # directory, only with `scratch`; otherwise the source's
+
+    c.model = ConfigDict()
+    c.model.num_loops = 2
+    c.model.method = ""  # stepwise average lower upper random; '' = stepwise, or average with SVD
+    c.model.lora_init = ""  # svd zero split none; '' = by method
+    c.model.lora_rank = 0  # per projection, clamped to its size; -1 = full
+    c.model.norms = "per_loop"  # tied per_loop folded
+    c.model.rounding = "even"  # of stepwise positions: even half_up floor
+    c.model.reduced_baseline = False  # instead: random, depth / num_loops layers, no loop
+
+    c.data = ConfigDict()
+    c.data.train = "docstrings"  # files, directories, jsonl(.gz .zst), tfds:NAME, comma between
+    c.data.valid = ""  # the same; '' = a held-out share of `train`
+    c.data.valid_fraction = 0.01
+    c.data.context_length = 512  # tokens per row
+    c.data.batch_size = 8  # rows per step, over all devices
+    c.data.cache_dir = ""  # tokenised text; '' = the user's cache directory
+    c.data.eval_tokens = 20_000  # scored at each evaluation
+
+    c.objective = ConfigDict()  # recursive_jax.training.losses.Objective
+    c.objective.ce = 1.0
+    c.objective.kd = 1.0  # forward KL from the source, running in the same step; 0 = none
+    c.objective.kd_loss = "forward_kl"
+    c.objective.temperature = 1.0
+    c.objective.exit_coefficient = 0.0  # of each earlier loop's cross-entropy; paper: 0.1
+    c.objective.exit_kd = 0.0
+
+    c.optimizer = ConfigDict()  # recursive_jax.training.optimizer.OptimizerConfig
+    c.optimizer.learning_rate = 2e-4
+    c.optimizer.warmup_steps = 200
+    c.optimizer.final_fraction = 0.1
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.95
+    c.optimizer.eps = 1e-8
+    c.optimizer.weight_decay = 0.1
+    c.optimizer.clip_norm = 1.0
+    c.optimizer.lora_lr_scale = 1.0
+
+    c.tokens = 1_000_000  # to train on; steps = tokens / (batch_size * context_length)
+    c.seed = 0
+    c.dtype = "auto"  # compute: float32 on CPU, bfloat16 on TPU and GPU
+    c.remat = "full"  # none full dots offload_dots save_all_but_merged
+    c.unroll_layers = 1
+    c.log_every = 10  # steps
+    c.eval_every = 250
+    c.checkpoint_every = 500
+    c.keep_checkpoints = 2
+
+    c.mesh = ConfigDict()  # devices by axis, one may be -1
+    c.mesh.data = -1
+    c.mesh.fsdp = 1
+    c.mesh.tensor = 1
+    return c
+
+
+def parse_arg(arg: str | None, **defaults):
+    """`'paper,loops=3'` -> ConfigDict(paper=True, loops=3): flags, and values typed by default.
+
+    An unknown name raises, naming what there is.
+    """
+    values = ConfigDict(defaults)
+    for part in (arg or "").split(","):
+        if not part:
+            continue
+        name, _, text = part.partition("=")
+        if name not in values:
+            raise ValueError(f"unknown config argument {name!r}; expected {', '.join(defaults)}")
+        default = values[name]
+        if isinstance(default, bool):
+            values[name] = text.lower() not in ("0", "false", "no")
+        else:
+            try:
+                values[name] = type(default)(text)
+            except ValueError as error:
+                kind = type(default).__name__
+                raise ValueError(f"config argument {name}={text!r}: expected {kind}") from error
+    return values

@@ -1,0 +1,69 @@
+"""A pretrained model to start from: Hugging Face directory, GGUF file or hub id, opened lazily."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from recursive_jax.models.config import DecoderConfig
+from recursive_jax.weights import hf, names
+
+ASSETS = pathlib.Path(__file__).resolve().parents[1] / "assets"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """An opened model; nothing but its header has been read.
+
+    Attributes:
+      path: file or directory on this machine.
+      cfg: vanilla config.
+      params: flat lazy mapping 'block/attention/q/w' -> array `[layer, ...]`, read on access.
+      load_tokenizer: () -> transformers tokenizer.
+      generation_config: stop ids and sampling defaults the model came with, may be empty.
+    """
+
+    path: pathlib.Path
+    cfg: DecoderConfig
+    params: Mapping[str, np.ndarray]
+    load_tokenizer: Callable[[], Any]
+    generation_config: dict[str, Any]
+
+    def load_params(self) -> dict[str, Any]:
+        """All params, nested, float32."""
+        return names.nested({k: np.asarray(v, np.float32) for k, v in self.params.items()})
+
+
+def open_source(spec: str) -> Source:
+    """Open `spec`: a directory, a .gguf file, a hub id, or 'tiny' (the model in this package).
+
+    Raises:
+      FileNotFoundError, ValueError: not there, not understood, or inconsistent; by name.
+    """
+    if spec == "tiny":
+        spec = str(ASSETS / "tiny")
+    path = pathlib.Path(spec).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"no such file: {path}; expected a GGUF model")
+        from recursive_jax.weights import gguf
+
+        params, cfg = gguf.open_params(path)
+        return Source(path, cfg, params, lambda: gguf.load_tokenizer(path), {})
+    path = hf.resolve(spec)
+    cfg = hf.load_config(path)
+    params = hf.open_params(path, cfg)
+    generation = path / "generation_config.json"
+    generation_config = json.loads(generation.read_text()) if generation.is_file() else {}
+
+    def load_tokenizer():
+        from recursive_jax.text import load_tokenizer
+
+        return load_tokenizer(path)
+
+    return Source(path, cfg, params, load_tokenizer, generation_config)
