@@ -376,7 +376,7 @@ def check(values, step: int):
 
 def print_start(config, start, mesh, dtype, rows, num_steps, first_step) -> None:
     cfg = start.cfg
-    counts = parameter_counts(abstract_params(cfg))
+    counts = {k: n for k, n in parameter_counts(abstract_params(cfg)).items() if n}
     devices = jax.devices()
     tokens = config.data.batch_size * config.data.context_length
     shape = " × ".join(f"{name}={size}" for name, size in mesh.shape.items())
@@ -386,7 +386,7 @@ def print_start(config, start, mesh, dtype, rows, num_steps, first_step) -> None
                 ("model", start.origin),
                 ("decoder", f"{cfg.family}, {cfg.num_loops} loops × {cfg.num_layers} layers, "
                             f"width {cfg.embed_dim}, norms {cfg.norms}"),
-                ("parameters", "  ".join(f"{k} {metrics.count(n)}" for k, n in counts.items() if n)),
+                ("parameters", "  ".join(f"{k} {metrics.count(n)}" for k, n in counts.items())),
                 ("devices", f"{len(devices)} × {devices[0].device_kind}, "
                             f"{jax.process_count()} process(es), mesh {shape}"),
                 ("compute", f"{dtype.name}, params and loss float32, remat {config.remat}"),

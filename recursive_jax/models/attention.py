@@ -144,14 +144,18 @@ def attend(q, k, v, mask, scale: float, softcap: float | None) -> jax.Array:
     """
     batch, length, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
-    q = q.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    scores = jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q, k.astype(q.dtype), preferred_element_type=jnp.float32
-    )
-    scores = scores * scale
+    # Batch and kv heads lead, the G query heads of a kv head stand in one matrix: both products
+    # are then plain batched matmuls, and only q, k, v and y are transposed, never the scores.
+    q = q.reshape(batch, length, num_kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(batch, num_kv_heads, -1, head_dim)  # [B, K, G·T, H]
+    k = k.astype(q.dtype).transpose(0, 2, 3, 1)  # [B, K, H, S]
+    v = v.astype(q.dtype).transpose(0, 2, 1, 3)  # [B, K, S, H]
+    scores = jnp.matmul(q, k, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         scores = jnp.tanh(scores / softcap) * softcap
+    scores = scores.reshape(batch, num_kv_heads, -1, length, k.shape[-1])
     scores = jnp.where(mask[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    y = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v.astype(q.dtype))
-    return y.reshape(batch, length, num_heads, head_dim)
+    y = weights.reshape(batch, num_kv_heads, -1, k.shape[-1]) @ v  # [B, K, G·T, H]
+    y = y.reshape(batch, num_heads, length, head_dim)
+    return y.transpose(0, 2, 1, 3)

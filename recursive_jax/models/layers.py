@@ -40,9 +40,10 @@ def lora_form(loop_ndim: int, tokens: int, in_dim: int, out_dim: int) -> str:
 
 
 class Linear(nn.Module):
-    """`x [..., in] -> [..., out]` with weight `w [in, out]` and LoRA `a [L, in, R]`, `b [L, R, out]`.
+    """`x [..., in] -> [..., out]`: weight `w [in, out]`, LoRA `a [L, in, R]` and `b [L, R, out]`.
 
-    LoRA has no scaling factor (paper §2.3): the effective weight of a loop is `w + a[loop] @ b[loop]`.
+    The effective weight of a loop is `w + a[loop] @ b[loop]`: LoRA has no scaling factor
+    (paper §2.3).
     """
 
     cfg: DecoderConfig

@@ -52,6 +52,11 @@ class Objective:
             raise ValueError(f"objective.temperature must be > 0, got {self.temperature}")
         if not self.ce and not self.kd:
             raise ValueError("objective.ce and objective.kd are both 0: nothing to train on")
+        if self.exit_kd and not self.exit_coefficient:
+            raise ValueError(
+                f"objective.exit_kd={self.exit_kd} has no effect with exit_coefficient 0, which it "
+                "is multiplied by; set objective.exit_coefficient (paper: 0.1)"
+            )
 
     @property
     def exits(self) -> bool:
@@ -204,6 +209,6 @@ _sum_over_chunks.defvjp(_sum_over_chunks_fwd, _sum_over_chunks_bwd)
 
 
 def chunk_length(batch: int, length: int, vocab: int, copies: int, budget_bytes: int) -> int:
-    """Positions per chunk so that `copies` f32 logit arrays `[batch, chunk, vocab]` fit a budget."""
+    """Positions per chunk so that `copies` f32 arrays `[batch, chunk, vocab]` fit a budget."""
     per_position = 4 * batch * vocab * copies
     return max(1, min(length, budget_bytes // per_position))
