@@ -203,10 +203,9 @@ class GGUFFile:
             raise ValueError(f"{self.path}: tensor token_embd.weight is missing")
         hf["vocab_size"] = int(self.tensors["token_embd.weight"].shape[1])
         hf["tie_word_embeddings"] = "output.weight" not in self.tensors
-        if self.architecture in ("llama", "qwen3"):
-            hf["attention_bias"] = "blk.0.attn_q.bias" in self.tensors
-        if self.architecture == "llama":
-            hf["mlp_bias"] = "blk.0.ffn_up.bias" in self.tensors
+        for key, tensor in (("attention_bias", "attn_q"), ("mlp_bias", "ffn_up")):
+            if key in zoo.MODEL_TYPES[hf["model_type"]].keys:
+                hf[key] = f"blk.0.{tensor}.bias" in self.tensors
         self._check_head_dim(hf, settings)
         if self.architecture in ("gemma2", "gemma3"):
             # not in the file: llama.cpp knows the one size whose query scale is not its head_dim
