@@ -180,12 +180,12 @@ class Decoder(nn.Module):
     def unembed(self, x: jax.Array) -> jax.Array:
         """Final norm, head and softcap, the same at every exit: x `[..., D]` -> f32 `[..., V]`."""
         with jax.named_scope("unembed"):
-            x = self.final_norm(x)
+            lead, x = x.shape[:-1], self.final_norm(x).reshape(-1, x.shape[-1])
             head = self.embedding.T if self.cfg.tied_head else self.head
             logits = jnp.matmul(x, head.astype(self.dtype), preferred_element_type=jnp.float32)
             if self.cfg.final_softcap is not None:
                 logits = jnp.tanh(logits / self.cfg.final_softcap) * self.cfg.final_softcap
-            return logits
+            return logits.reshape(*lead, -1)
 
     def _context(self, positions, segment_ids, cache, slots) -> Context:
         if cache is not None:

@@ -63,7 +63,11 @@ class Linear(nn.Module):
             nn.with_logical_partitioning(nn.initializers.normal(self.init_scale), self.axes),
             (in_dim, out_dim),
         )
-        x = x.astype(self.dtype)
+        # Two axes only: a weight gradient that contracts over both B and T is compiled, on the
+        # CPU, into transposed copies of its operands.
+        lead, x = x.shape[:-1], x.astype(self.dtype)
+        if not jnp.ndim(loop):
+            x = x.reshape(-1, in_dim)
         if rank:
             a = self.param(
                 "lora_a",
@@ -95,7 +99,7 @@ class Linear(nn.Module):
             bias = at_loop(bias, loop, y.ndim) if loops else bias
             bias = bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
             y = y + bias.astype(self.dtype)
-        return y
+        return y.reshape(*lead, out_dim)
 
 
 def apply_lora(x, w, a, b, loop, form: str, dtype) -> jax.Array:
