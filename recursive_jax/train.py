@@ -129,17 +129,7 @@ def from_source(source: Source, config) -> Start:
         return Start(params, cfg, tokenizer, facts, "random weights, reduced size")
     if options.num_loops == 1 and not options.lora_rank:
         return Start(source.load_params(), source.cfg, tokenizer, facts, f"{source.path}, as is")
-    params, cfg = tying.tie(
-        source.params,
-        source.cfg,
-        options.num_loops,
-        method=options.method or None,
-        lora=options.lora_init or None,
-        lora_ranks="full" if options.lora_rank < 0 else options.lora_rank,
-        norms=options.norms,
-        rounding=options.rounding,
-        seed=config.seed,
-    )
+    params, cfg = tying.tie(source.params, source.cfg, **tying.recipe_from(options, config.seed))
     return Start(params, cfg, tokenizer, facts | {"tying": options.to_dict()}, f"{source.path}")
 
 
@@ -329,11 +319,11 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
         progress.tick(step)
         if log:
             rate = tokens_per_step / progress.seconds_per_step
-            writer.write(
-                step,
-                {f"train/{k}": v for k, v in values.items()}
-                | {"perf/tokens_per_second": rate, "train/learning_rate": float(schedule(step))},
-            )
+            written = {f"train/{k}": v for k, v in values.items()}
+            written["train/learning_rate"] = float(schedule(step))
+            if np.isfinite(rate):  # the first step only compiles
+                written["perf/tokens_per_second"] = rate
+            writer.write(step, written)
             shown = "  ".join(
                 f"{k} {values[k]:.4f}" for k in ("loss", "ce", "kd", "ce_exit_1") if k in values
             )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.weights import hf, names
+from recursive_jax.weights import gguf, hf, names
 
 ASSETS = pathlib.Path(__file__).resolve().parents[1] / "assets"
 
@@ -35,8 +35,8 @@ class Source:
     generation_config: dict[str, Any]
 
     def load_params(self) -> dict[str, Any]:
-        """All params, nested, float32."""
-        return names.nested({k: np.asarray(v, np.float32) for k, v in self.params.items()})
+        """All params, nested, in the dtype they are stored in (compute casts as it goes)."""
+        return names.nested({path: self.params[path] for path in self.params})
 
 
 def open_source(spec: str) -> Source:
@@ -51,8 +51,6 @@ def open_source(spec: str) -> Source:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"no such file: {path}; expected a GGUF model")
-        from recursive_jax.weights import gguf
-
         params, cfg = gguf.open_params(path)
         return Source(path, cfg, params, lambda: gguf.load_tokenizer(path), {})
     path = hf.resolve(spec)

@@ -122,6 +122,19 @@ def tie(
     return _nest(out), recipe.cfg
 
 
+def recipe_from(options: Any, seed: int) -> dict[str, Any]:
+    """Arguments of `tie` from a config's `model` section ('' = default, rank -1 = full)."""
+    return {
+        "num_loops": options.num_loops,
+        "method": options.method or None,
+        "lora": options.lora_init or None,
+        "lora_ranks": "full" if options.lora_rank < 0 else options.lora_rank,
+        "norms": options.norms,
+        "rounding": options.rounding,
+        "seed": seed,
+    }
+
+
 def untie(params: Params, cfg: DecoderConfig) -> tuple[dict[str, Any], DecoderConfig]:
     """Unroll a recursive model into a vanilla one with the same logits, LoRA merged.
 

@@ -1,0 +1,335 @@
+"""Convert a pretrained model into a relaxed recursive one, with a certificate.
+
+    python -m recursive_jax.convert --source=MODEL_DIR_OR_GGUF --out=CKPT --num_loops=2 \
+        --lora_rank=64 --text=FILE
+
+A converted model is noise until it is uptrained (python -m recursive_jax.train); the certificate
+says what was preserved, and proves that the code path is exact: with full-rank LoRA the recursive
+model must give the source's logits.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import tempfile
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from recursive_jax import metrics, text
+from recursive_jax.models.config import DecoderConfig
+from recursive_jax.models.decoder import Decoder, abstract_params, parameter_counts
+from recursive_jax.training.documents import documents
+from recursive_jax.training.evaluation import log_probabilities
+from recursive_jax.weights import checkpoint, names, tying
+from recursive_jax.weights.source import Source, open_source
+
+SOURCE = flags.DEFINE_string("source", None, "Hugging Face directory, .gguf, hub id, or 'tiny'")
+OUT = flags.DEFINE_string("out", None, "checkpoint directory to write; must not exist")
+CONFIG = config_flags.DEFINE_config_file("config", None, "take source and config.model from here")
+NUM_LOOPS = flags.DEFINE_integer("num_loops", 2, "loops; must divide the source's depth")
+METHOD = flags.DEFINE_enum(
+    "method", None, tying.METHODS, "shared weights; default stepwise, or average with an SVD LoRA"
+)
+LORA_INIT = flags.DEFINE_enum("lora_init", None, tying.LORA_STARTS, "default by method")
+LORA_RANK = flags.DEFINE_string("lora_rank", "0", "N for every projection, clamped; or full")
+NORMS = flags.DEFINE_enum("norms", "per_loop", ("tied", "per_loop", "folded"), "norms and biases")
+ROUNDING = flags.DEFINE_enum("rounding", "even", tuple(tying.ROUNDINGS), "of stepwise positions")
+TEXT = flags.DEFINE_string("text", "docstrings:1", "text the certificate is measured on")
+TEXT_TOKENS = flags.DEFINE_integer("text_tokens", 2048, "scored tokens of it; 0 = no measurement")
+CONTEXT_LENGTH = flags.DEFINE_integer("context_length", 512, "tokens per window")
+SEED = flags.DEFINE_integer("seed", 0, "of random starts")
+
+
+def convert(
+    source: Source,
+    out: str | pathlib.Path,
+    recipe: Mapping[str, Any],
+    text_source: str = "docstrings:1",
+    text_tokens: int = 2048,
+    context_length: int = 512,
+) -> dict[str, Any]:
+    """Tie, measure, write. Returns the certificate. `recipe` holds the arguments of `tying.tie`."""
+    out = pathlib.Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"--out={out} is not empty; choose another directory, or remove it")
+    tokenizer = source.load_tokenizer()
+    text.check_vocabulary(tokenizer, source.cfg.vocab_size)
+    windows = None
+    if text_tokens:
+        context_length = min(context_length, source.cfg.max_length)
+        windows = text.eval_windows(
+            tokenizer, (t for _, t in documents(text_source)), context_length, text_tokens
+        )
+    metrics.say(metrics.table(plan(source, recipe)) + "\n")
+
+    with tempfile.TemporaryDirectory(prefix="recursive_jax-") as scratch:
+        began = time.time()
+        reference = None
+        if windows is not None:  # the source first, so that two models are never in memory at once
+            identity = identity_error(source, recipe, windows)
+            reference = Reference(pathlib.Path(scratch) / "log_probabilities.f32", source, windows)
+        energy: dict[str, float] = {}
+        params, cfg = tie_with_progress(source, recipe, energy)
+        certificate = {
+            "source": str(source.path),
+            "recipe": dict(recipe),
+            "tensors_consumed": len(source.params),
+            "parameters": sizes(source.cfg, cfg),
+            "energy_kept": energy,
+            "warnings": warnings(source.cfg, cfg),
+        }
+        if reference is not None:
+            params = jax.tree.map(jnp.asarray, params)
+            certificate |= reference.compare(Decoder(cfg), params)
+            certificate |= {"full_rank_identity": identity, "text": text_source}
+        certificate["seconds"] = round(time.time() - began, 1)
+    if windows is not None and not identity["holds"]:
+        raise ValueError(
+            f"the full-rank identity fails for this model: max |Δlogit| is "
+            f"{identity['max_logit_error']:.2e} of the logit scale, expected <= 1e-4. Nothing was "
+            "written; this is a bug in the conversion of its family, please report it"
+        )
+    facts = {
+        "source": str(source.path),
+        "generation_config": source.generation_config,
+        "tying": dict(recipe),
+    }
+    checkpoint.create(out, cfg, tokenizer, **facts)
+    checkpoint.write_json(out / checkpoint.CERTIFICATE, certificate)
+    writer = checkpoint.Writer(out)
+    writer.save(0, jax.tree.map(jnp.asarray, params), wait=True)
+    writer.close()
+    return certificate
+
+
+def plan(source: Source, recipe) -> list[tuple[str, str]]:
+    cfg = source.cfg
+    return [
+        ("source", f"{source.path} ({cfg.family}, {cfg.depth} layers, width {cfg.embed_dim})"),
+        ("recursive", f"{recipe['num_loops']} loops × {cfg.depth // recipe['num_loops']} layers, "
+                      f"LoRA rank {recipe['lora_ranks'] or 0}, norms {recipe['norms']}"),
+    ]  # fmt: skip
+
+
+def tie_with_progress(source: Source, recipe, energy: dict[str, float]):
+    """`tying.tie` with a bar; fills `energy` with the share of the residual kept, by projection."""
+    from tqdm import tqdm
+
+    with tqdm(total=len(source.cfg.projections), desc="tying", unit="projection") as bar:
+
+        def on_projection(name, kept):
+            energy[name] = round(float(kept), 6)
+            bar.set_postfix_str(f"{name} keeps {kept:.1%}")
+            bar.update()
+
+        return tying.tie(source.params, source.cfg, on_projection=on_projection, **recipe)
+
+
+def sizes(source: DecoderConfig, cfg: DecoderConfig) -> dict[str, Any]:
+    """Parameter counts by group, beside the source's, and their ratio."""
+    before = parameter_counts(abstract_params(source))
+    after = parameter_counts(abstract_params(cfg))
+    return {
+        "source": before["shared"],
+        "source_total": before["total"],
+        **after,
+        "ratio_to_source": round(after["total"] / before["total"], 4),
+        "block_ratio_to_source": round((after["shared"] + after["lora"]) / before["shared"], 4),
+    }
+
+
+def warnings(source: DecoderConfig, cfg: DecoderConfig) -> list[str]:
+    """Where the LoRA outweighs what sharing saves (paper §2.2: break-even rank per matrix)."""
+    out = []
+    for name, (rank, limit) in tying.costly_projections(cfg).items():
+        out.append(
+            f"{name}: rank {rank} stores more than untying it would, and less exactly "
+            f"(break-even {limit:.0f}); a rank below saves memory"
+        )
+    counts, before = sizes(source, cfg), parameter_counts(abstract_params(source))["shared"]
+    if counts["shared"] + counts["lora"] > before:
+        out.append(
+            f"the recursive block with its LoRAs ({counts['shared'] + counts['lora']:,}) is larger "
+            f"than the source's layers ({before:,})"
+        )
+    return out
+
+
+def identity_error(source: Source, recipe, windows: text.Windows) -> dict[str, Any]:
+    """With full-rank LoRA the recursive model must give the source's logits.
+
+    The proof of the code path, on the source's real weights: the layers of the block's first and
+    last position, from every loop, as a model of their own (all layers would need the source and
+    its full-rank twin in memory). Norms are per loop: tied ones break the identity (paper §2.3
+    overlooks this), whatever the rank.
+    """
+    if recipe["method"] == "random":
+        return {"holds": True, "skipped": "a random start keeps nothing of the source"}
+    loops = recipe["num_loops"]
+    layers = source.cfg.depth // loops
+    depths = [loop * layers + layer for loop in range(loops) for layer in {0, layers - 1}]
+    small = source.cfg.replace(
+        num_layers=len(depths),
+        windows=tuple(source.cfg.windows[d] for d in depths if source.cfg.windows),
+        rope_of_depth=tuple(
+            source.cfg.rope_of_depth[d] for d in depths if source.cfg.rope_of_depth
+        ),
+    )
+    flat = {
+        path: np.asarray(leaf[depths] if path.startswith("block/") else leaf, np.float32)
+        for path, leaf in ((path, source.params[path]) for path in source.params)
+    }
+    tied = dict(recipe, lora="svd", lora_ranks="full")
+    tied["norms"] = "folded" if recipe["norms"] == "folded" else "per_loop"
+    recursive, cfg = tying.tie(flat, small, **tied)
+    tokens = windows.tokens[:1]
+    want, got = (
+        next(log_probabilities(Decoder(c), jax.tree.map(jnp.asarray, p), tokens))
+        for c, p in ((small, names.nested(flat)), (cfg, recursive))
+    )
+    error = float(np.abs(want - got).max() / np.abs(want).max())
+    return {"holds": error <= 1e-4, "max_logit_error": error, "depths": depths}
+
+
+class Reference:
+    """The source's log-probabilities on the text, kept on disk."""
+
+    def __init__(self, path: pathlib.Path, source: Source, windows: text.Windows):
+        self._windows = windows
+        self._mask = windows.scored[:, 1:]
+        shape = (int(self._mask.sum()), source.cfg.vocab_size)
+        self._rows = np.memmap(path, np.float32, "w+", shape=shape)
+        params = jax.tree.map(jnp.asarray, source.load_params())
+        for start, rows, _ in self._scan(Decoder(source.cfg), params, "source on the text"):
+            self._rows[start : start + len(rows)] = rows
+
+    def compare(self, model: Decoder, params: Any) -> dict[str, float]:
+        """Perplexity of both, KL(source ‖ model) in nats and top-1 agreement, per scored token."""
+        sums = np.zeros(4)
+        for start, q, targets in self._scan(model, params, "result on the text"):
+            p = np.asarray(self._rows[start : start + len(q)])
+            at = np.arange(len(q))
+            sums += (
+                -p[at, targets].sum(dtype=np.float64),
+                -q[at, targets].sum(dtype=np.float64),
+                (np.exp(p) * (p - q)).sum(dtype=np.float64),
+                (p.argmax(-1) == q.argmax(-1)).sum(),
+            )
+        nll_source, nll, kl, agreement = sums / len(self._rows)
+        return {
+            "source_perplexity": math.exp(nll_source),
+            "perplexity": math.exp(min(nll, 700)),
+            "source_nll": nll_source,
+            "nll": nll,
+            "kl": kl,
+            "top1_agreement": agreement,
+            "text_tokens": len(self._rows),
+        }
+
+    def _scan(self, model, params, title):
+        from tqdm import tqdm
+
+        start = 0
+        windows = tqdm(self._windows.tokens, desc=title, unit="window")
+        batches = log_probabilities(model, params, self._windows.tokens)
+        for tokens, mask, log_p in zip(windows, self._mask, batches, strict=True):
+            rows = log_p[0][mask]
+            yield start, rows, tokens[1:][mask]
+            start += len(rows)
+
+
+def print_certificate(certificate: Mapping[str, Any], out) -> None:
+    sizes, kept = certificate["parameters"], certificate["energy_kept"]
+    source = {"shared": sizes["source"], "total": sizes["source_total"]}
+    rows = [
+        (group, f"{source[group]:,}" if group in source else "", f"{sizes[group]:,}")
+        for group in ("shared", "lora", "vectors", "embedding", "total")
+    ]
+    metrics.say("\n" + metrics.table(rows, ("parameters", "source", "recursive")))
+    metrics.say(
+        f"{sizes['ratio_to_source']:.1%} of the source's size "
+        f"(layers alone {sizes['block_ratio_to_source']:.1%}); "
+        f"{certificate['tensors_consumed']} parameter stacks, every source tensor consumed"
+    )
+    if kept:
+        metrics.say(
+            "energy of the residual kept: " + "  ".join(f"{n} {e:.1%}" for n, e in kept.items())
+        )
+    if "perplexity" in certificate:
+        c = certificate
+        metrics.say(
+            f"on {c['text_tokens']:,} tokens of {c['text']}: perplexity {c['source_perplexity']:,.2f}"
+            f" -> {c['perplexity']:,.2f}, KL {c['kl']:.3f} nats, "
+            f"top-1 agreement {c['top1_agreement']:.1%}"
+        )
+        identity = c["full_rank_identity"]
+        if "max_logit_error" in identity:
+            metrics.say(
+                f"full-rank identity holds: max |Δlogit| {identity['max_logit_error']:.1e} of scale"
+            )
+        if c["kl"] > 0.1:
+            metrics.say("expected: a converted model has to be uptrained before it is of use")
+    for warning in certificate["warnings"]:
+        metrics.say(f"warning: {warning}")
+    metrics.say(
+        f"wrote {out} ({certificate['seconds']:.0f} s); next: python -m recursive_jax.train "
+        f"--config=configs/llama_rrt.py --workdir=DIR --config.init_from={out} "
+        f"--config.source={certificate['source']}"
+    )
+
+
+def main(argv) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; flags start with --")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    try:
+        spec, recipe = arguments()
+        certificate = convert(
+            open_source(spec),
+            OUT.value,
+            recipe,
+            TEXT.value,
+            TEXT_TOKENS.value,
+            CONTEXT_LENGTH.value,
+        )
+        print_certificate(certificate, OUT.value)
+    except (ValueError, FileNotFoundError) as error:
+        metrics.fail(error)
+
+
+def arguments() -> tuple[str, dict[str, Any]]:
+    """The source and the arguments of `tying.tie`, from --config where given, else from flags."""
+    if CONFIG.value is not None:
+        config = CONFIG.value
+        return SOURCE.value or config.source, tying.recipe_from(config.model, config.seed)
+    if SOURCE.value is None:
+        raise ValueError("nothing to convert: give --source=MODEL, or --config=FILE")
+    rank = LORA_RANK.value
+    if rank != "full":
+        try:
+            rank = int(rank)
+        except ValueError:
+            raise ValueError(f"--lora_rank={rank!r}; expected a number or 'full'") from None
+    return SOURCE.value, {
+        "num_loops": NUM_LOOPS.value,
+        "method": METHOD.value,
+        "lora": LORA_INIT.value,
+        "lora_ranks": rank,
+        "norms": NORMS.value,
+        "rounding": ROUNDING.value,
+        "seed": SEED.value,
+    }
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("out")
+    app.run(main)
