@@ -37,6 +37,8 @@ setup(
         "tensorflow-datasets>=4.9.10",
         "tensorboardX>=2.6.5",
         "numpy>=2.2",
+        "scipy>=1.13",
+        "threadpoolctl>=3.5",
         "absl-py>=2.1",
         "tqdm>=4.66",
         "zstandard>=0.22",
@@ -45,6 +47,6 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "cuda12": ["jax[cuda12]>=0.10,<0.13"],
         "hub": ["huggingface-hub>=0.34"],
-        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.6"],
     },
 )

@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
     c.tokens = 1_000_000  # to train on; steps = tokens / (batch_size * context_length)
     c.seed = 0
     c.dtype = "auto"  # compute: float32 on CPU, bfloat16 on TPU and GPU
-    c.remat = "full"  # none full dots offload_dots save_all_but_merged
+    c.remat = "dots"  # none full dots offload_dots save_all_but_merged
     c.unroll_layers = 1
     c.log_every = 10  # steps
     c.eval_every = 250
@@ -67,6 +67,30 @@ def get_config() -> ConfigDict:
     c.mesh.fsdp = 1
     c.mesh.tensor = 1
     return c
+
+
+def paper_training(c: ConfigDict) -> None:
+    """The paper's uptraining (App. E): 60B tokens, 2M a step, lr 2e-4, norms tied."""
+    c.model.norms = "tied"
+    c.data.train = "tfds:slim_pajama"  # not in the TFDS catalogue: give your copy
+    c.data.context_length = 2048
+    c.data.batch_size = 1024
+    c.optimizer.learning_rate = 2e-4
+    c.optimizer.warmup_steps = 800
+    c.tokens = 60_000_000_000
+    c.eval_every = 500
+    c.checkpoint_every = 500
+
+
+def small_training(c: ConfigDict) -> None:
+    """Uptraining that one small machine finishes: 200k tokens, 1k a step."""
+    c.data.context_length = 256
+    c.data.batch_size = 4
+    c.optimizer.learning_rate = 3e-4
+    c.optimizer.warmup_steps = 20
+    c.tokens = 200_000
+    c.eval_every = 50
+    c.checkpoint_every = 50
 
 
 def parse_arg(arg: str | None, **defaults):

@@ -10,6 +10,7 @@ Run the same command again to resume. Any value of the config can be set with --
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import signal
@@ -133,8 +134,8 @@ def from_source(source: Source, config) -> Start:
     return Start(params, cfg, tokenizer, facts | {"tying": options.to_dict()}, f"{source.path}")
 
 
-def open_text(config, tokenizer) -> tuple[data_lib.PackedRows, text.Windows]:
-    """Packed training rows and the windows perplexity is measured on."""
+def open_text(config, tokenizer) -> tuple[data_lib.PackedRows, text.Windows, str]:
+    """Packed training rows, the windows perplexity is measured on, and the training text's hash."""
     d = config.data
     prefix = text.bos_prefix(tokenizer)
 
@@ -157,7 +158,7 @@ def open_text(config, tokenizer) -> tuple[data_lib.PackedRows, text.Windows]:
     windows = text.eval_windows(
         tokenizer, (valid[i] for i in range(len(valid))), d.context_length, d.eval_tokens
     )
-    return rows, windows
+    return rows, windows, hashlib.blake2b(train.hashes.tobytes(), digest_size=8).hexdigest()
 
 
 class Stop:
@@ -202,7 +203,7 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
     text.check_vocabulary(start.tokenizer, cfg.vocab_size)
     if objective.kd and source is None:
         raise ValueError("objective.kd > 0 needs the model to distil from: set --config.source")
-    rows, windows = open_text(config, start.tokenizer)
+    rows, windows, text_hash = open_text(config, start.tokenizer)
 
     tokens_per_step = config.data.batch_size * config.data.context_length
     num_steps = max(1, round(config.tokens / tokens_per_step))
@@ -233,6 +234,12 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
                 f"{workdir} was planned for {progress['num_steps']} steps, this config gives "
                 f"{num_steps}: the learning-rate schedule would jump. Use the same tokens, "
                 "batch_size and context_length, or start a new --workdir with --config.init_from"
+            )
+        if progress["text_hash"] != text_hash:
+            raise ValueError(
+                f"the text of {config.data.train} has changed since {workdir} was started, so the "
+                "run cannot go on where it stopped. Restore the text, or start a new --workdir "
+                f"with --config.init_from={workdir}"
             )
         batches.set_state(progress["data"])
         history = progress["history"]
@@ -291,6 +298,7 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
     def save(step, wait=False):
         progress = {
             "data": batches.get_state(),
+            "text_hash": text_hash,
             "num_steps": num_steps,
             "history": history,
             "tokens": step * tokens_per_step,
@@ -338,7 +346,8 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
         if stopped:
             break
     saver.close()
-    summary = summarise(config, start, state, history, int(state.step), tokens_per_step)
+    source_counts = parameter_counts(abstract_params(source.cfg)) if source else None
+    summary = summarise(config, state, source_counts, history, int(state.step), tokens_per_step)
     summary["seconds"] = round(time.time() - began, 1)
     writer.close()
     if stopped:
@@ -391,7 +400,7 @@ def print_start(config, start, mesh, dtype, rows, num_steps, first_step) -> None
     metrics.say()
 
 
-def summarise(config, start, state, history, step, tokens_per_step) -> dict[str, Any]:
+def summarise(config, state, source_parameters, history, step, tokens_per_step) -> dict[str, Any]:
     before = next((h for h in history if h["name"] == "valid"), None)
     after = next((h for h in reversed(history) if h["name"] == "valid"), None)
     source = next((h for h in history if h["name"] == "source"), None)
@@ -399,6 +408,7 @@ def summarise(config, start, state, history, step, tokens_per_step) -> dict[str,
         "steps": step,
         "tokens": step * tokens_per_step,
         "parameters": parameter_counts(state.params),
+        "source_parameters": source_parameters,
         "before": before,
         "after": after,
         "source": source,
@@ -411,14 +421,20 @@ def summarise(config, start, state, history, step, tokens_per_step) -> dict[str,
 
 
 def print_end(summary, workdir) -> None:
-    rows = [
-        (name, f"{summary[key]['perplexity']:,.2f}", f"{summary[key]['nll']:.4f}")
-        for name, key in (("source", "source"), ("before", "before"), ("after", "after"))
-        if summary[key]
-    ]
-    metrics.say("\n" + metrics.table(rows, ("model", "perplexity", "nll")))
+    sizes, rows = summary["parameters"], []
+    for name, key in (("source", "source"), ("recursive, before", "before"), ("after", "after")):
+        if not summary[key]:
+            continue
+        n = summary["source_parameters"] if key == "source" else sizes
+        if n is None:
+            continue
+        layers = n["shared"] + n["lora"] + n["vectors"]
+        ppl, nll = summary[key]["perplexity"], summary[key]["nll"]
+        rows.append((name, f"{layers:,}", f"{n['total']:,}", f"{ppl:,.2f}", f"{nll:.4f}"))
+    header = ("model", "layers' parameters", "all parameters", "perplexity", "nll")
+    metrics.say("\n" + metrics.table(rows, header))
     if "recovered" in summary:
-        metrics.say(f"{100 * summary['recovered']:.0f}% of the gap in nll recovered")
+        metrics.say(f"{summary['recovered']:.0%} of the gap in nll to the source recovered")
     metrics.say(
         f"trained on {metrics.count(summary['tokens'])} tokens in "
         f"{metrics.clock(summary['seconds'])}; checkpoint: {workdir}\n"

@@ -1,0 +1,30 @@
+"""The whole method in a few minutes on a laptop: our own small Llama, folded in two.
+
+    bash launch/quickstart.sh
+    python -m recursive_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
+
+Source: recursive_jax/assets/tiny (12 layers) -> 2 loops × 6 layers, average + SVD LoRA of rank 16,
+uptrained with distillation on the docstrings of the installed packages.
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+    args = common.parse_arg(arg, loops=2, rank=16, tokens=450_000)
+    c = common.get_config()
+    c.source = "tiny"
+    c.model.num_loops = args.loops
+    c.model.lora_rank = args.rank
+    c.data.train = "docstrings:6"
+    c.data.context_length = 256
+    c.data.batch_size = 8
+    c.data.eval_tokens = 10_000
+    c.optimizer.learning_rate = 1e-3
+    c.optimizer.warmup_steps = 20
+    c.optimizer.final_fraction = 0.05
+    c.tokens = args.tokens
+    c.remat = "dots"
+    c.eval_every = 50
+    c.checkpoint_every = 50
+    return c

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Installs the test extra and runs the suite. Arguments go to pytest. TORCH=1 adds transformers'
+# torch models (Python 3.11, CPU build), against which the parity tests then run.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/venv.sh
+version=$("$(find_python)" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+make_venv ".venv-test-$version" "[test]"
+if [ "${TORCH:-0}" = 1 ] && [ "$version" = 3.11 ]; then
+  "$PY" -m pip install --quiet --disable-pip-version-check "torch==2.13.0" accelerate sentencepiece
+fi
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+"$PY" -m ruff check .
+"$PY" -m ruff format --check .
+"$PY" -m pytest -q -n 2 "$@"
