@@ -27,10 +27,14 @@ class MetricWriter:
             self._board = SummaryWriter(str(directory / "tensorboard"), write_to_disk=True)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Values are named by path, such as `train/loss` or `perf/tokens_per_second`."""
+        """Values are named by path, such as `train/loss` or `perf/tokens_per_second`.
+
+        One that is not finite is left out: JSON has no word for it, and no plot a place.
+        """
         if self._file is None:
             return
         values = {name: float(value) for name, value in values.items()}
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         self._file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -80,10 +84,11 @@ def clock(seconds: float) -> str:
 
 def count(n: int | float) -> str:
     """A number a person can read: 1,234 · 12.3M · 4.56B."""
-    for unit, size in (("B", 1e9), ("M", 1e6)):
-        if abs(n) >= size:
-            return f"{n / size:.3g}{unit}"
-    return f"{n:,.0f}"
+    if abs(n) < 1e6:
+        return f"{n:,.0f}"
+    unit, size = ("B", 1e9) if abs(n) >= 999.5e6 else ("M", 1e6)  # 999.9M is 1B
+    n /= size
+    return f"{n:,.0f}{unit}" if abs(n) >= 999.5 else f"{n:.3g}{unit}"
 
 
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str] = ()) -> str:
@@ -92,7 +97,7 @@ def table(rows: Sequence[Sequence[Any]], header: Sequence[str] = ()) -> str:
     columns = list(zip(*lines, strict=True))
     widths = [max(len(cell) for cell in column) for column in columns]
     numeric = [
-        all(not isinstance(row[i], str) or row[i][:1].isdigit() for row in rows)
+        all(not isinstance(row[i], str) or row[i].lstrip("-")[:1].isdigit() for row in rows)
         for i in range(len(widths))
     ]
     out = [

@@ -1,0 +1,139 @@
+"""Who may import whom, read from the source: jobs -> rooms -> models -> jax and flax."""
+
+import ast
+import pathlib
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PACKAGE = "recursive_jax"
+ROOMS = ("models", "weights", "training", "decoding")
+SHARED = ("sharding", "metrics", "text")  # single files that import nothing of the package
+# Leaves every room may use: the version, and the text conventions (which import numpy only).
+LEAVES = (PACKAGE, f"{PACKAGE}.text", f"{PACKAGE}.__version__")
+FLAGS = ("absl.app", "absl.flags", "ml_collections")
+HTTP = ("http", "socketserver", "aiohttp", "fastapi", "flask", "starlette", "uvicorn", "requests")
+ONLY_IN = {  # library -> files that may import it at all
+    "lm_eval": ("recursive_jax/evaluate.py",),
+    "torch": (),
+    "tensorflow": (),
+    **{name: ("recursive_jax/serve.py",) for name in HTTP},
+}
+# Slow to import or optional: only inside the function that needs them.
+INSIDE_FUNCTIONS = (
+    "gguf",
+    "huggingface_hub",
+    "lm_eval",
+    "matplotlib",
+    "orbax",
+    "tensorboardX",
+    "tensorflow_datasets",
+    "transformers",
+)
+
+FILES = sorted(
+    p.relative_to(ROOT).as_posix() for d in (PACKAGE, "configs") for p in (ROOT / d).rglob("*.py")
+)
+
+
+def imports(source: str, file: str) -> list[tuple[str, bool]]:
+    """(dotted name, whether at module level) of everything a file imports.
+
+    `from a.b import c` counts as `a.b.c`, since c may be a module.
+    """
+    package = file.removesuffix(".py").split("/")[:-1]
+    found = []
+
+    def visit(node, top):
+        for child in ast.iter_child_nodes(node):
+            inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            if isinstance(child, ast.Import):
+                found.extend((alias.name, top) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                base = package[: len(package) - child.level + 1] if child.level else []
+                base = base + ([child.module] if child.module else [])
+                found.extend((".".join([*base, alias.name]), top) for alias in child.names)
+            visit(child, top and not inside)
+
+    visit(ast.parse(source), True)
+    return found
+
+
+def is_in(name: str, *modules: str) -> bool:
+    return any(name == m or name.startswith(m + ".") for m in modules)
+
+
+def complaints(source: str, file: str) -> list[str]:
+    """What is wrong with the imports of `file`, a path below the project's root."""
+    parts = file.split("/")
+    room = parts[1] if parts[0] == PACKAGE and parts[1] in ROOMS else None
+    shared = len(parts) == 2 and parts[1].removesuffix(".py") in SHARED
+    out = []
+    for name, top in imports(source, file):
+        ours = is_in(name, PACKAGE)
+        if room and ours and name not in LEAVES and not is_in(name, PACKAGE + ".text"):
+            if not is_in(name, f"{PACKAGE}.{room}", f"{PACKAGE}.models"):
+                out.append(f"{file}: room {room} imports {name}; expected only models")
+        if shared and ours:
+            out.append(f"{file}: a file that all share imports {name}")
+        if parts[0] == "configs" and ours:
+            out.append(f"{file}: a config imports {name}; expected values only")
+        if (room or shared) and is_in(name, *FLAGS):
+            out.append(f"{file}: {name} stops at the jobs and configs")
+        for library, allowed in ONLY_IN.items():
+            if is_in(name, library) and file not in allowed:
+                out.append(f"{file}: {library} belongs in {allowed or 'tests'}")
+        if top and parts[1] != "assets" and is_in(name, *INSIDE_FUNCTIONS):
+            out.append(f"{file}: import {name} inside the function that needs it")
+        if file.endswith("decoding/scheduler.py"):
+            if name.split(".")[0] not in sys.stdlib_module_names:
+                out.append(f"{file}: the scheduler imports {name}; expected standard library only")
+    return out
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_imports_keep_the_rooms_apart(file):
+    assert not complaints((ROOT / file).read_text(), file)
+
+
+def test_files_were_found():
+    for name in ("recursive_jax/models/decoder.py", "recursive_jax/train.py", "configs/common.py"):
+        assert name in FILES
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("recursive_jax/training/step.py", "from recursive_jax.weights import tying"),
+        ("recursive_jax/training/step.py", "from recursive_jax import sharding"),
+        ("recursive_jax/training/step.py", "from ..weights.tying import tie"),
+        ("recursive_jax/training/step.py", "import recursive_jax.decoding.engine"),
+        ("recursive_jax/models/layers.py", "def f():\n    from recursive_jax.training import data"),
+        ("recursive_jax/models/layers.py", "from absl import flags"),
+        ("recursive_jax/weights/hf.py", "from ml_collections import ConfigDict"),
+        ("recursive_jax/weights/hf.py", "import transformers"),
+        ("recursive_jax/weights/hf.py", "def f():\n    import torch"),
+        ("recursive_jax/train.py", "def f():\n    import lm_eval"),
+        ("recursive_jax/train.py", "import http.server"),
+        ("recursive_jax/sharding.py", "from recursive_jax.models import config"),
+        ("recursive_jax/decoding/scheduler.py", "import numpy as np"),
+        ("configs/x.py", "from recursive_jax.models.config import DecoderConfig"),
+    ],
+)
+def test_a_forbidden_import_is_noticed(file, source):
+    assert len(complaints(source, file)) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("recursive_jax/training/step.py", "from recursive_jax.training.losses import Objective"),
+        ("recursive_jax/training/step.py", "from recursive_jax.models.decoder import Decoder"),
+        ("recursive_jax/weights/hf.py", "def f():\n    import transformers"),
+        ("recursive_jax/serve.py", "import http.server\nfrom absl import flags"),
+        ("recursive_jax/decoding/scheduler.py", "import collections\nimport dataclasses"),
+    ],
+)
+def test_allowed_imports_pass(file, source):
+    assert not complaints(source, file)

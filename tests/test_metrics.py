@@ -1,0 +1,80 @@
+"""What a person sees: numbers, tables, rates, metric files."""
+
+import json
+import math
+
+import pytest
+
+from recursive_jax import metrics
+
+
+def test_numbers_a_person_can_read():
+    shown = [0, 999, 1234, 999_999, 1_000_000, 12_345_678, 999_950_000, 4.56e9, 2.5e12]
+    assert [metrics.count(n) for n in shown] == [
+        "0", "999", "1,234", "999,999", "1M", "12.3M", "1B", "4.56B", "2,500B",
+    ]  # fmt: skip
+    assert [metrics.clock(s) for s in (0, 59.4, 59.6, 3599, 3600, 36_061)] == [
+        "0:00", "0:59", "1:00", "59:59", "1:00:00", "10:01:01",
+    ]  # fmt: skip
+
+
+def test_table_aligns_words_left_and_numbers_right():
+    text = metrics.table([("a", "1,234.5", 7), ("long name", "-2.0", 12)], ("who", "nll", "n"))
+    assert text.split("\n") == [
+        "who            nll   n",
+        "─────────  ───────  ──",
+        "a          1,234.5   7",
+        "long name     -2.0  12",
+    ]
+    assert metrics.table([("model", "x"), ("to do", "5 steps")]) == "model  x\nto do  5 steps"
+
+
+def test_progress_leaves_compilation_out(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    progress = metrics.Progress(total=20, start=10)
+    assert progress.eta(10) == "?"
+    now[0] = 100.0  # the first step compiles
+    progress.tick(11)
+    assert math.isnan(progress.seconds_per_step) and progress.eta(11) == "?"
+    for step in (12, 13, 14):
+        now[0] += 2.0
+        progress.tick(step)
+    assert progress.seconds_per_step == 2.0
+    assert progress.eta(14) == "0:12"
+
+
+def test_metric_files_can_be_read_back(tmp_path):
+    for step in (1, 2):  # the second writer goes on where the first ended
+        writer = metrics.MetricWriter(tmp_path)
+        writer.write(step, {"train/loss": 0.5 * step, "perf/rate": math.nan})
+        writer.close()
+        assert scalars(tmp_path / "tensorboard")["train/loss"][-1] == (step, 0.5 * step)
+    strict = lambda text: pytest.fail(f"{text} is not JSON")  # noqa: E731
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line, parse_constant=strict) for line in lines]
+    assert [(r["step"], r["train/loss"]) for r in records] == [(1, 0.5), (2, 1.0)]
+    assert all("perf/rate" not in r for r in records), "a number that is none is left out"
+
+
+def scalars(directory):
+    """tag -> [(step, value)] of TensorBoard event files, read without TensorBoard."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = {}
+    for file in sorted(directory.iterdir()):
+        data = file.read_bytes()
+        while data:  # length, its checksum, event, its checksum
+            length = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return {tag: sorted(values) for tag, values in found.items()}
+
+
+def test_fail_is_one_line_and_exit_code_2(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        metrics.fail(ValueError("no such thing; make one"))
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "error: no such thing; make one\n"
