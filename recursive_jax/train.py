@@ -9,32 +9,28 @@ Run the same command again to resume. Any value of the config can be set with --
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import pathlib
-import signal
 import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from flax import linen as nn
 from ml_collections import config_flags
 
 from recursive_jax import metrics, sharding, text
-from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import (
     REMAT_CHOICES,
     Decoder,
     abstract_params,
-    init_params,
     logical_axes,
     parameter_counts,
 )
 from recursive_jax.training import data as data_lib
+from recursive_jax.training import loop
 from recursive_jax.training.documents import documents
 from recursive_jax.training.evaluation import perplexity
 from recursive_jax.training.losses import Objective
@@ -43,9 +39,9 @@ from recursive_jax.training.optimizer import (
     learning_rate_schedule,
     make_optimizer,
 )
-from recursive_jax.training.step import init_state, make_train_step
-from recursive_jax.weights import checkpoint, tying
-from recursive_jax.weights.source import ASSETS, Source, open_source
+from recursive_jax.training.step import TrainState, init_state, make_train_step
+from recursive_jax.weights import checkpoint, start, tying
+from recursive_jax.weights.source import Source, open_source
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "what to train, e.g. configs/gemma_rrt.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "checkpoints, metrics; resumed when it exists")
@@ -54,90 +50,37 @@ DISTRIBUTED = flags.DEFINE_bool(
 )
 
 
-@dataclasses.dataclass
-class Start:
-    """The model a run begins with."""
-
-    params: Any  # nested host arrays; None when they are restored from the workdir
-    cfg: DecoderConfig
-    tokenizer: Any
-    facts: dict[str, Any]  # for the checkpoint's config.json
-    origin: str  # for the start-up table
-
-
-def compute_dtype(name: str) -> jnp.dtype:
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if name not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype={name!r}; expected auto, float32 or bfloat16")
-    return jnp.dtype(name)
-
-
-def starting_model(config, workdir: pathlib.Path) -> tuple[Start, Source | None]:
+def starting_model(config, source: Source | None, workdir: pathlib.Path) -> start.Start:
     """Restore order: workdir > init_from > source > scratch."""
-    source = open_source(config.source) if config.source else None
     recipe = {
         "source": config.source,
         "init_from": config.init_from,
         "scratch": config.scratch.to_dict(),
         "model": config.model.to_dict(),
     }
-    if (workdir / checkpoint.CONFIG).exists():
-        cfg, facts = checkpoint.load_config(workdir)
-        if facts.get("recipe") != recipe:
-            changed = [k for k in recipe if (facts.get("recipe") or {}).get(k) != recipe[k]]
-            raise ValueError(
-                f"{workdir} holds a run of another model: {', '.join(changed)} differ from this "
-                "config. Give another --workdir, or the config it was started with"
-            )
-        if checkpoint.latest_step(workdir) is not None:
-            tokenizer = text.load_tokenizer(workdir / "tokenizer")
-            return Start(None, cfg, tokenizer, facts, f"resumed from {workdir}"), source
+    begin = start.from_workdir(workdir, recipe)
+    if begin is not None:
+        return begin
     if config.init_from:
-        cfg, facts = checkpoint.load_config(config.init_from)
-        params = checkpoint.as_numpy(checkpoint.load_params(config.init_from)[0])
-        tokenizer = text.load_tokenizer(pathlib.Path(config.init_from) / "tokenizer")
-        start = Start(params, cfg, tokenizer, facts, f"checkpoint {config.init_from}")
+        begin = start.from_checkpoint(config.init_from)
+    elif source is not None and config.model.reduced_baseline:
+        begin = start.reduced_baseline(source, config.model.num_loops, config.seed)
     elif source is not None:
-        start = from_source(source, config)
+        begin = start.from_source(source, tying.recipe_from(config.model, config.seed))
     elif config.scratch:
-        cfg = DecoderConfig.from_json(config.scratch.to_dict())
-        params = checkpoint.as_numpy(init_params(cfg, jax.random.key(config.seed)))
-        where = ASSETS / "tiny" if config.tokenizer == "tiny" else config.tokenizer
-        start = Start(params, cfg, text.load_tokenizer(where), {}, "random weights")
+        begin = start.from_scratch(config.scratch.to_dict(), config.tokenizer, config.seed)
     else:
         raise ValueError(
             "nothing to train: set --config.source=MODEL (Hugging Face directory, .gguf, hub id "
             "or 'tiny'), --config.init_from=CHECKPOINT, or config.scratch"
         )
-    start.facts = {k: v for k, v in start.facts.items() if k not in ("format", "versions")}
-    start.facts["recipe"] = recipe
-    return start, source
-
-
-def from_source(source: Source, config) -> Start:
-    """Convert a pretrained model by `config.model` (or make the paper's reduced-size baseline)."""
-    options, tokenizer = config.model, source.load_tokenizer()
-    facts = {"source": str(source.path), "generation_config": source.generation_config}
-    if options.reduced_baseline:  # paper §3.2: fewer layers, no loop, no pretrained weights
-        tying.selected_depths("lower", source.cfg.depth, options.num_loops)
-        cfg = source.cfg.replace(
-            num_layers=source.cfg.depth // options.num_loops,
-            windows=source.cfg.windows[: source.cfg.depth // options.num_loops],
-            rope_of_depth=source.cfg.rope_of_depth[: source.cfg.depth // options.num_loops],
-        )
-        params = checkpoint.as_numpy(init_params(cfg, jax.random.key(config.seed)))
-        return Start(params, cfg, tokenizer, facts, "random weights, reduced size")
-    if options.num_loops == 1 and not options.lora_rank:
-        return Start(source.load_params(), source.cfg, tokenizer, facts, f"{source.path}, as is")
-    params, cfg = tying.tie(source.params, source.cfg, **tying.recipe_from(options, config.seed))
-    return Start(params, cfg, tokenizer, facts | {"tying": options.to_dict()}, f"{source.path}")
+    begin.facts["recipe"] = recipe
+    return begin
 
 
 def open_text(config, tokenizer) -> tuple[data_lib.PackedRows, text.Windows, str]:
-    """Packed training rows, the windows perplexity is measured on, and the training text's hash."""
+    """Packed training rows, the windows perplexity is measured on, the training text's hash."""
     d = config.data
-    prefix = text.bos_prefix(tokenizer)
 
     def tokens(spec):
         return data_lib.tokenize(
@@ -154,235 +97,176 @@ def open_text(config, tokenizer) -> tuple[data_lib.PackedRows, text.Windows, str
     else:
         valid = train.split("valid", d.valid_fraction)
         train = train.split("train", d.valid_fraction)
-    rows = data_lib.PackedRows(train, prefix, d.context_length, config.seed)
+    rows = data_lib.PackedRows(train, text.bos_prefix(tokenizer), d.context_length, config.seed)
     windows = text.eval_windows(
         tokenizer, (valid[i] for i in range(len(valid))), d.context_length, d.eval_tokens
     )
     return rows, windows, hashlib.blake2b(train.hashes.tobytes(), digest_size=8).hexdigest()
 
 
-class Stop:
-    """Remembers that the machine is being taken away (SIGTERM) or Ctrl-C was pressed."""
-
-    def __init__(self):
-        self.asked = False
-        for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, self._ask)
-
-    def _ask(self, number, frame):
-        if self.asked:  # pressed twice: now
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def reached(self, step: int) -> bool:
-        """True on every process at the same step."""
-        if jax.process_count() == 1:
-            return self.asked
-        from jax.experimental import multihost_utils
-
-        return multihost_utils.reached_preemption_sync_point(step)
+def restore(workdir, abstract: TrainState, shardings: TrainState, plan: dict[str, Any]):
+    """The saved state, `progress` and step of a run with the same plan."""
+    arrays = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        {"params": abstract.params, "opt_state": abstract.opt_state},
+        {"params": shardings.params, "opt_state": shardings.opt_state},
+    )
+    arrays, progress, step = checkpoint.restore(workdir, arrays)
+    changed = [name for name in plan if progress["plan"][name] != plan[name]]
+    if changed:
+        then = ", ".join(f"{name} was {progress['plan'][name]}" for name in changed)
+        now = ", ".join(f"{name} is {plan[name]}" for name in changed)
+        raise ValueError(
+            f"{workdir} cannot go on where it stopped: {then}; now {now}. "
+            f"Put it back, or start a new --workdir with --config.init_from={workdir}"
+        )
+    array = sharding.put_global(np.int32(step), shardings.step)
+    return TrainState(step=array, **arrays), progress, step
 
 
 def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
-    """One run, resumed when `workdir` holds one. Returns its `summary.json`."""
-    workdir = pathlib.Path(workdir)
-    objective = Objective(**config.objective)
-    optimizer_cfg = OptimizerConfig(**config.optimizer)
+    """One run, resumed when `workdir` holds one. Returns what `summary.json` holds."""
+    workdir, began = pathlib.Path(workdir), time.time()
+    objective, optimizer = Objective(**config.objective), OptimizerConfig(**config.optimizer)
     if config.remat not in REMAT_CHOICES:
         raise ValueError(f"remat={config.remat!r}; expected one of {', '.join(REMAT_CHOICES)}")
-    dtype = compute_dtype(config.dtype)
-    mesh = sharding.make_mesh(**config.mesh)
-    shards = sharding.data_shards(mesh)
-    if config.data.batch_size % shards:
-        raise ValueError(
-            f"data.batch_size={config.data.batch_size} does not divide over the {shards} devices "
-            "of the mesh axes data × fsdp; choose a multiple"
-        )
-    start, source = starting_model(config, workdir)
-    cfg = start.cfg
-    text.check_vocabulary(start.tokenizer, cfg.vocab_size)
-    if objective.kd and source is None:
+    if objective.kd and not config.source:
         raise ValueError("objective.kd > 0 needs the model to distil from: set --config.source")
-    rows, windows, text_hash = open_text(config, start.tokenizer)
-
-    tokens_per_step = config.data.batch_size * config.data.context_length
+    dtype = sharding.compute_dtype(config.dtype)
+    mesh = sharding.make_mesh(**config.mesh)
+    shards, batch_size = sharding.data_shards(mesh), config.data.batch_size
+    if batch_size % shards:
+        raise ValueError(
+            f"data.batch_size={batch_size} does not divide over the {shards} devices of the mesh "
+            "axes data × fsdp; choose a multiple"
+        )
+    source = open_source(config.source) if config.source else None
+    begin = starting_model(config, source, workdir)
+    cfg = begin.cfg
+    text.check_vocabulary(begin.tokenizer, cfg.vocab_size)
+    rows, windows, text_hash = open_text(config, begin.tokenizer)
+    tokens_per_step = batch_size * config.data.context_length
     num_steps = max(1, round(config.tokens / tokens_per_step))
-    tx = make_optimizer(optimizer_cfg, num_steps)
-    schedule = learning_rate_schedule(optimizer_cfg, num_steps)
+    plan = {"num_steps": num_steps, "tokens_per_step": tokens_per_step, "text_hash": text_hash}
+
+    tx = make_optimizer(optimizer, num_steps)
     options = dict(dtype=dtype, remat_policy=config.remat, data_shards=shards)
     model = Decoder(cfg, unroll_layers=config.unroll_layers, **options)
-    teacher = Decoder(source.cfg, **options) if objective.kd else None
-
     rules = sharding.rules_for(mesh, cfg)
     param_shardings = sharding.shardings(logical_axes(cfg), mesh, rules)
     abstract = jax.eval_shape(lambda p: init_state(p, tx), abstract_params(cfg))
-    state_shardings = sharding.state_shardings(abstract, param_shardings, mesh)
-
+    shardings = sharding.state_shardings(abstract, param_shardings, mesh)
     batches = data_lib.batches(
-        rows, config.data.batch_size, config.seed, jax.process_index(), jax.process_count()
+        rows, batch_size, config.seed, jax.process_index(), jax.process_count()
     )
     history: list[dict[str, Any]] = []
-    if start.params is None:
-        arrays = {"params": abstract.params, "opt_state": abstract.opt_state}
-        where = {"params": state_shardings.params, "opt_state": state_shardings.opt_state}
-        arrays = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), arrays, where
-        )
-        arrays, progress, first_step = checkpoint.restore(workdir, arrays)
-        if progress["num_steps"] != num_steps:
-            raise ValueError(
-                f"{workdir} was planned for {progress['num_steps']} steps, this config gives "
-                f"{num_steps}: the learning-rate schedule would jump. Use the same tokens, "
-                "batch_size and context_length, or start a new --workdir with --config.init_from"
-            )
-        if progress["text_hash"] != text_hash:
-            raise ValueError(
-                f"the text of {config.data.train} has changed since {workdir} was started, so the "
-                "run cannot go on where it stopped. Restore the text, or start a new --workdir "
-                f"with --config.init_from={workdir}"
-            )
+    if begin.params is None:
+        state, progress, first_step = restore(workdir, abstract, shardings, plan)
         batches.set_state(progress["data"])
         history = progress["history"]
-        step_array = sharding.put_global(np.int32(first_step), state_shardings.step)
-        state = dataclasses.replace(abstract, step=step_array, **arrays)
     else:
         first_step = 0
-        params = sharding.put_global(start.params, param_shardings)
-        start.params = None  # the host copy
-        state = jax.jit(lambda p: init_state(p, tx), out_shardings=state_shardings)(params)
+        params = sharding.put_global(begin.params, param_shardings)
+        begin.params = None  # the host copy
+        state = jax.jit(lambda p: init_state(p, tx), out_shardings=shardings)(params)
         del params
-    teacher_params = None
-    if teacher is not None:
-        axes = sharding.shardings(logical_axes(source.cfg), mesh, rules)
+    teacher = teacher_params = None
+    if objective.kd:
+        teacher = Decoder(source.cfg, **options)
+        axes = sharding.shardings(
+            logical_axes(source.cfg), mesh, sharding.rules_for(mesh, source.cfg)
+        )
         teacher_params = sharding.put_global(source.load_params(), axes)
 
-    loss_step = make_train_step(model, tx, objective, teacher)
+    inner = make_train_step(model, tx, objective, teacher)
 
     def sharded_step(state, batch, teacher_params):
         with nn.logical_axis_rules(rules):
-            return loss_step(state, batch, teacher_params)
+            return inner(state, batch, teacher_params)
 
-    step_fn = jax.jit(sharded_step, donate_argnums=0, out_shardings=(state_shardings, None))
-    put_windows = lambda b: sharding.put_global(b, sharding.batch_sharding(mesh))  # noqa: E731
-
-    def evaluate(model, params):
-        batch_size = max(shards, config.data.batch_size)
-        with jax.set_mesh(mesh):
-            return perplexity(
-                model, params, windows.tokens, windows.scored, batch_size,
-                all_loops=model.cfg.num_loops > 1, put=put_windows,
-            )  # fmt: skip
+    jitted = jax.jit(sharded_step, donate_argnums=0, out_shardings=(shardings, None))
 
     if first_step == 0:
-        checkpoint.create(workdir, cfg, start.tokenizer, **start.facts)
-    print_start(config, start, mesh, dtype, rows, num_steps, first_step)
+        checkpoint.create(workdir, cfg, begin.tokenizer, **begin.facts)
+    print_start(config, begin, mesh, dtype, rows, num_steps, first_step)
     writer = metrics.MetricWriter(workdir)
     saver = checkpoint.Writer(workdir, keep=config.keep_checkpoints)
-    stop = Stop()
+    progress_bar = metrics.Progress(num_steps, first_step)
+    rate = learning_rate_schedule(optimizer, num_steps)
 
-    def record_eval(step, model, params, name="valid"):
-        result = evaluate(model, params)
+    def evaluate(step, model, params, name="valid"):
+        put = lambda b: sharding.put_global(b, sharding.batch_sharding(mesh))  # noqa: E731
+        result = perplexity(
+            model, params, *windows, batch_size, all_loops=model.cfg.num_loops > 1, put=put
+        )
         history.append({"step": step, "name": name, **result})
-        values = {f"{name}/nll": result["nll"], f"{name}/perplexity": result["perplexity"]}
-        for i, value in enumerate(result.get("perplexity_exits", [])[:-1], 1):
-            values[f"{name}/perplexity_exit_{i}"] = value
-        writer.write(step, values)
         exits = result.get("perplexity_exits", [])
-        by_loop = "  by exit " + " · ".join(f"{x:.4g}" for x in exits) if len(exits) > 1 else ""
+        values = {f"{name}/nll": result["nll"], f"{name}/perplexity": result["perplexity"]}
+        values |= {f"{name}/perplexity_exit_{i}": x for i, x in enumerate(exits, 1)}
+        writer.write(step, values)
+        by_loop = f"  by exit {' · '.join(f'{x:.4g}' for x in exits)}" if exits else ""
         metrics.say(
             f"  {name} perplexity {result['perplexity']:.4g} (nll {result['nll']:.4f}, "
             f"{result['tokens']:,} tokens){by_loop}"
         )
-        return result
 
-    def save(step, wait=False):
-        progress = {
-            "data": batches.get_state(),
-            "text_hash": text_hash,
-            "num_steps": num_steps,
-            "history": history,
-            "tokens": step * tokens_per_step,
-        }
-        saver.save(step, state.params, state.opt_state, progress, wait=wait)
+    def log(step, values):
+        tokens_per_second = tokens_per_step / progress_bar.seconds_per_step
+        written = {f"train/{name}": value for name, value in values.items()}
+        written["train/learning_rate"] = float(rate(step))
+        writer.write(step, written | {"perf/tokens_per_second": tokens_per_second})
+        shown = [f"{k} {values[k]:.4f}" for k in ("loss", "ce", "kd", "ce_exit_1") if k in values]
+        metrics.say(
+            f"step {step}/{num_steps}  {step / num_steps:.0%}  {'  '.join(shown)}  "
+            + (
+                "compiled"
+                if np.isnan(tokens_per_second)
+                else f"{tokens_per_second:,.0f} tok/s  ETA {progress_bar.eta(step)}"
+            )
+        )
 
-    began = time.time()
+    def save(step, state):
+        data = batches.get_state()
+        progress = {"data": data, "plan": plan, "history": history}
+        saver.save(step, state.params, state.opt_state, progress)
+
     if first_step == 0:
         if teacher is not None:
-            record_eval(0, teacher, teacher_params, "source")
-        record_eval(0, model, state.params)
-    progress = metrics.Progress(num_steps, first_step)
-    pending = None  # metrics of the step before: read after the next step is under way
-    stopped = False
-    for step in range(first_step + 1, num_steps + 1):
-        batch = sharding.put_local_batch(next(batches), mesh)
-        state, values = step_fn(state, batch, teacher_params)
-        check(pending, step - 1)
-        pending = values
-        log = step % config.log_every == 0 or step in (first_step + 1, num_steps)
-        eval_now = step % config.eval_every == 0 or step == num_steps
-        stopped = stop.reached(step)
-        save_now = step % config.checkpoint_every == 0 or step == num_steps or stopped
-        if log or eval_now or save_now:
-            values = check(pending, step)
-        progress.tick(step)
-        if log:
-            rate = tokens_per_step / progress.seconds_per_step
-            written = {f"train/{k}": v for k, v in values.items()}
-            written["train/learning_rate"] = float(schedule(step))
-            if np.isfinite(rate):  # the first step only compiles
-                written["perf/tokens_per_second"] = rate
-            writer.write(step, written)
-            shown = "  ".join(
-                f"{k} {values[k]:.4f}" for k in ("loss", "ce", "kd", "ce_exit_1") if k in values
-            )
-            metrics.say(
-                f"step {step}/{num_steps}  {100 * step / num_steps:.0f}%  {shown}  "
-                f"{rate:,.0f} tok/s  ETA {progress.eta(step)}"
-            )
-        if eval_now:
-            record_eval(step, model, state.params)
-        if save_now:
-            save(step)
-        if stopped:
-            break
+            evaluate(0, teacher, teacher_params, "source")
+        evaluate(0, model, state.params)
+    state, step = loop.run(
+        lambda state, batch: jitted(state, sharding.put_local_batch(batch, mesh), teacher_params),
+        state,
+        batches,
+        first_step,
+        loop.Schedule(num_steps, config.log_every, config.eval_every, config.checkpoint_every),
+        loop.Hooks(
+            progress_bar.tick, log, lambda step, state: evaluate(step, model, state.params), save
+        ),
+        loop.Stop(),
+    )
     saver.close()
-    source_counts = parameter_counts(abstract_params(source.cfg)) if source else None
-    summary = summarise(config, state, source_counts, history, int(state.step), tokens_per_step)
-    summary["seconds"] = round(time.time() - began, 1)
     writer.close()
-    if stopped:
+    summary = summarise(config, state, source, history, step, tokens_per_step)
+    summary["seconds"] = round(time.time() - began, 1)
+    if step < num_steps:
         metrics.say(f"stopped at step {step} and saved; run the same command to go on")
-    else:
-        if jax.process_index() == 0:
-            checkpoint.write_json(workdir / "summary.json", summary)
-        print_end(summary, workdir)
+        return summary
+    if jax.process_index() == 0:
+        checkpoint.write_json(workdir / "summary.json", summary)
+    print_end(summary, workdir)
     return summary
 
 
-def check(values, step: int):
-    """Metrics as floats; stops the run when the loss is not finite, before anything is saved."""
-    if values is None:
-        return None
-    values = {k: float(v) for k, v in jax.device_get(values).items()}
-    if not np.isfinite(values["loss"]) or not np.isfinite(values.get("grad_norm", 0.0)):
-        raise FloatingPointError(
-            f"loss {values['loss']} and gradient norm {values.get('grad_norm')} at step {step} are "
-            "not finite. The last checkpoint is from before. Lower optimizer.learning_rate, "
-            "raise warmup_steps, or use --config.dtype=float32; then run again"
-        )
-    return values
-
-
-def print_start(config, start, mesh, dtype, rows, num_steps, first_step) -> None:
-    cfg = start.cfg
+def print_start(config, begin, mesh, dtype, rows, num_steps, first_step) -> None:
+    cfg, devices = begin.cfg, jax.devices()
     counts = {k: n for k, n in parameter_counts(abstract_params(cfg)).items() if n}
-    devices = jax.devices()
     tokens = config.data.batch_size * config.data.context_length
     shape = " × ".join(f"{name}={size}" for name, size in mesh.shape.items())
     metrics.say(
         metrics.table(
             [
-                ("model", start.origin),
+                ("model", begin.origin),
                 ("decoder", f"{cfg.family}, {cfg.num_loops} loops × {cfg.num_layers} layers, "
                             f"width {cfg.embed_dim}, norms {cfg.norms}"),
                 ("parameters", "  ".join(f"{k} {metrics.count(n)}" for k, n in counts.items())),
@@ -396,41 +280,41 @@ def print_start(config, start, mesh, dtype, rows, num_steps, first_step) -> None
                           f"{num_steps * config.data.batch_size / len(rows):.2f} epochs in all"),
             ]
         )
+        + "\n"
     )  # fmt: skip
-    metrics.say()
 
 
-def summarise(config, state, source_parameters, history, step, tokens_per_step) -> dict[str, Any]:
-    before = next((h for h in history if h["name"] == "valid"), None)
-    after = next((h for h in reversed(history) if h["name"] == "valid"), None)
-    source = next((h for h in history if h["name"] == "source"), None)
+def summarise(config, state, source, history, step, tokens_per_step) -> dict[str, Any]:
+    last = {entry["name"]: entry for entry in history}
+    first = {entry["name"]: entry for entry in reversed(history)}
+    before, after, vanilla = first.get("valid"), last.get("valid"), last.get("source")
     summary = {
         "steps": step,
         "tokens": step * tokens_per_step,
         "parameters": parameter_counts(state.params),
-        "source_parameters": source_parameters,
+        "source_parameters": source and parameter_counts(abstract_params(source.cfg)),
         "before": before,
         "after": after,
-        "source": source,
+        "source": vanilla,
         "config": json.loads(config.to_json_best_effort()),
     }
-    if source and before and after and before["nll"] > source["nll"]:
-        gap = before["nll"] - source["nll"]
+    if vanilla and before and before["nll"] > vanilla["nll"]:
+        gap = before["nll"] - vanilla["nll"]
         summary["recovered"] = (before["nll"] - after["nll"]) / gap
     return summary
 
 
 def print_end(summary, workdir) -> None:
-    sizes, rows = summary["parameters"], []
-    for name, key in (("source", "source"), ("recursive, before", "before"), ("after", "after")):
-        if not summary[key]:
-            continue
-        n = summary["source_parameters"] if key == "source" else sizes
-        if n is None:
-            continue
-        layers = n["shared"] + n["lora"] + n["vectors"]
-        ppl, nll = summary[key]["perplexity"], summary[key]["nll"]
-        rows.append((name, f"{layers:,}", f"{n['total']:,}", f"{ppl:,.2f}", f"{nll:.4f}"))
+    rows = []
+    for name, key in (("source", "source"), ("before", "before"), ("after", "after")):
+        if summary[key]:
+            sizes = summary["source_parameters" if key == "source" else "parameters"]
+            layers = sizes["shared"] + sizes["lora"] + sizes["vectors"]
+            quality = summary[key]
+            rows.append(
+                (name, f"{layers:,}", f"{sizes['total']:,}", f"{quality['perplexity']:,.2f}",
+                 f"{quality['nll']:.4f}")
+            )  # fmt: skip
     header = ("model", "layers' parameters", "all parameters", "perplexity", "nll")
     metrics.say("\n" + metrics.table(rows, header))
     if "recovered" in summary:

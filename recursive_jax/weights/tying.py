@@ -122,6 +122,21 @@ def tie(
     return _nest(out), recipe.cfg
 
 
+def tied_config(
+    cfg: DecoderConfig,
+    num_loops: int,
+    method: str | None = None,
+    lora: str | None = None,
+    lora_ranks: int | str | Mapping[str, int | str] | None = None,
+    norms: str = "per_loop",
+    rounding: str = "even",
+    norm_start: str | None = None,
+    seed: int = 0,
+) -> DecoderConfig:
+    """The config `tie` would return for these arguments; nothing is read or computed."""
+    return _recipe(cfg, num_loops, method, lora, lora_ranks, norms, rounding, norm_start).cfg
+
+
 def recipe_from(options: Any, seed: int) -> dict[str, Any]:
     """Arguments of `tie` from a config's `model` section ('' = default, rank -1 = full)."""
     return {
@@ -210,7 +225,10 @@ def resolve_ranks(
 
 
 def break_even_rank(in_dim: int, out_dim: int, num_loops: int) -> float:
-    """The rank at which LoRA stores as much as untying the matrix, exactly, would (paper §2.7)."""
+    """The rank at which LoRA stores as much as untying the matrix would, which is exact.
+
+    From `in·out + L·R·(in + out) = L·in·out` with L loops sharing the matrix.
+    """
     return (num_loops - 1) * in_dim * out_dim / (num_loops * (in_dim + out_dim))
 
 
@@ -371,7 +389,7 @@ _NO_FOLD = _Fold()
 
 
 def _take_folds(vectors: dict[str, np.ndarray], cfg: DecoderConfig) -> dict[str, _Fold]:
-    """Take the pre-norms' affine parts out of `vectors`, leaving identities (paper §2.8).
+    """Take the pre-norms' affine parts out of `vectors`, leaving identities.
 
     `(x̂ * scale + bias) @ w = x̂ @ (scale[:, None] * w) + bias @ w`.
     """

@@ -1,0 +1,114 @@
+"""The loop around the training step: when to read metrics, evaluate, save and stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from recursive_jax.training.step import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Steps are 1-based; the last step logs, evaluates and saves whatever the intervals say."""
+
+    num_steps: int
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """What the loop calls.
+
+    Attributes:
+      on_step: (step) after every step has been dispatched.
+      on_log: (step, metrics as floats).
+      on_eval: (step, state).
+      on_save: (step, state); must be done with the arrays when it returns.
+    """
+
+    on_step: Callable[[int], None]
+    on_log: Callable[[int, dict[str, float]], None]
+    on_eval: Callable[[int, TrainState], None]
+    on_save: Callable[[int, TrainState], None]
+
+
+class Stop:
+    """Remembers that the machine is being taken away (SIGTERM) or Ctrl-C was pressed."""
+
+    def __init__(self):
+        self._asked = False
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, self._ask)
+
+    def _ask(self, number, frame):
+        if self._asked:  # pressed twice: now
+            raise KeyboardInterrupt
+        self._asked = True
+
+    def reached(self, step: int) -> bool:
+        """True on every process at the same step."""
+        if jax.process_count() == 1:
+            return self._asked
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.reached_preemption_sync_point(step)
+
+
+def run(
+    step_fn: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
+    state: TrainState,
+    batches: Iterator[Any],
+    first_step: int,
+    schedule: Schedule,
+    hooks: Hooks,
+    stop: Stop,
+) -> tuple[TrainState, int]:
+    """Steps `first_step + 1 … num_steps`, or until asked to stop; returns state and last step.
+
+    Raises:
+      FloatingPointError: a loss or gradient is not finite; nothing of it has been saved.
+    """
+    unread = None  # metrics of the step before, read while the next one runs
+    step = first_step
+    for step in range(first_step + 1, schedule.num_steps + 1):
+        state, metrics = step_fn(state, next(batches))
+        if unread is not None:
+            finite(unread, step - 1)
+        unread = metrics
+        last = step == schedule.num_steps
+        stopped = stop.reached(step)
+        log = last or step == first_step + 1 or step % schedule.log_every == 0
+        evaluate = last or step % schedule.eval_every == 0
+        save = last or stopped or step % schedule.checkpoint_every == 0
+        if log or evaluate or save:
+            values, unread = finite(unread, step), None
+        hooks.on_step(step)
+        if log:
+            hooks.on_log(step, values)
+        if evaluate:
+            hooks.on_eval(step, state)
+        if save:
+            hooks.on_save(step, state)
+        if stopped:
+            break
+    return state, step
+
+
+def finite(metrics: dict[str, jax.Array], step: int) -> dict[str, float]:
+    """Metrics as floats, or an error that names the step."""
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    if not (math.isfinite(values["loss"]) and math.isfinite(values.get("grad_norm", 0.0))):
+        raise FloatingPointError(
+            f"loss {values['loss']} and gradient norm {values.get('grad_norm')} at step {step} are "
+            "not finite. The last checkpoint is from before. Lower optimizer.learning_rate, "
+            "raise optimizer.warmup_steps or use --config.dtype=float32, then run again"
+        )
+    return values

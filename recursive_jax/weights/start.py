@@ -1,0 +1,109 @@
+"""The model a training run begins with, wherever it comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from recursive_jax.models.config import DecoderConfig
+from recursive_jax.models.decoder import init_params
+from recursive_jax.weights import checkpoint, tying
+from recursive_jax.weights.source import ASSETS, Source
+
+
+@dataclasses.dataclass
+class Start:
+    """A model before its first step.
+
+    Attributes:
+      params: nested float32 host arrays; None when the run's own checkpoint holds them.
+      cfg: what they are.
+      tokenizer: of transformers.
+      facts: JSON for the checkpoint's config.json (source, tying, ...).
+      origin: in words, for the start-up table.
+    """
+
+    params: Any
+    cfg: DecoderConfig
+    tokenizer: Any
+    facts: dict[str, Any]
+    origin: str
+
+
+def from_workdir(workdir: str | os.PathLike, recipe: Mapping[str, Any]) -> Start | None:
+    """The run in `workdir`, None when none has been saved there.
+
+    Raises:
+      ValueError: a run of another recipe lives there.
+    """
+    workdir = pathlib.Path(workdir)
+    if not (workdir / checkpoint.CONFIG).exists():
+        return None
+    cfg, facts = checkpoint.load_config(workdir)
+    there = facts.get("recipe") or {}
+    changed = [name for name in recipe if there.get(name) != recipe[name]]
+    if changed:
+        raise ValueError(
+            f"{workdir} holds a run of another model: {', '.join(changed)} differ from this "
+            "config. Give another --workdir, or the config it was started with"
+        )
+    if checkpoint.latest_step(workdir) is None:
+        return None
+    return Start(None, cfg, _tokenizer(workdir / "tokenizer"), facts, f"resumed from {workdir}")
+
+
+def from_checkpoint(directory: str | os.PathLike) -> Start:
+    """A recursive checkpoint, as `convert` or another run wrote it."""
+    params, cfg = checkpoint.load_params(directory)
+    _, facts = checkpoint.load_config(directory)
+    facts = {k: v for k, v in facts.items() if k not in ("format", "versions", "recipe")}
+    tokenizer = _tokenizer(pathlib.Path(directory) / "tokenizer")
+    return Start(checkpoint.as_numpy(params), cfg, tokenizer, facts, f"checkpoint {directory}")
+
+
+def from_source(source: Source, recipe: Mapping[str, Any]) -> Start:
+    """A pretrained model, tied by `recipe` (arguments of `tying.tie`); one loop leaves it as is."""
+    facts = {"source": str(source.path), "generation_config": source.generation_config}
+    tokenizer = source.load_tokenizer()
+    if recipe["num_loops"] == 1 and not recipe["lora_ranks"]:
+        params = jax.tree.map(lambda x: np.asarray(x, np.float32), source.load_params())
+        return Start(params, source.cfg, tokenizer, facts, f"{source.path}, as it is")
+    params, cfg = tying.tie(source.params, source.cfg, **recipe)
+    facts["tying"] = dict(recipe)
+    return Start(params, cfg, tokenizer, facts, f"{source.path}, tied")
+
+
+def reduced_baseline(source: Source, num_loops: int, seed: int) -> Start:
+    """The paper's reduced-size baseline (§3.2): depth / num_loops layers, random, no loop."""
+    tying.selected_depths("lower", source.cfg.depth, num_loops)  # refuses an impossible count
+    layers = source.cfg.depth // num_loops
+    cfg = source.cfg.replace(
+        num_layers=layers,
+        windows=source.cfg.windows[:layers],
+        rope_of_depth=source.cfg.rope_of_depth[:layers],
+    )
+    facts = {"source": str(source.path), "generation_config": source.generation_config}
+    return Start(_random(cfg, seed), cfg, source.load_tokenizer(), facts, "random, reduced size")
+
+
+def from_scratch(decoder: Mapping[str, Any], tokenizer: str, seed: int) -> Start:
+    """Random weights. `decoder`: fields of DecoderConfig; `tokenizer`: a directory, or 'tiny'."""
+    cfg = DecoderConfig.from_json(decoder)
+    directory = ASSETS / "tiny" if tokenizer == "tiny" else tokenizer
+    return Start(_random(cfg, seed), cfg, _tokenizer(directory), {}, "random weights")
+
+
+def _random(cfg: DecoderConfig, seed: int):
+    return checkpoint.as_numpy(jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(seed)))
+
+
+def _tokenizer(directory):
+    from recursive_jax.text import load_tokenizer
+
+    return load_tokenizer(directory)
