@@ -31,6 +31,19 @@ RULES: tuple[tuple[str, Any], ...] = (
 )
 
 
+def compute_dtype(name: str) -> np.dtype:
+    """The dtype a job computes in; 'auto' is what its devices are good at.
+
+    Raises:
+      ValueError: not one of auto, float32, bfloat16.
+    """
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype={name!r}; expected auto, float32 or bfloat16")
+    return jax.numpy.dtype(name)
+
+
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
     """A `(data, fsdp, tensor)` mesh over all devices; one size may be -1 (what is left).
 

@@ -202,6 +202,46 @@ def apply_chat(tokenizer: Any, prompt: str | Sequence[Mapping[str, str]]) -> lis
     )
 
 
+class Detokenizer:
+    """Text of generated ids, piece by piece; the pieces join to the text behind the prompt.
+
+    A piece comes once its characters are whole: a character may take several tokens, and the
+    spaces of many tokenizers depend on the token before.
+
+    Args:
+      tokenizer: decodes; special tokens are left out of the text.
+      prompt: ids the text continues.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: Ids = ()):
+        self._tokenizer = tokenizer
+        self._ids = [int(i) for i in prompt[-16:]]  # what came before decides about spaces only
+        self._before, self._text_before = len(self._ids), self._decode()
+
+    def add(self, ids: Ids) -> str:
+        """The text that is certain now; '' while a character is not whole."""
+        self._ids.extend(int(i) for i in ids)
+        text = self._decode()
+        # A decoder writes U+FFFD for bytes that are no character, or not yet.
+        return "" if text.endswith("\ufffd") else self._release(text)
+
+    def finish(self) -> str:
+        """What is left, broken or not."""
+        return self._release(self._decode())
+
+    def _release(self, text: str) -> str:
+        piece = text[len(self._text_before) :]
+        if piece:
+            del self._ids[: self._before]
+            self._before, self._text_before = len(self._ids), self._decode()
+        return piece
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(
+            self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
     """Refuses a tokenizer that writes ids the model has no embedding row for.
 
