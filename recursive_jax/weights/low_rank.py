@@ -8,10 +8,12 @@ transposed to `[in, out]` weights that is `a = V` (orthonormal columns) and `b =
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 import scipy.linalg
+import threadpoolctl
 
 Factors = tuple[np.ndarray, np.ndarray]  # a [in, R], b [R, out]
 
@@ -46,7 +48,9 @@ def truncated_svd(residual: np.ndarray, rank: int) -> Factors:
     if tall:
         # Columns of `residual @ U` have the norms Σ; dividing by them would ruin the columns of a
         # rank-deficient residual, QR keeps them orthonormal.
-        a, triangle = np.linalg.qr(_matmul64(directions.T, residual.T).T)
+        images = _matmul64(directions.T, residual.T).T
+        with _one_blas_thread():
+            a, triangle = np.linalg.qr(images)
         b = (triangle @ directions.T).astype(np.float32)
     else:
         a = directions
@@ -174,7 +178,21 @@ def _matmul64(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 def _leading_eigenvectors(gram: np.ndarray, count: int) -> np.ndarray:
     """Eigenvectors `[n, count]` of the largest eigenvalues, descending; overwrites `gram`."""
     n = gram.shape[0]
-    _, vectors = scipy.linalg.eigh(
-        gram, subset_by_index=(n - count, n - 1), overwrite_a=True, check_finite=False
-    )
+    with _one_blas_thread():
+        _, vectors = scipy.linalg.eigh(
+            gram, subset_by_index=(n - count, n - 1), overwrite_a=True, check_finite=False
+        )
     return vectors[:, ::-1]
+
+
+def _one_blas_thread():
+    """Context for `eigh` and `qr`: thousands of small steps after each of which threads would wait
+    for each other, spinning. On two busy cores one thread needs 0.8 s of one core for 2048 x 2048
+    and 64 vectors, two need 20 s.
+    """
+    return _blas().limit(limits=1, user_api="blas")
+
+
+@functools.cache
+def _blas() -> threadpoolctl.ThreadpoolController:
+    return threadpoolctl.ThreadpoolController()
