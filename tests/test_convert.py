@@ -1,0 +1,167 @@
+"""The convert job on a small model with real file formats; its certificate against the paper."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from recursive_jax import convert as job
+from recursive_jax.models.config import DecoderConfig
+from recursive_jax.models.decoder import Decoder, init_params
+from recursive_jax.training.evaluation import log_probabilities
+from recursive_jax.weights import checkpoint, hf, tying
+from recursive_jax.weights.source import ASSETS, open_source
+
+CFG = DecoderConfig(
+    family="llama",
+    vocab_size=4096,
+    embed_dim=32,
+    mlp_dim=48,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    num_layers=4,
+    norm_eps=1e-5,
+)
+
+
+@pytest.fixture(scope="module")
+def source_dir(tmp_path_factory):
+    """A random Llama with unequal norms, as a Hugging Face directory with our tokenizer."""
+    directory = tmp_path_factory.mktemp("source") / "llama"
+    params = init_params(CFG, jax.random.key(0))
+    params = jax.tree.map(
+        lambda x: np.asarray(x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)), params
+    )
+    hf.save_params(params, CFG, directory, dtype=np.float32)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (directory / name).write_bytes((ASSETS / "tiny" / name).read_bytes())
+    return directory
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("It was a bright day in April, and the clocks were striking.\n" * 40)
+    return path
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "recursive_jax.convert", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_command_line_writes_a_checkpoint_and_an_honest_certificate(
+    source_dir, text_file, tmp_path
+):
+    out = tmp_path / "ckpt"
+    done = run(
+        f"--source={source_dir}", f"--out={out}", "--lora_rank=8", f"--text={text_file}",
+        "--text_tokens=300", "--context_length=64",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    certificate = json.loads((out / "certificate.json").read_text())
+    for key in (
+        "source_perplexity perplexity kl top1_agreement energy_kept parameters warnings "
+        "full_rank_identity"
+    ).split():
+        assert key in certificate
+    assert certificate["full_rank_identity"]["max_logit_error"] <= 1e-4
+    assert set(certificate["energy_kept"]) == set(CFG.projections)
+    params, cfg = checkpoint.load_params(out)
+    counts = certificate["parameters"]
+    assert counts["source"] == 4 * sum(a * b for a, b in CFG.projections.values())
+    assert counts["shared"] == counts["source"] // 2
+    assert counts["total"] == sum(x.size for x in jax.tree.leaves(params))
+
+    # perplexity, KL and agreement recomputed from both models, without the job's file of rows
+    source = open_source(str(source_dir))
+    tokenizer = source.load_tokenizer()
+    windows = job.text.eval_windows(tokenizer, [text_file.read_text()], 64, 300)
+    mask = windows.scored[:, 1:]
+    p, q = (
+        np.concatenate(list(log_probabilities(Decoder(c), w, windows.tokens)))[mask]
+        for c, w in ((source.cfg, source.load_params()), (cfg, params))
+    )
+    targets = windows.tokens[:, 1:][mask]
+    rows = np.arange(len(targets))
+    np.testing.assert_allclose(
+        certificate["source_perplexity"], np.exp(-p[rows, targets].mean()), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        certificate["perplexity"], np.exp(-q[rows, targets].mean()), rtol=1e-5
+    )
+    np.testing.assert_allclose(certificate["kl"], (np.exp(p) * (p - q)).sum(-1).mean(), rtol=1e-4)
+    assert certificate["top1_agreement"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean())
+
+
+def test_full_rank_agrees_with_the_source_and_warns_that_it_costs_more(
+    source_dir, text_file, tmp_path
+):
+    recipe = dict(
+        num_loops=2, method=None, lora=None, lora_ranks="full", norms="per_loop",
+        rounding="even", seed=0,
+    )  # fmt: skip
+    certificate = job.convert(
+        open_source(str(source_dir)), tmp_path / "full", recipe, str(text_file), 200, 64
+    )
+    assert certificate["kl"] < 1e-6 and certificate["top1_agreement"] == 1.0
+    assert certificate["perplexity"] == pytest.approx(certificate["source_perplexity"], rel=1e-4)
+    assert all(kept == pytest.approx(1.0) for kept in certificate["energy_kept"].values())
+    assert any("larger" in warning for warning in certificate["warnings"])
+
+
+def test_a_broken_tie_stops_the_conversion_and_writes_nothing(
+    source_dir, text_file, tmp_path, monkeypatch
+):
+    def doubled(*args, **kwargs):  # the published mistake: LoRA scaled by alpha / rank = 2
+        params, cfg = real(*args, **kwargs)
+        double = lambda path, x: 2 * x if path[-1].key == "lora_b" else x  # noqa: E731
+        return jax.tree_util.tree_map_with_path(double, params), cfg
+
+    real = tying.tie
+    monkeypatch.setattr(tying, "tie", doubled)
+    recipe = dict(
+        num_loops=2, method=None, lora=None, lora_ranks=8, norms="per_loop",
+        rounding="even", seed=0,
+    )  # fmt: skip
+    out = tmp_path / "broken"
+    with pytest.raises(ValueError, match="full-rank identity fails"):
+        job.convert(open_source(str(source_dir)), out, recipe, str(text_file), 200, 64)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--num_loops=3"], "divi"),
+        (["--lora_rank=-5"], "rank"),
+        (["--lora_rank=many"], "'full'"),
+        (["--source=/no/such/model"], "/no/such/model"),
+        (["--text=/no/such/text.txt"], "/no/such/text.txt"),
+    ],
+)
+def test_mistakes_are_one_clear_line_and_leave_nothing(
+    source_dir, text_file, tmp_path, arguments, expected
+):
+    out = tmp_path / "ckpt"
+    done = run(f"--source={source_dir}", f"--text={text_file}", f"--out={out}", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") or "\nerror: " in done.stderr
+    assert expected in done.stderr and "Traceback" not in done.stderr
+    assert not out.exists()
+
+
+def test_an_existing_directory_is_not_touched(source_dir, tmp_path):
+    out = tmp_path / "ckpt"
+    out.mkdir()
+    (out / "mine").write_text("precious")
+    done = run(f"--source={source_dir}", f"--out={out}")
+    assert done.returncode == 2 and "not empty" in done.stderr
+    assert [p.name for p in out.iterdir()] == ["mine"]
