@@ -1,0 +1,339 @@
+"""One optimiser step against slow references that share no code with it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.special
+
+from recursive_jax.models import layers
+from recursive_jax.models.config import DecoderConfig
+from recursive_jax.models.decoder import REMAT_CHOICES, Decoder, head_params, init_params
+from recursive_jax.training.data import Batch
+from recursive_jax.training.losses import Objective
+from recursive_jax.training.optimizer import (
+    OptimizerConfig,
+    learning_rate_schedule,
+    make_optimizer,
+)
+from recursive_jax.training.step import init_state, make_loss, make_train_step
+
+TEACHER = DecoderConfig(
+    "llama", 41, 16, 24, num_heads=4, num_kv_heads=2, head_dim=4, num_layers=6, tied_head=False
+)
+STUDENT = TEACHER.replace(
+    num_layers=2, num_loops=3, norms="per_loop", lora_ranks={"q": 3, "v": 2, "down": 4}
+)
+BATCH, LENGTH = 4, 12
+quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@functools.cache
+def make_params(cfg, seed=0):
+    """Random params in which nothing is zero or one: LoRAs and norms have their say."""
+    params = jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(seed))
+    rng = np.random.default_rng(seed)
+    noise = lambda x: np.asarray(x + 0.2 * rng.standard_normal(x.shape), np.float32)  # noqa: E731
+    return jax.tree.map(noise, params)
+
+
+@functools.cache
+def make_batch(seed=0, batch=BATCH):
+    """Rows of two packed documents and padding; the last position of a document is not scored."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 41, (batch, LENGTH)).astype(np.int32)
+    cut = 5
+    segments = np.where(np.arange(LENGTH) < cut, 1, 2) * np.ones((batch, 1), int)
+    segments[-1, -3:] = 0
+    positions = np.where(np.arange(LENGTH) < cut, np.arange(LENGTH), np.arange(LENGTH) - cut)
+    weights = ((segments > 0) & (np.roll(segments, -1, 1) == segments)).astype(np.float32)
+    weights[:, -1] = 0
+    return Batch(
+        tokens=tokens,
+        targets=np.where(weights > 0, np.roll(tokens, -1, 1), 0).astype(np.int32),
+        weights=weights,
+        positions=np.broadcast_to(positions, tokens.shape).astype(np.int32),
+        segment_ids=segments.astype(np.int32),
+    )
+
+
+@functools.cache
+def all_logits(cfg):
+    """f64 `[L, B, T, V]` of the batch, whole, by the decoder alone."""
+    model, batch = Decoder(cfg), make_batch()
+
+    @quick
+    def run(params):
+        hidden, _ = model.apply(
+            {"params": params}, batch.tokens, batch.positions, batch.segment_ids, all_loops=True
+        )
+        return model.apply({"params": head_params(params)}, hidden, method="unembed")
+
+    return np.asarray(run(make_params(cfg)), np.float64)
+
+
+def mean_loss(objective, logits, teacher, batch):
+    """The objective over the scored tokens, in float64, token by token."""
+    total, count, agreed = 0.0, 0, 0
+    for b, t in zip(*np.nonzero(batch.weights), strict=True):
+        log_q = scipy.special.log_softmax(logits[:, b, t], axis=-1)
+        count += 1
+        agreed += logits[-1, b, t].argmax() == batch.targets[b, t]
+        total -= objective.ce * log_q[-1, batch.targets[b, t]]
+        if objective.kd:
+            log_p = scipy.special.log_softmax(teacher[b, t])
+            total += objective.kd * np.sum(np.exp(log_p) * (log_p - log_q[-1]))
+        for earlier in log_q[:-1]:
+            exit_loss = -earlier[batch.targets[b, t]]
+            exit_loss += objective.exit_kd * np.sum(np.exp(log_q[-1]) * (log_q[-1] - earlier))
+            total += objective.exit_coefficient * exit_loss
+    return total / count, agreed / count, count
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Objective(kd=0.0),
+        Objective(ce=0.5, kd=2.0),
+        Objective(kd=0.0, exit_coefficient=0.1),
+        Objective(kd=1.0, exit_coefficient=0.3, exit_kd=0.5),
+    ],
+    ids=["ce", "kd", "exits", "all"],
+)
+def test_loss_and_metrics_by_a_slow_reference(objective):
+    """Final coefficient 1, every earlier loop c (paper §5.1), means over the scored tokens."""
+    params, teacher_params, batch = make_params(STUDENT), make_params(TEACHER), make_batch()
+    teacher = Decoder(TEACHER) if objective.kd else None
+    # room for five positions' logits: twelve are three uneven chunks
+    copies = (3 if objective.exit_coefficient else 1) + (teacher is not None)
+    options = dict(logits_bytes=4 * BATCH * 5 * STUDENT.vocab_size * copies)
+    loss, metrics = quick(make_loss(Decoder(STUDENT), objective, teacher, **options))(
+        params, batch, teacher_params
+    )
+    logits = all_logits(STUDENT)
+    expected, accuracy, count = mean_loss(objective, logits, all_logits(TEACHER)[-1], batch)
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    np.testing.assert_allclose(metrics["loss"], loss)
+    np.testing.assert_allclose(metrics["accuracy"], accuracy, rtol=1e-6)
+    assert metrics["tokens"] == count == batch.weights.sum()
+    names = {"loss", "tokens", "ce", "accuracy"}
+    names |= {"kd"} if objective.kd else set()
+    if objective.exit_coefficient:
+        names |= {f"{n}_exit_{i}" for n in ("ce", "accuracy") for i in (1, 2)}
+        first = mean_loss(Objective(kd=0.0), logits[:1], None, batch)
+        np.testing.assert_allclose(metrics["ce_exit_1"], first[0], rtol=1e-4)
+        np.testing.assert_allclose(metrics["accuracy_exit_1"], first[1], rtol=1e-6)
+    names |= {"exit_kd"} if objective.exit_kd else set()
+    assert set(metrics) == names
+
+
+def test_distillation_leaves_the_teacher_alone_and_vanishes_for_equals():
+    objective = Objective(ce=0.0, kd=1.0)
+    params, batch = make_params(TEACHER), make_batch()
+    loss = make_loss(Decoder(TEACHER), objective, Decoder(TEACHER))
+    value, to_teacher = quick(jax.value_and_grad(lambda p, t: loss(p, batch, t)[0], argnums=1))(
+        params, params
+    )
+    assert abs(value) < 1e-6
+    assert not any(np.any(g) for g in jax.tree.leaves(to_teacher))
+
+
+def test_a_batch_without_a_scored_token_changes_nothing():
+    batch = make_batch()
+    batch = batch.replace(weights=np.zeros_like(batch.weights))
+    loss = make_loss(Decoder(STUDENT), Objective(kd=0.0))
+    (value, _), gradients = quick(jax.value_and_grad(loss, has_aux=True))(
+        make_params(STUDENT), batch, None
+    )
+    assert value == 0.0
+    assert not any(np.any(g) for g in jax.tree.leaves(gradients))
+
+
+def student_gradients(**options):
+    """Value and gradients of cross-entropy."""
+    loss = make_loss(Decoder(STUDENT, **options), Objective(kd=0.0))
+    return quick(jax.value_and_grad(loss, has_aux=True))(make_params(STUDENT), make_batch(), None)
+
+
+@functools.cache
+def plain_gradients():
+    return student_gradients()
+
+
+def assert_same_gradients(got, atol):
+    (value, _), gradients = got
+    (expected_value, _), expected = plain_gradients()
+    np.testing.assert_allclose(value, expected_value, rtol=1e-5)
+    for path, g in jax.tree_util.tree_leaves_with_path(gradients):
+        want = functools.reduce(lambda tree, key: tree[key.key], path, expected)
+        assert np.abs(want).max() > 1e-5, f"{path}: no gradient to compare"
+        np.testing.assert_allclose(g, want, atol=atol, err_msg=str(path))
+
+
+@pytest.mark.parametrize("policy", [p for p in REMAT_CHOICES if p != "none"])
+def test_remat_changes_memory_not_gradients(policy):
+    assert_same_gradients(student_gradients(remat_policy=policy), atol=1e-5)
+
+
+def test_unrolled_layers_change_no_gradient():
+    assert_same_gradients(student_gradients(unroll_layers=2), atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["merged", "per_token"])
+def test_lora_forms_have_equal_gradients_in_the_model(form, monkeypatch):
+    """Both forms are forced on every projection; the gradient of a merged one goes through w."""
+    asked = []
+    monkeypatch.setattr(layers, "lora_form", lambda *args: asked.append(args) or form)
+    assert_same_gradients(student_gradients(), atol=1e-5)
+    assert asked
+
+
+def test_lora_form_goes_by_shape():
+    """Merging costs 2·in·out·R, applying 2·tokens·R·(in + out)."""
+    assert layers.lora_form(0, 100, 64, 64) == "merged"
+    assert layers.lora_form(0, 32, 64, 64) == "per_token"
+    assert layers.lora_form(1, 10_000, 64, 64) == "lanes"
+
+
+def test_lora_forms_agree():
+    """Check 25: merged, per token and lanes at mixed loops against numpy, gradients included."""
+    loops, lanes, length, in_dim, out_dim, rank = 3, 5, 2, 7, 9, 4
+    rng = np.random.default_rng(0)
+    shapes = [(lanes, length, in_dim), (in_dim, out_dim)]
+    shapes += [(loops, in_dim, rank), (loops, rank, out_dim)]
+    x, w, a, b = arrays = [rng.standard_normal(s).astype(np.float32) for s in shapes]
+    loop = np.asarray([2, 0, 1, 1, 2], np.int32)
+    weight = w + np.einsum("LIR,LRO->LIO", a, b)  # [loop, in, out]
+    direction = rng.standard_normal((lanes, length, out_dim)).astype(np.float32)
+    expected = np.einsum("BTI,BIO->BTO", x, weight[loop])
+    # by hand: d/dx, d/dw, d/da, d/db of <direction, y>
+    outer = np.einsum("BTI,BTO->BIO", x, direction)
+    by_loop = np.stack([outer[loop == n].sum(0) for n in range(loops)])
+    gradients = [
+        np.einsum("BTO,BIO->BTI", direction, weight[loop]),
+        outer.sum(0),
+        np.einsum("LIO,LRO->LIR", by_loop, b),
+        np.einsum("LIR,LIO->LRO", a, by_loop),
+    ]
+
+    def apply(form, x, w, a, b):
+        if form == "lanes":
+            return layers.apply_lora(x, w, a, b, jnp.asarray(loop), form, jnp.float32)
+        lanes = [  # the forms that know one loop at a time
+            layers.apply_lora(x[i : i + 1], w, a, b, int(n), form, jnp.float32)
+            for i, n in enumerate(loop)
+        ]
+        return jnp.concatenate(lanes)
+
+    @functools.partial(quick, static_argnums=0)
+    def value_and_grad(form, arrays):
+        y, pull = jax.vjp(functools.partial(apply, form), *arrays)
+        return y, pull(jnp.asarray(direction))
+
+    for form in ("merged", "per_token", "lanes"):
+        y, got = value_and_grad(form, arrays)
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5, err_msg=form)
+        for g, want in zip(got, gradients, strict=True):
+            np.testing.assert_allclose(g, want, rtol=1e-5, atol=2e-5, err_msg=form)
+
+
+# The step and its optimiser
+
+
+def test_updates_are_adamw_by_hand():
+    """Three steps in numpy float64: clipping, warm-up, bias correction, decay of matrices."""
+    cfg = OptimizerConfig(
+        learning_rate=1e-2, warmup_steps=2, clip_norm=0.5, weight_decay=0.1, lora_lr_scale=0.5
+    )
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    matrices = ("w", "lora_a", "lora_b", "embedding", "head")
+
+    def draw_params():
+        up = {"w": draw(2, 3, 4), "b": draw(2, 4), "lora_a": draw(2, 2, 3, 1)}
+        up["lora_b"] = draw(2, 2, 1, 4)
+        block = {"mlp": {"up": up}, "pre_mlp_norm": {"scale": draw(2, 2, 3), "bias": draw(2, 3)}}
+        return {"embedding": draw(5, 3), "head": draw(3, 5), "block": block}
+
+    tx = make_optimizer(cfg, num_steps=10)
+    got = draw_params()
+    state = tx.init(got)
+    size = sum(x.size for x in jax.tree.leaves(got))
+    assert sum(x.size for x in jax.tree.leaves(state) if x.ndim) == 2 * size, "two moments"
+    want = jax.tree.map(np.float64, got)
+    m = v = jax.tree.map(np.zeros_like, want)
+    update = quick(tx.update)
+    for n, rate in enumerate([0.0, 0.5e-2, 1e-2]):  # linear from 0 to the peak in two steps
+        grads = draw_params()
+        norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))
+        assert norm > cfg.clip_norm, "clipping is at work"
+        clipped = jax.tree.map(lambda g, k=cfg.clip_norm / norm: np.float64(g) * k, grads)
+        m = jax.tree.map(lambda m, g: cfg.b1 * m + (1 - cfg.b1) * g, m, clipped)
+        v = jax.tree.map(lambda v, g: cfg.b2 * v + (1 - cfg.b2) * g * g, v, clipped)
+
+        def step(path, p, m, v, n=n, rate=rate):
+            name = path[-1].key
+            change = m / (1 - cfg.b1 ** (n + 1))
+            change = change / (np.sqrt(v / (1 - cfg.b2 ** (n + 1))) + cfg.eps)
+            change = change + (cfg.weight_decay * p if name in matrices else 0.0)
+            return p - rate * change * (0.5 if name.startswith("lora_") else 1.0)
+
+        want = jax.tree_util.tree_map_with_path(step, want, m, v)
+        changes, state = update(grads, state, got)
+        got = optax.apply_updates(got, changes)
+    for path, x in jax.tree_util.tree_leaves_with_path(got):
+        expected = functools.reduce(lambda tree, key: tree[key.key], path, want)
+        np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-6, err_msg=str(path))
+
+
+def test_learning_rate_schedule():
+    cfg = OptimizerConfig(learning_rate=1.0, warmup_steps=4, final_fraction=0.1)
+    rate = learning_rate_schedule(cfg, num_steps=24)
+    np.testing.assert_allclose([rate(n) for n in range(5)], [0, 0.25, 0.5, 0.75, 1], rtol=1e-6)
+    np.testing.assert_allclose(rate(14), 0.55, rtol=1e-6)  # half of the cosine
+    np.testing.assert_allclose([rate(24), rate(99)], 0.1, rtol=1e-6)
+    assert learning_rate_schedule(cfg, num_steps=1)(0) == 1.0, "a single step is not a warm-up"
+
+
+def test_a_recursive_model_learns():
+    """Twenty steps on one batch: it comes nearer to the teacher, its exits to the text."""
+    teacher, objective = Decoder(TEACHER), Objective(ce=0.0, exit_coefficient=0.1)
+    tx = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=3), num_steps=20)
+    step = quick(
+        make_train_step(Decoder(STUDENT), tx, objective, teacher),
+        donate_argnums=0,
+    )
+    state, history = init_state(jax.tree.map(jnp.asarray, make_params(STUDENT)), tx), []
+    for _ in range(20):
+        state, metrics = step(state, make_batch(), make_params(TEACHER))
+        history.append(jax.device_get(metrics))
+    for name in ("loss", "kd", "ce_exit_1", "ce_exit_2"):
+        assert history[-1][name] < 0.9 * history[0][name], name
+    assert state.step == 20 and step._cache_size() == 1
+    assert all(m["grad_norm"] > 0 and m["tokens"] == history[0]["tokens"] for m in history)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: make_loss(Decoder(STUDENT), Objective(kd=1.0)), "distillation needs a teacher"),
+        (
+            lambda: make_loss(Decoder(STUDENT), Objective(kd=0.0), Decoder(TEACHER)),
+            "a teacher needs objective.kd > 0",
+        ),
+        (
+            lambda: make_loss(
+                Decoder(STUDENT), Objective(), Decoder(TEACHER.replace(vocab_size=40))
+            ),
+            "teacher vocabulary 40 differs from the student's 41",
+        ),
+        (lambda: OptimizerConfig(learning_rate=0.0), "optimizer.learning_rate must be > 0"),
+        (lambda: OptimizerConfig(warmup_steps=-1), "optimizer.warmup_steps must be >= 0"),
+    ],
+)
+def test_impossible_requests(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
