@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -96,6 +98,16 @@ def rules_for(mesh: Mesh, cfg) -> tuple[tuple[str, Any], ...]:
 def shardings(logical_axes: Any, mesh: Mesh, rules=RULES) -> Any:
     """NamedSharding for every leaf of a tree of logical PartitionSpecs."""
     return nn.logical_to_mesh_sharding(logical_axes, mesh, rules)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh, rules) -> Iterator[None]:
+    """Makes the model's constraints on activations mean this mesh, while a jitted call traces.
+
+    Without both, `nn.with_logical_constraint` does nothing, silently.
+    """
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+        yield
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

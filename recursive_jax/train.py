@@ -17,11 +17,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
-from flax import linen as nn
+from absl import flags
 from ml_collections import config_flags
 
-from recursive_jax import metrics, sharding, text
+from recursive_jax import cli, metrics, sharding, text
 from recursive_jax.models.decoder import (
     REMAT_CHOICES,
     Decoder,
@@ -58,6 +57,7 @@ def starting_model(config, source: Source | None, workdir: pathlib.Path) -> star
         "scratch": config.scratch.to_dict(),
         "model": config.model.to_dict(),
     }
+    recipe = json.loads(json.dumps(recipe))  # as it comes back from config.json: lists, no tuples
     begin = start.from_workdir(workdir, recipe)
     if begin is not None:
         return begin
@@ -128,6 +128,9 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
     """One run, resumed when `workdir` holds one. Returns what `summary.json` holds."""
     workdir, began = pathlib.Path(workdir), time.time()
     objective, optimizer = Objective(**config.objective), OptimizerConfig(**config.optimizer)
+    for name in ("batch_size", "context_length", "eval_tokens"):
+        if config.data[name] < 1:
+            raise ValueError(f"data.{name} must be at least 1, got {config.data[name]}")
     if config.remat not in REMAT_CHOICES:
         raise ValueError(f"remat={config.remat!r}; expected one of {', '.join(REMAT_CHOICES)}")
     if objective.kd and not config.source:
@@ -147,6 +150,9 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
     rows, windows, text_hash = open_text(config, begin.tokenizer)
     tokens_per_step = batch_size * config.data.context_length
     num_steps = max(1, round(config.tokens / tokens_per_step))
+    schedule = loop.Schedule(
+        num_steps, config.log_every, config.eval_every, config.checkpoint_every
+    )
     plan = {"num_steps": num_steps, "tokens_per_step": tokens_per_step, "text_hash": text_hash}
 
     tx = make_optimizer(optimizer, num_steps)
@@ -178,13 +184,15 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
         )
         teacher_params = sharding.put_global(source.load_params(), axes)
 
-    inner = make_train_step(model, tx, objective, teacher)
+    jitted = jax.jit(
+        make_train_step(model, tx, objective, teacher),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+    )
 
-    def sharded_step(state, batch, teacher_params):
-        with nn.logical_axis_rules(rules):
-            return inner(state, batch, teacher_params)
-
-    jitted = jax.jit(sharded_step, donate_argnums=0, out_shardings=(shardings, None))
+    def train_step(state, batch):
+        with sharding.use(mesh, rules):
+            return jitted(state, sharding.put_local_batch(batch, mesh), teacher_params)
 
     if first_step == 0:
         checkpoint.create(workdir, cfg, begin.tokenizer, **begin.facts)
@@ -196,9 +204,10 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
 
     def evaluate(step, model, params, name="valid"):
         put = lambda b: sharding.put_global(b, sharding.batch_sharding(mesh))  # noqa: E731
-        result = perplexity(
-            model, params, *windows, batch_size, all_loops=model.cfg.num_loops > 1, put=put
-        )
+        with sharding.use(mesh, rules):
+            result = perplexity(
+                model, params, *windows, batch_size, all_loops=model.cfg.num_loops > 1, put=put
+            )
         history.append({"step": step, "name": name, **result})
         exits = result.get("perplexity_exits", [])
         values = {f"{name}/nll": result["nll"], f"{name}/perplexity": result["perplexity"]}
@@ -213,7 +222,7 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
     def log(step, values):
         tokens_per_second = tokens_per_step / progress_bar.seconds_per_step
         written = {f"train/{name}": value for name, value in values.items()}
-        written["train/learning_rate"] = float(rate(step))
+        written["train/learning_rate"] = float(rate(step - 1))  # the optimizer counts from 0
         writer.write(step, written | {"perf/tokens_per_second": tokens_per_second})
         shown = [f"{k} {values[k]:.4f}" for k in ("loss", "ce", "kd", "ce_exit_1") if k in values]
         metrics.say(
@@ -235,11 +244,11 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
             evaluate(0, teacher, teacher_params, "source")
         evaluate(0, model, state.params)
     state, step = loop.run(
-        lambda state, batch: jitted(state, sharding.put_local_batch(batch, mesh), teacher_params),
+        train_step,
         state,
         batches,
         first_step,
-        loop.Schedule(num_steps, config.log_every, config.eval_every, config.checkpoint_every),
+        schedule,
         loop.Hooks(
             progress_bar.tick, log, lambda step, state: evaluate(step, model, state.params), save
         ),
@@ -326,19 +335,11 @@ def print_end(summary, workdir) -> None:
     )
 
 
-def main(argv) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; flags start with --")
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save
+def main() -> None:
     if DISTRIBUTED.value:
         jax.distributed.initialize()
-    try:
-        train(CONFIG.value, WORKDIR.value)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        metrics.fail(error)
+    train(CONFIG.value, WORKDIR.value)
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    cli.run(main, required=("config", "workdir"))

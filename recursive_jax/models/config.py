@@ -240,4 +240,8 @@ class DecoderConfig:
         unknown = sorted(set(data) - known)
         if unknown:
             raise ValueError(f"unknown decoder config keys {unknown}; expected {sorted(known)}")
+        needed = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+        missing = sorted(needed - set(data))
+        if missing:
+            raise ValueError(f"decoder config keys missing: {missing}")
         return cls(**data)

@@ -22,6 +22,11 @@ class Schedule:
     eval_every: int
     checkpoint_every: int
 
+    def __post_init__(self):
+        for name in ("log_every", "eval_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 step, got {getattr(self, name)}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Hooks:

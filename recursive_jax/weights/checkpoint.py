@@ -16,6 +16,7 @@ import logging
 import os
 import pathlib
 import tempfile
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,10 +35,10 @@ STEPS = "checkpoints"
 
 def write_json(path: pathlib.Path, data: Any) -> None:
     """Write a file whole or not at all."""
+    text = json.dumps(data, indent=1) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".tmp") as f:
-        json.dump(data, f, indent=1)
-        f.write("\n")
+        f.write(text)
     os.chmod(f.name, 0o644)
     os.replace(f.name, path)
 
@@ -85,14 +86,16 @@ def load_config(directory: str | os.PathLike) -> tuple[DecoderConfig, dict[str, 
         )
     try:
         record = json.loads(path.read_text())
-        if record.get("format") != FORMAT:
-            raise ValueError(
-                f"{path} has format {record.get('format')}, this version reads {FORMAT}; "
-                "if it is a Hugging Face model, give it as --source to convert"
-            )
-        return DecoderConfig.from_json(record.pop("decoder")), record
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        written_as = record.get("format")
+        cfg = DecoderConfig.from_json(record.pop("decoder")) if written_as == FORMAT else None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); restore it from a copy") from error
+    if cfg is None:
+        raise ValueError(
+            f"{path} has format {written_as}, this version reads {FORMAT}; "
+            "if it is a Hugging Face model, give it as --source to convert"
+        )
+    return cfg, record
 
 
 def checksums(tree: Any) -> dict[str, int]:
@@ -118,6 +121,10 @@ def _checksum(x: jax.Array) -> jax.Array:
         iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
         weight = weight * jnp.uint32(x.shape[axis]) + iota
     return (bits * (2 * weight + 1)).sum(dtype=jnp.uint32)
+
+
+def _json_checksum(data: Any) -> int:
+    return zlib.crc32(json.dumps(data, sort_keys=True).encode())
 
 
 class Writer:
@@ -146,7 +153,9 @@ class Writer:
         arrays = {"params": params} | ({} if opt_state is None else {"opt_state": opt_state})
         # On the CPU a host "copy" may alias the device buffer, which the next step donates.
         arrays = jax.tree.map(jnp.copy, arrays) if jax.default_backend() == "cpu" else arrays
-        metadata = {"checksums": checksums(arrays), "progress": dict(progress or {})}
+        progress = json.loads(json.dumps(dict(progress or {})))  # a copy: the caller's goes on
+        sums = checksums(arrays) | {"progress": _json_checksum(progress)}
+        metadata = {"checksums": sums, "progress": progress}
         self._pending = self._manager.save_checkpointables_async(
             step, arrays, force=True, overwrite=True, custom_metadata=metadata
         )
@@ -203,7 +212,9 @@ def restore(
             "a run that was interrupted before its first save has to start again"
         )
     try:
-        metadata = ocp.checkpointables_metadata(str(path)).custom_metadata
+        metadata = ocp.checkpointables_metadata(str(path)).custom_metadata or {}
+        if not {"checksums", "progress"} <= set(metadata):
+            raise ValueError("its metadata holds no checksums")
         stored = jax.tree.map(
             lambda x: (
                 jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=_sharding(x))
@@ -219,8 +230,11 @@ def restore(
             f"checkpoint {path} cannot be read ({reason[:300]}); it is damaged or of another "
             "model. Use an older step (--step) or convert again"
         ) from error
-    expected = metadata["checksums"]
-    broken = [k for k, v in checksums(arrays).items() if expected.get(k) != v]
+    expected, progress = metadata["checksums"], metadata["progress"]
+    found = checksums(arrays)
+    if "progress" in expected:  # absent in the first checkpoints that were written
+        found["progress"] = _json_checksum(progress)
+    broken = [name for name, value in found.items() if expected.get(name) != value]
     if broken:
         raise ValueError(
             f"checkpoint {path} is corrupt: checksums differ for {broken[:3]}"
@@ -228,7 +242,7 @@ def restore(
         )
     arrays = jax.tree.map(lambda x, want: x.astype(want.dtype), arrays, dict(abstract))
     logging.info("restored step %d of %s", step, directory)
-    return arrays, metadata["progress"], step
+    return arrays, progress, step
 
 
 def _sharding(x):

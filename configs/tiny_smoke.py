@@ -1,0 +1,31 @@
+"""The whole of train in half a minute: convert, distil, save, evaluate. Used by the tests.
+
+    python -m recursive_jax.train --config=configs/tiny_smoke.py --workdir=/tmp/smoke
+
+Our embedded 12-layer Llama is folded to 2 loops x 6 layers with rank-4 LoRA and sees 60 steps of
+512 tokens of docstrings, far too little to recover. Hardware: a laptop, 2 cores; time: 30 s.
+Expect the loss to fall from step to step; no number here means anything.
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+    args = common.parse_arg(arg, steps=60)
+    c = common.get_config()
+    c.source = "tiny"
+    c.model.num_loops = 2
+    c.model.lora_rank = 4
+    c.data.train = "docstrings:1"
+    c.data.context_length = 64
+    c.data.batch_size = 8
+    c.data.eval_tokens = 1000
+    c.objective.exit_coefficient = 0.1
+    c.optimizer.learning_rate = 3e-3
+    c.optimizer.warmup_steps = 5
+    c.remat = "none"
+    c.tokens = args.steps * c.data.batch_size * c.data.context_length
+    c.log_every = 1
+    c.eval_every = 30
+    c.checkpoint_every = 20
+    return c

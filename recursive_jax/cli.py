@@ -1,0 +1,62 @@
+"""How a job starts and ends: flags in, and a user's mistake told in one line with exit code 2."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from recursive_jax import metrics
+
+MISTAKES = (ValueError, OSError, FloatingPointError)  # what the rooms raise for callers' mistakes
+
+
+def run(main: Callable[[], None], required: Sequence[str] = ()) -> None:
+    """Parse the command line, then `main()`; --verbosity=1 shows the traceback of an error."""
+    flags.mark_flags_as_required(list(required))
+
+    def guarded(argv):
+        if len(argv) > 1:
+            metrics.fail(ValueError(f"unexpected arguments {argv[1:]}; flags start with --"))
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save
+        try:
+            main()
+        except MISTAKES as error:
+            logging.debug("raised here", exc_info=True)
+            metrics.fail(error)
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        _check_config(argv)
+        return flags.FLAGS(argv)
+    except (flags.Error, *MISTAKES) as error:
+        lines = str(error).strip().splitlines()  # config_flags puts a traceback in between
+        metrics.fail(ValueError(lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"))
+
+
+def _check_config(argv: Sequence[str]) -> None:
+    """Names an unknown `--config.KEY`, where config_flags only raises AttributeError(KEY)."""
+    given = re.search(r"(?m)^--?config[=\n]([^:\n]+)(?::(.*))?$", "\n".join(argv[1:]))
+    if given is None:
+        return
+    file, arg = given.groups()
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"no config file {file}; expected one such as configs/common.py")
+    keys = [m[1] for m in (re.match(r"--?(?:no)?config\.([\w.]+)", a) for a in argv[1:]) if m]
+    if not keys:
+        return
+    config = runpy.run_path(file)["get_config"](*([] if arg is None else [arg]))
+    for key in keys:
+        node, where = config, "config"
+        for part in key.split("."):
+            if not hasattr(node, "keys") or part not in node:
+                known = ", ".join(sorted(node)) if hasattr(node, "keys") else "no keys below it"
+                raise ValueError(f"unknown config key {key!r}; {where} has {known or 'no keys'}")
+            node, where = node[part], f"{where}.{part}"

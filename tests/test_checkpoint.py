@@ -1,0 +1,357 @@
+"""Checkpoints: what is saved comes back, on any mesh, or one error says what is wrong."""
+
+import functools
+import json
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from recursive_jax import sharding
+from recursive_jax.models.config import DecoderConfig, Rope
+from recursive_jax.models.decoder import init_params, logical_axes
+from recursive_jax.text import load_tokenizer
+from recursive_jax.training.optimizer import OptimizerConfig, make_optimizer
+from recursive_jax.weights import checkpoint
+from recursive_jax.weights.source import ASSETS
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CFG = DecoderConfig(
+    "llama", 48, 16, 32, num_heads=4, num_kv_heads=2, head_dim=4, num_layers=2, num_loops=2,
+    norms="per_loop", lora_ranks={"q": 2, "up": 3}, tied_head=False,
+)  # fmt: skip
+PROGRESS = {"data": {"next_index": 7}, "history": [{"step": 0, "nll": 3.25}]}
+
+
+@functools.cache
+def make_arrays():
+    """Params and Adam's state, no two numbers alike."""
+    params = jax.jit(init_params, static_argnums=0)(CFG, jax.random.key(0))
+    arrays = {"params": params, "opt_state": make_optimizer(OptimizerConfig(), 9).init(params)}
+    rng = np.random.default_rng(0)
+
+    def fill(x):
+        noise = rng.standard_normal(x.shape).astype(np.float32)
+        return noise if x.dtype == np.float32 else np.asarray(5, x.dtype)
+
+    return jax.tree.map(fill, arrays)
+
+
+def on(arrays, mesh):
+    """Shardings as training has them."""
+    rules = sharding.rules_for(mesh, CFG)
+    params = sharding.shardings(logical_axes(CFG), mesh, rules)
+    return sharding.state_shardings(arrays, {"params": params}["params"], mesh)
+
+
+def abstract(arrays, shardings):
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), arrays, shardings
+    )
+
+
+def one_device(arrays):
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return abstract(arrays, jax.tree.map(lambda _: device, arrays))
+
+
+def assert_equal(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+    ):
+        np.testing.assert_array_equal(x, y, err_msg=str(path))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A checkpoint with steps 1 (numbers doubled) and 2; tests that damage it take a copy."""
+    directory = tmp_path_factory.mktemp("checkpoint") / "run"
+    checkpoint.create(directory, CFG, load_tokenizer(ASSETS / "tiny"), source="somewhere", n=[1])
+    writer = checkpoint.Writer(directory, keep=2)
+    for step, factor in ((0, 3), (1, 2), (2, 1)):
+        arrays = jax.tree.map(lambda x, f=factor: jnp.asarray(x * f), make_arrays())
+        writer.save(step, arrays["params"], arrays["opt_state"], PROGRESS)
+    writer.close()
+    return directory
+
+
+def test_everything_comes_back(saved):
+    assert checkpoint.is_checkpoint(saved)
+    cfg, facts = checkpoint.load_config(saved)
+    assert cfg == CFG
+    assert facts["source"] == "somewhere" and facts["n"] == [1] and "jax" in facts["versions"]
+    assert load_tokenizer(saved / "tokenizer").encode("a b") == load_tokenizer(
+        ASSETS / "tiny"
+    ).encode("a b")
+    arrays, progress, step = checkpoint.restore(saved, one_device(make_arrays()))
+    assert step == checkpoint.latest_step(saved) == 2 and progress == PROGRESS
+    assert_equal(arrays, make_arrays())
+    older, _, step = checkpoint.restore(saved, one_device(make_arrays()), step=1)
+    assert step == 1
+    assert_equal(older, jax.tree.map(lambda x: x * 2, make_arrays()))
+
+
+def test_only_the_latest_are_kept(saved):
+    assert sorted(p.name for p in (saved / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_params_alone_and_in_another_dtype(saved):
+    params, cfg = checkpoint.load_params(saved, dtype=jnp.bfloat16)
+    assert cfg == CFG
+    want = jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_arrays()["params"])
+    assert_equal(params, want)
+
+
+def test_every_config_survives_json(tmp_path):
+    cfg = CFG.replace(
+        ropes=(Rope(), Rope(theta=1e6, scaling="llama3", factor=8.0)),
+        rope_of_depth=(0, 1, 0, 1), windows=(4, 0, 4, 0), attn_softcap=20.0, query_scale=0.3,
+    )  # fmt: skip
+    checkpoint.create(tmp_path, cfg)
+    assert checkpoint.load_config(tmp_path)[0] == cfg
+
+
+@pytest.mark.parametrize("there", [(8, 1, 1), (1, 2, 4)])
+def test_restores_onto_another_mesh(there, tmp_path):
+    """Saved from (2, 2, 2), by the rules training uses: kv heads of tensor=4 are replicated."""
+    arrays, mesh = make_arrays(), sharding.make_mesh(2, 2, 2)
+    placed = jax.tree.map(sharding.put_global, arrays, on(arrays, mesh))
+    writer = checkpoint.Writer(tmp_path)
+    writer.save(3, placed["params"], placed["opt_state"])
+    writer.close()
+    wanted = on(arrays, sharding.make_mesh(*there))
+    got, _, _ = checkpoint.restore(tmp_path, abstract(arrays, wanted))
+    assert_equal(got, arrays)
+    for x, s in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert x.sharding.is_equivalent_to(s, x.ndim)
+    # the checksums are of the numbers, however they are spread
+    assert checkpoint.checksums(placed) == checkpoint.checksums(got)
+
+
+def test_a_save_under_way_keeps_the_values_it_was_given(tmp_path):
+    """The arrays are donated to the next step at once, and its progress goes on."""
+    arrays = jax.tree.map(jnp.asarray, make_arrays()["params"])
+    progress = {"history": [1]}
+    scramble = jax.jit(lambda t: jax.tree.map(lambda x: x * 0 - 1, t), donate_argnums=0)
+    writer = checkpoint.Writer(tmp_path)
+    writer.save(1, arrays, progress=progress)
+    progress["history"].append(2)
+    for _ in range(20):
+        arrays = scramble(arrays)
+    jax.block_until_ready(arrays)
+    writer.close()
+    wanted = one_device({"params": make_arrays()["params"]})
+    got, progress, _ = checkpoint.restore(tmp_path, wanted)
+    assert_equal(got["params"], make_arrays()["params"])
+    assert progress == {"history": [1]}
+
+
+# Checksums
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.int32, np.uint8])
+def test_checksum_sees_every_bit_and_every_exchange(dtype):
+    x = np.asarray(np.random.default_rng(0).integers(0, 99, (3, 5)), dtype)
+    before = checkpoint.checksums({"x": x})
+    raw = x.view(np.uint8).reshape(-1)
+    for byte in range(0, raw.size, 7):
+        for bit in range(8):
+            flipped = raw.copy()
+            flipped[byte] ^= 1 << bit
+            assert checkpoint.checksums({"x": flipped.view(x.dtype).reshape(x.shape)}) != before
+    exchanged = x.copy()
+    exchanged[[0, 1]] = x[[1, 0]]
+    assert checkpoint.checksums({"x": exchanged}) != before
+    # by the formula in the docstring
+    width = {1: np.uint8, 2: np.uint16, 4: np.uint32}[x.dtype.itemsize]
+    bits = x.view(width).reshape(-1).astype(np.uint64)
+    expected = int((bits * (2 * np.arange(x.size, dtype=np.uint64) + 1)).sum() % 2**32)
+    assert before == {"['x']": expected}
+
+
+# Damage
+
+
+def step_files(directory):
+    step = directory / "checkpoints" / "2"
+    return sorted(str(p.relative_to(step)) for p in step.rglob("*") if p.is_file())
+
+
+def flip(data):
+    return data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 4]) + data[len(data) // 2 + 1 :]
+
+
+DAMAGE = {"flip": flip, "truncate": lambda data: data[: len(data) // 2], "delete": None}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_to_any_file_is_told_or_harmless(saved, damage, tmp_path):
+    """Every file of a step in turn: the right numbers come back, or one error says what to do."""
+    told = 0
+    for n, name in enumerate(step_files(saved)):
+        copy = tmp_path / str(n)
+        shutil.copytree(saved, copy)
+        file = copy / "checkpoints" / "2" / name
+        data = file.read_bytes()
+        if damage == "delete":
+            file.unlink()
+        else:
+            file.write_bytes(DAMAGE[damage](data))
+        try:
+            arrays, progress, _ = checkpoint.restore(copy, one_device(make_arrays()))
+        except ValueError as error:
+            told += 1
+            message = str(error)
+            assert str(copy / "checkpoints" / "2") in message and "\n" not in message, message
+            assert "damaged" in message or "corrupt" in message
+            assert "older step" in message or "convert again" in message
+            continue
+        assert_equal(arrays, make_arrays())
+        assert progress == PROGRESS, name
+    assert told >= 3, "array data, their index and the metadata at the least"
+
+
+def test_no_flipped_bit_in_the_progress_goes_unseen(tmp_path):
+    """The data position is as precious as the weights: every third byte of the metadata."""
+    wanted = one_device({"params": {"x": np.arange(4.0, dtype=np.float32)}})
+    writer = checkpoint.Writer(tmp_path)
+    writer.save(1, {"x": jnp.arange(4.0)}, progress=PROGRESS, wait=True)
+    writer.close()
+    file = tmp_path / "checkpoints" / "1" / "_CHECKPOINT_METADATA"
+    data = file.read_bytes()
+    assert b"next_index" in data
+    told = 0
+    for n in range(0, len(data), 3):
+        file.write_bytes(data[:n] + bytes([data[n] ^ 1]) + data[n + 1 :])
+        try:
+            arrays, progress, _ = checkpoint.restore(tmp_path, wanted)
+        except ValueError as error:
+            told += 1
+            assert "damaged" in str(error) or "corrupt" in str(error)
+            continue
+        assert_equal(arrays["params"], {"x": np.arange(4.0, dtype=np.float32)})
+        assert progress == PROGRESS, data[n - 10 : n + 10]
+    assert told > 20
+
+
+def test_a_flipped_number_is_told_by_name(tmp_path):
+    """Orbax itself notices nothing here: the file is whole, one number in it is another."""
+    params = make_arrays()["params"]
+    other = jax.tree.map(np.copy, params)
+    other["block"]["mlp"]["up"]["w"][1, 2, 3] += 1.0
+    for name, tree in (("a", params), ("b", other)):
+        writer = checkpoint.Writer(tmp_path / name)
+        writer.save(1, jax.tree.map(jnp.asarray, tree))
+        writer.close()
+    a, b = (tmp_path / n / "checkpoints" / "1" for n in "ab")
+    shutil.rmtree(b / "params")
+    shutil.copytree(a / "params", b / "params")
+    with pytest.raises(ValueError, match=r"corrupt: checksums differ for .*'up'.*'w'"):
+        checkpoint.restore(tmp_path / "b", one_device({"params": params}))
+
+
+def test_a_missing_step(saved, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no saved step 5 in .*checkpoints"):
+        checkpoint.restore(saved, one_device(make_arrays()), step=5)
+    checkpoint.create(tmp_path, CFG)
+    assert checkpoint.latest_step(tmp_path) is None and not checkpoint.is_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no saved step .*in .*start again"):
+        checkpoint.load_params(tmp_path)
+
+
+def test_another_models_arrays(saved):
+    for changes in ({"embed_dim": 24}, {"num_loops": 4}, {"lora_ranks": {}}, {"tied_head": True}):
+        cfg = CFG.replace(**changes)
+        params = jax.eval_shape(lambda cfg=cfg: init_params(cfg, jax.random.key(0)))
+        with pytest.raises(ValueError, match="damaged or of another model") as error:
+            checkpoint.restore(saved, one_device({"params": params}))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[: len(text) // 2], "config.json is damaged"),
+        (lambda text: text.replace('"format": 1', '"format": 99'), "format 99, this version reads"),
+        (lambda text: '{"model_type": "llama"}', "format None.* Hugging Face model.*--source"),
+        (lambda text: "[1]", "config.json is damaged"),
+        (lambda text: text.replace('"embed_dim"', '"embed_dam"'), "embed_dam"),
+        (lambda text: text.replace('"embed_dim": 16,', ""), "missing.*embed_dim"),
+        (lambda text: text.replace('"num_loops": 2', '"num_loops": 0'), "num_loops"),
+    ],
+)
+def test_damaged_or_foreign_config(saved, tmp_path, change, message):
+    text = (saved / "config.json").read_text()
+    (tmp_path / "config.json").write_text(change(text))
+    with pytest.raises(ValueError, match=message) as error:
+        checkpoint.load_config(tmp_path)
+    assert "config.json" in str(error.value), "says where"
+    with pytest.raises(FileNotFoundError, match="no checkpoint in .*recursive_jax.convert"):
+        checkpoint.load_config(tmp_path / "nowhere")
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "facts.json"
+    checkpoint.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        checkpoint.write_json(path, {"a": 2, "b": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["facts.json"]
+
+
+KILLED = """
+import os, pathlib, signal, sys, time
+import jax.numpy as jnp
+import numpy as np
+from recursive_jax.weights import checkpoint
+big = jnp.asarray(np.random.default_rng(0).standard_normal(1 << 24).astype(np.float32))
+writer = checkpoint.Writer(sys.argv[1])
+writer.save(1, {"x": jnp.arange(1000.0)}, wait=True)
+writer.save(2, {"x": big})
+while len(os.listdir(sys.argv[1] + "/checkpoints")) < 2:
+    time.sleep(0.001)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_killed_in_the_middle_of_a_save(tmp_path):
+    """SIGKILL as soon as 64 MB begin to be written: the step before is still the latest."""
+    process = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT)
+    assert process.returncode == -signal.SIGKILL
+    left = {p.name for p in (tmp_path / "checkpoints").iterdir()}
+    assert "1" in left and "2" not in left and len(left) > 1, "a partial step lies there"
+    assert checkpoint.latest_step(tmp_path) == 1
+    wanted = one_device({"params": {"x": np.arange(1000.0, dtype=np.float32)}})
+    got, _, step = checkpoint.restore(tmp_path, wanted)
+    assert step == 1
+    np.testing.assert_array_equal(got["params"]["x"], np.arange(1000.0))
+    writer = checkpoint.Writer(tmp_path)  # the next run clears it away and saves the step
+    writer.save(2, {"x": jnp.arange(1000.0) + 2}, wait=True)
+    writer.close()
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"1", "2"}
+    assert checkpoint.restore(tmp_path, wanted)[0]["params"]["x"][0] == 2.0
+
+
+def test_sharded_arrays_need_no_gathering(tmp_path):
+    """One array spread over eight devices, restored onto four: each reads its own part."""
+    mesh = sharding.make_mesh(1, 8, 1)
+    x = sharding.put_global(
+        {"x": np.arange(64.0, dtype=np.float32)}, NamedSharding(mesh, PartitionSpec("fsdp"))
+    )
+    writer = checkpoint.Writer(tmp_path)
+    writer.save(1, x, wait=True)
+    writer.close()
+    four = sharding.make_mesh(1, 4, 1, devices=jax.devices()[4:])
+    there = NamedSharding(four, PartitionSpec("fsdp"))
+    wanted = {"params": {"x": jax.ShapeDtypeStruct((64,), np.float32, sharding=there)}}
+    got = checkpoint.restore(tmp_path, wanted)[0]["params"]["x"]
+    assert [s.data.shape for s in got.addressable_shards] == [(16,)] * 4
+    np.testing.assert_array_equal(got, np.arange(64.0))

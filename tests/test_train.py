@@ -1,0 +1,353 @@
+"""`python -m recursive_jax.train` end to end: a run, an interrupted run, and every refusal.
+
+The source is a random Llama of width 32 with the embedded model's tokenizer, so nothing here
+depends on a pretrained model.
+"""
+
+import array
+import fcntl
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import termios
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from recursive_jax.models.config import DecoderConfig
+from recursive_jax.models.decoder import abstract_params, init_params
+from recursive_jax.training.optimizer import OptimizerConfig, make_optimizer
+from recursive_jax.weights import checkpoint, hf
+from recursive_jax.weights.source import ASSETS
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CONFIG = "configs/tiny_smoke.py"
+STEPS = 60
+LLAMA = DecoderConfig(
+    "llama", 4096, 32, 64, num_heads=4, num_kv_heads=2, head_dim=8, num_layers=4, tied_head=True
+)
+
+
+def environment(place):
+    """One CPU device, whatever this process has; all runs share what they compile."""
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    env |= {"JAX_COMPILATION_CACHE_DIR": str(place / "cache" / "jax")}
+    return env | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with `source` (Hugging Face model), `small_vocab` (another) and `text`."""
+    place = tmp_path_factory.mktemp("train")
+    init = jax.jit(init_params, static_argnums=0)
+    tokenizer = [ASSETS / "tiny" / name for name in ("tokenizer.json", "tokenizer_config.json")]
+    for name, cfg in (("source", LLAMA), ("small_vocab", LLAMA.replace(vocab_size=99))):
+        params = jax.tree.map(np.asarray, init(cfg, jax.random.key(0)))
+        hf.save_params(params, cfg, place / name)
+        for file in tokenizer:
+            shutil.copy(file, place / name)
+    (place / "text").mkdir()
+    rng = np.random.default_rng(0)
+    words = "the loop runs a block of layers again and keeps what it learned before".split()
+    with open(place / "text" / "train.jsonl", "w") as f:
+        for _ in range(300):
+            sentence = " ".join(rng.choice(words, size=rng.integers(20, 90)))
+            f.write(json.dumps({"text": sentence}) + "\n")
+    return place
+
+
+def command(place, workdir, *overrides):
+    return [
+        f"--config={CONFIG}",
+        f"--workdir={workdir}",
+        f"--config.source={place / 'source'}",
+        f"--config.data.train={place / 'text'}",
+        f"--config.data.cache_dir={place / 'cache'}",
+        *overrides,
+    ]
+
+
+def launch(place, workdir):
+    """The real command line, as a child process."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "recursive_jax.train", *command(place, workdir)],
+        cwd=ROOT, env=environment(place), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def interrupt_in_the_middle(process):
+    """SIGTERM while it can neither have ended nor not have begun.
+
+    Its output goes into a pipe that holds a third of it and that nobody reads, so it stands still
+    after some steps however fast it is; we wait until it has taken a few.
+    """
+    fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
+    waiting = array.array("i", [0])
+    while waiting[0] < 2500:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+        fcntl.ioctl(process.stdout, termios.FIONREAD, waiting)
+    process.send_signal(signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def runs(place):
+    """name -> (workdir, stdout, stderr, exit code), and the step the interrupted run stopped at."""
+    workdirs = {"whole": place / "whole", "interrupted": place / "parts"}
+    workdirs["resumed"] = workdirs["interrupted"]
+    out, stopped_at = {}, None
+    for name, workdir in workdirs.items():
+        process = launch(place, workdir)
+        if name == "interrupted":
+            interrupt_in_the_middle(process)
+        out[name] = (workdir, *process.communicate(), process.returncode)
+        if name == "interrupted":
+            stopped_at = checkpoint.latest_step(workdir)
+    return out, stopped_at
+
+
+def metrics_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_trains_converts_saves_and_says_so(runs):
+    workdir, stdout, stderr, code = runs[0]["whole"]
+    assert code == 0, stderr
+    assert "Traceback" not in stderr and "rematerialization" not in stderr
+    # progress a person can read: start-up table, one line per step, what came of it
+    for words in ("2 loops × 2 layers", "mesh data=1 × fsdp=1 × tensor=1", "60 steps × 512 tokens"):
+        assert words in stdout
+    assert stdout.count("tok/s  ETA ") == STEPS - 1
+    assert f"generate --checkpoint={workdir}" in stdout
+
+    records = metrics_of(workdir)
+    losses = {r["step"]: r["train/loss"] for r in records if "train/loss" in r}
+    assert sorted(losses) == list(range(1, STEPS + 1))
+    assert np.mean([losses[n] for n in range(STEPS - 4, STEPS + 1)]) < 0.7 * losses[1]
+    one = next(r for r in records if r["step"] == 5 and "train/loss" in r)
+    names = "loss ce kd ce_exit_1 accuracy accuracy_exit_1 grad_norm tokens learning_rate".split()
+    assert set(one) == {"step", "time", "perf/tokens_per_second"} | {f"train/{n}" for n in names}
+    np.testing.assert_allclose(one["train/learning_rate"], 3e-3 * 4 / 5, rtol=1e-6)
+    np.testing.assert_allclose(
+        one["train/loss"],
+        one["train/ce"] + one["train/kd"] + 0.1 * one["train/ce_exit_1"],
+        rtol=1e-5,
+    )
+    evaluated = [r["step"] for r in records if "valid/perplexity" in r]
+    assert evaluated == [0, 30, STEPS]
+    assert any("source/perplexity" in r for r in records)
+    assert any((workdir / "tensorboard").iterdir())
+
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["steps"] == STEPS and summary["tokens"] == STEPS * 512
+    assert summary["after"]["perplexity"] < 0.2 * summary["before"]["perplexity"]
+    np.testing.assert_allclose(
+        np.exp(summary["after"]["nll"]), summary["after"]["perplexity"], rtol=1e-6
+    )
+    assert len(summary["after"]["perplexity_exits"]) == 2
+    assert summary["config"]["objective"]["exit_coefficient"] == 0.1
+
+
+def test_a_checkpoint_knows_what_it_is(runs, place):
+    workdir = runs[0]["whole"][0]
+    params, cfg = checkpoint.load_params(workdir)
+    assert (cfg.num_loops, cfg.num_layers, cfg.rank("q")) == (2, 2, 4)
+    assert params["block"]["mlp"]["up"]["w"].shape == (2, 32, 64)
+    _, facts = checkpoint.load_config(workdir)
+    assert facts["source"] == str(place / "source") and facts["tying"]["num_loops"] == 2
+    assert (workdir / "tokenizer" / "tokenizer.json").is_file()
+    steps = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
+    assert steps == [40, 60], "the latest two are kept, nothing else is left there"
+
+
+def test_interrupted_and_resumed_is_uninterrupted(runs):
+    """Bitwise: parameters, moments, every logged loss, every evaluation."""
+    done, step = runs
+    for name in ("interrupted", "resumed"):
+        assert done[name][3] == 0, done[name][2]
+    assert 3 <= step < STEPS
+    assert f"stopped at step {step} and saved; run the same command" in done["interrupted"][1]
+    assert f"resumed from {done['resumed'][0]}" in done["resumed"][1]
+    assert f"{STEPS - step} steps × 512 tokens" in done["resumed"][1]
+
+    def logged(workdir):
+        keep = ("step", "train/loss", "train/grad_norm", "valid/nll", "source/nll")
+        return [{k: r[k] for k in keep if k in r} for r in metrics_of(workdir)]
+
+    whole, parts = done["whole"][0], done["resumed"][0]
+    assert logged(parts) == logged(whole)
+    one, other = (json.loads((w / "summary.json").read_text()) for w in (whole, parts))
+    for key in ("steps", "tokens", "parameters", "before", "after", "source"):
+        assert one[key] == other[key], key
+
+    cfg, _ = checkpoint.load_config(whole)
+    abstract = {"params": abstract_params(cfg)}
+    abstract["opt_state"] = jax.eval_shape(
+        make_optimizer(OptimizerConfig(), STEPS).init, abstract["params"]
+    )
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract
+    )
+    (a, saved_a, step_a), (b, saved_b, step_b) = (
+        checkpoint.restore(w, abstract) for w in (whole, parts)
+    )
+    assert step_a == step_b == STEPS and saved_a == saved_b
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    ):
+        np.testing.assert_array_equal(x, y, err_msg=str(path))
+
+
+# Refusals: exit code 2, one line, nothing left behind
+
+# Imports what `train` imports, then runs its command line in a forked child per case: the same
+# program without eight seconds of imports for each.
+SERVER = """
+import io, json, os, runpy, sys
+import flax, grain, jax, ml_collections, optax, transformers, tensorboardX
+import orbax.checkpoint.v1
+import recursive_jax.sharding, recursive_jax.text, recursive_jax.metrics, recursive_jax.cli
+import recursive_jax.training.evaluation, recursive_jax.training.step, recursive_jax.weights.start
+for case in json.loads(sys.stdin.read()):
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        continue
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{case['log']}.{name}", os.O_CREAT | os.O_WRONLY), number)
+    sys.argv = ["train.py", *case["argv"]]
+    code = 0
+    try:
+        runpy.run_module("recursive_jax.train", run_name="__main__", alter_sys=True)
+    except SystemExit as exit:
+        code = exit.code
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    with open(f"{case['log']}.code", "w") as f:
+        f.write(str(code))
+    os._exit(0)
+"""
+
+REFUSED = {
+    "unknown key": (
+        ["--config.data.trian=x"],
+        r"unknown config key 'data.trian'; config.data has batch_size, .*train",
+    ),
+    "unknown group": (["--config.optimiser.b1=1"], "unknown config key 'optimiser.b1'; config has"),
+    "key of a number": (["--config.tokens.x=1"], "'tokens.x'; config.tokens has no keys below"),
+    "wrong type": (["--config.tokens=many"], "--config.tokens=many.* int"),
+    "unknown flag": (["--confg=x"], "Unknown command line flag 'confg'"),
+    "argument": (["tokens=5"], "unexpected arguments .*tokens=5.*flags start with --"),
+    "missing config": (["--config=configs/none.py"], "no config file configs/none.py"),
+    "config argument": ([f"--config={CONFIG}:speps=3"], "unknown config argument 'speps'.*steps"),
+    "nothing to train": (
+        ["--config.source=", "--config.objective.kd=0"],
+        "nothing to train: set --config.source=MODEL",
+    ),
+    "no teacher": (["--config.source="], "needs the model to distil from: set --config.source"),
+    "missing source": (["--config.source=/no/such/model"], "/no/such/model does not exist"),
+    "missing checkpoint": (["--config.init_from={place}/nowhere"], "no checkpoint in .*nowhere"),
+    "loop count": (["--config.model.num_loops=3"], r"num_loops=3 .*4 layers.*1, 2,? (or )?4"),
+    "method": (["--config.model.method=middle"], "middle.*stepwise.*average"),
+    "norms": (["--config.model.norms=shared"], "shared.*tied.*per_loop.*folded"),
+    "vocabulary": (
+        ["--config.source={place}/small_vocab"],
+        "tokenizer and model do not belong together",
+    ),
+    "missing text": (["--config.data.train={place}/none.txt"], "none.txt' does not exist"),
+    "empty directory": (["--config.data.train={place}/empty"], "no text in directory .*empty"),
+    "empty file": (["--config.data.train={place}/empty.txt"], "no text in .*empty.txt"),
+    "empty validation": (["--config.data.valid={place}/empty.txt"], "no text in .*empty.txt"),
+    "batch size": (["--config.data.batch_size=0"], "data.batch_size must be at least 1, got 0"),
+    "context": (["--config.data.context_length=1"], "context_length=1"),
+    "interval": (["--config.eval_every=0"], "eval_every must be at least 1 step, got 0"),
+    "budget": (["--config.tokens=0"], "tokens must be at least 1, got 0"),
+    "mesh": (["--config.mesh.data=3"], "mesh .*'data': 3.* 1 devices"),
+    "remat": (["--config.remat=some"], "remat='some'; expected one of none, full"),
+    "dtype": (["--config.dtype=float8"], "dtype='float8'; expected auto, float32 or bfloat16"),
+    "objective": (["--config.objective.kd_loss=l2"], "kd_loss='l2'; expected one of"),
+    "optimizer": (["--config.optimizer.learning_rate=0"], "learning_rate must be > 0, got 0"),
+    "scratch": (
+        ["--config={place}/scratch.py", "--config.source="],
+        "decoder config .*missing.*num_heads",
+    ),
+    "workdir is a file": (["--workdir={place}/empty.txt/run"], "empty.txt"),
+    "not finite": (
+        ["--config.optimizer.learning_rate=1e38", "--config.optimizer.warmup_steps=0"],
+        r"loss nan.* at step \d+ are not finite.*learning_rate",
+    ),
+    # refused by the run that lives in the workdir
+    "another model": (
+        ["--workdir={place}/whole", "--config.model.num_loops=4"],
+        "whole holds a run of another model: model differ.* --workdir",
+    ),
+    "another length": (
+        ["--workdir={place}/whole", f"--config={CONFIG}:steps=70"],
+        "whole cannot go on where it stopped: num_steps was 60; now num_steps is 70",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def refusals(place, runs):
+    """case -> (exit code, stdout, stderr)."""
+    (place / "empty").mkdir()
+    (place / "empty.txt").write_text("")
+    (place / "scratch.py").write_text(
+        "from configs import tiny_pretrain\n\n\ndef get_config():\n"
+        "    c = tiny_pretrain.get_config()\n    del c.scratch['num_heads']\n    return c\n"
+    )
+    cases = []
+    for n, (name, (overrides, _)) in enumerate(REFUSED.items()):
+        argv = command(place, place / f"refused_{n}", *(o.format(place=place) for o in overrides))
+        cases.append({"name": name, "argv": argv, "log": str(place / f"log_{n}")})
+    before = listing(place / "whole")
+    server = subprocess.run(
+        [sys.executable, "-c", SERVER],
+        cwd=ROOT, env=environment(place), input=json.dumps(cases), text=True, capture_output=True,
+    )  # fmt: skip
+    assert server.returncode == 0, server.stderr
+    assert listing(place / "whole") == before, "a refusal touched the finished run"
+    read = lambda case, what: pathlib.Path(f"{case['log']}.{what}").read_text()  # noqa: E731
+    return {c["name"]: [read(c, what) for what in ("code", "stdout", "stderr")] for c in cases}
+
+
+def listing(directory):
+    files = sorted(p for p in directory.rglob("*") if p.is_file())
+    return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_mistake_is_told_in_one_line_and_leaves_nothing(name, refusals, place):
+    code, _, stderr = refusals[name]
+    assert code == "2", stderr
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in stderr, stderr
+    assert re.search(REFUSED[name][1], lines[0]), lines[0]
+    left = place / f"refused_{list(REFUSED).index(name)}"
+    if name == "not finite":  # that run did begin; it has saved nothing that is broken
+        assert checkpoint.latest_step(left) is None
+    else:
+        assert not left.exists(), list(left.rglob("*"))
+
+
+def test_refusals_leave_no_other_files(refusals, place):
+    expected = {"cache", "empty", "empty.txt", "parts", "scratch.py", "small_vocab", "source"}
+    expected |= {"text", "whole", f"refused_{list(REFUSED).index('not finite')}"}
+    found = {p.name for p in place.iterdir() if not p.name.startswith(("log_", "__pycache__"))}
+    assert found == expected
+    entries = {p.name[:1] for p in (place / "cache").iterdir()}
+    assert "." not in entries, "half-written token caches"
