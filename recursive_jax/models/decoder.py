@@ -101,7 +101,7 @@ class Decoder(nn.Module):
         self.final_norm = Norm(cfg, dtype=self.dtype)
         layer = Layer
         if self.remat_policy != "none":
-            # prevent_cse is for unrolled code; inside a scan it only costs memory (traps.md E21)
+            # prevent_cse is for unrolled code; inside a scan it only costs memory
             layer = nn.remat(Layer, policy=REMAT_POLICIES[self.remat_policy], prevent_cse=False)
         self.block = nn.scan(
             layer,

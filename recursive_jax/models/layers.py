@@ -32,7 +32,7 @@ def lora_form(loop_ndim: int, tokens: int, in_dim: int, out_dim: int) -> str:
 
     With one loop for all tokens, merging `w + a @ b` costs 2·in·out·R and the per-token form
     2·tokens·R·(in + out): the rank cancels. Lanes at different loops use one wide adapter of rank
-    L·R whose middle is masked (a gather of weights per lane is far slower, traps.md E4).
+    L·R whose middle is masked: gathering weights per lane is far slower.
     """
     if loop_ndim:
         return "lanes"

@@ -308,7 +308,9 @@ def _write_shards(params, cfg, shapes, directory, dtype, max_shard_bytes) -> Non
     def flush():
         nonlocal shard, size
         # the final name has the number of shards in it: renamed below
-        save_file(shard, directory / f"{len(shards)}.part", metadata={"format": "pt"})
+        part = directory / f"{len(shards)}.part"
+        save_file(shard, part, metadata={"format": "pt"})
+        part.chmod(0o644)  # safetensors makes files that only their owner may read
         shards.append(list(shard))
         shard, size = {}, 0
 
