@@ -18,7 +18,7 @@ _RANKS = dict(q=2, k=3, v=2, o=3, up=4, down=2)
 # Windows and rope kinds differ between the loops of a layer, as they do in a folded Gemma 3.
 GEMMA = DecoderConfig(
     family="gemma3", num_heads=4, num_kv_heads=2, head_dim=8, norm_offset=1.0, post_norms=True,
-    qk_norm=True, activation="gelu_tanh", windows=(3, 0, 0, 4), rope_of_depth=(1, 0, 0, 1),
+    qk_norm=True, activation="gelu_tanh", windows=(3, 0, 5, 4), rope_of_depth=(1, 0, 1, 1),
     ropes=(Rope(theta=1e4, scaling="linear", factor=8.0), Rope(theta=100.0)), query_scale=0.2,
     attn_softcap=3.0, final_softcap=9.0, embed_scale=4.0, norms="per_loop",
     lora_ranks=_RANKS | {"gate": 3}, **_TINY,

@@ -6,6 +6,8 @@ models with and without biases, query norms or an untied head.
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -133,7 +135,8 @@ HF_TABLES = {
 }
 
 
-def leaf_shapes(cfg: DecoderConfig) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=8)
+def leaf_shapes(cfg: DecoderConfig) -> Mapping[str, tuple[int, ...]]:
     """Shape of every parameter of `cfg`, by flat path."""
     if cfg.num_loops != 1 or cfg.lora_ranks:
         raise ValueError(
@@ -141,7 +144,7 @@ def leaf_shapes(cfg: DecoderConfig) -> dict[str, tuple[int, ...]]:
             f"and lora_ranks={dict(cfg.lora_ranks)}. Untie it first"
         )
     flat = traverse_util.flatten_dict(abstract_params(cfg), sep="/")
-    return {path: leaf.shape for path, leaf in flat.items()}
+    return types.MappingProxyType({path: leaf.shape for path, leaf in flat.items()})
 
 
 def used_rows(table: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Row]:
