@@ -215,7 +215,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, prompt: Ids = ()):
         self._tokenizer = tokenizer
-        self._ids = [int(i) for i in prompt[-16:]]  # what came before decides about spaces only
+        self._ids = [int(i) for i in prompt]
         self._before, self._text_before = len(self._ids), self._decode()
 
     def add(self, ids: Ids) -> str:

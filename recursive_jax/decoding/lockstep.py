@@ -86,12 +86,13 @@ class Lockstep:
         self.model, self.params = model, params
         self.num_rows, self.context_length, self.num_stop = num_rows, context_length, num_stop
         self._mesh, self._rules = mesh, rules
-        placed = cache_placed = None
+        self._everywhere = cache_placed = None
         if mesh is not None:
-            placed = NamedSharding(mesh, PartitionSpec())
+            self._everywhere = NamedSharding(mesh, PartitionSpec())
             cache_placed = nn.logical_to_mesh_sharding(CACHE_AXES, mesh, rules)
         # The cache is donated, so updated in place; the rest is a few bytes per row.
-        options = {"donate_argnums": 1, "out_shardings": (cache_placed, placed, placed)}
+        placed = (cache_placed, self._everywhere, self._everywhere)
+        options = {"donate_argnums": 1, "out_shardings": placed}
         self._prefill = jax.jit(self._prefill_chunk, **options)
         self._decode = jax.jit(self._decode_steps, **options)
         self._new_cache = jax.jit(
@@ -104,16 +105,17 @@ class Lockstep:
     def compile(self, longest_prompts: Sequence[int]) -> None:
         """Make what batches need whose longest prompts have these lengths in tokens."""
         rows, settings, _ = self._start([])
-        with self._context():
-            for length in {self.chunk_length(n) for n in longest_prompts} - set(self._executables):
-                tokens = np.zeros((self.num_rows, length), np.int32)
-                self._executables[length] = self._prefill.lower(
-                    self.params, self._cache, rows, settings, tokens, rows.position, np.int32(0)
-                ).compile()
-            if "decode" not in self._executables:
-                self._executables["decode"] = self._decode.lower(
-                    self.params, self._cache, rows, settings, np.int32(MAX_STEPS)
-                ).compile()
+
+        def compiled(function, *arguments):
+            with self._context():
+                arguments = self._put((rows, settings, *arguments))
+                return function.lower(self.params, self._cache, *arguments).compile()
+
+        for length in {self.chunk_length(n) for n in longest_prompts} - set(self._executables):
+            tokens = np.zeros((self.num_rows, length), np.int32)
+            self._executables[length] = compiled(self._prefill, tokens, rows.position, np.int32(0))
+        if "decode" not in self._executables:
+            self._executables["decode"] = compiled(self._decode, np.int32(MAX_STEPS))
 
     def chunk_length(self, longest_prompt: int) -> int:
         """Columns of a prefill chunk: the smallest that takes the prompt at once, or the cap."""
@@ -185,8 +187,15 @@ class Lockstep:
 
     def _call(self, name: str | int, *arguments) -> tuple[Rows, Found]:
         cache, self._cache = self._cache, None  # donated: gone, even when the call fails
-        self._cache, rows, found = self._executables[name](self.params, cache, *arguments)
+        executable = self._executables[name]
+        self._cache, rows, found = executable(self.params, cache, *self._put(arguments))
         return rows, jax.device_get(found)
+
+    def _put(self, arguments):
+        """The same on all devices of the mesh, as the executables expect it."""
+        if self._mesh is None:
+            return arguments
+        return jax.device_put(arguments, self._everywhere)
 
     def _context(self):
         if self._mesh is None:

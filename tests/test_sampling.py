@@ -1,0 +1,172 @@
+"""Sampling against a plain numpy reference, and the laws its noise has to keep."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+from scipy.special import log_softmax, softmax
+
+from recursive_jax.decoding.requests import Sampling
+from recursive_jax.decoding.sampling import SamplingParams, filter_logits, gumbel_noise, sample
+
+VOCAB = 37
+MIXED = [
+    Sampling(),
+    Sampling(temperature=1.0),
+    Sampling(temperature=0.3, top_k=5),
+    Sampling(temperature=2.0, top_p=0.7),
+    Sampling(temperature=0.9, min_p=0.2),
+    Sampling(temperature=1.3, top_k=9, top_p=0.6, min_p=0.05),
+    Sampling(temperature=1.0, top_k=1),
+    Sampling(temperature=1.0, top_k=10 * VOCAB, top_p=1.0),
+    Sampling(temperature=1.0, top_p=1e-6),
+    Sampling(temperature=1.0, min_p=1.0),
+    Sampling(top_k=3, top_p=0.5),
+]
+
+
+def kept_by_sorting(logits: np.ndarray, s: Sampling) -> np.ndarray:
+    """bool [V], the textbook way: sort, cumulate, cut; then whatever ties with the last kept."""
+    x = logits.astype(np.float64) / (s.temperature or 1.0)
+    keep = np.ones(len(x), bool)
+
+    def smallest_set(weights, target):
+        order = np.argsort(-x, kind="stable")
+        cumulated = np.cumsum(np.where(keep, weights, 0)[order])
+        count = np.searchsorted(cumulated, target) + 1
+        return keep & (x >= x[order[min(count, len(x)) - 1]])
+
+    if s.top_k:
+        keep = smallest_set(np.ones(len(x)), s.top_k)
+    if s.top_p < 1:
+        keep = smallest_set(softmax(np.where(keep, x, -np.inf)), s.top_p)
+    if s.min_p:
+        probabilities = softmax(x)
+        keep &= probabilities >= s.min_p * probabilities.max() * (1 - 1e-6)
+    return keep
+
+
+@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
+def test_filters_keep_what_sorting_keeps(ties):
+    rng = np.random.default_rng(ties)
+    run = jax.jit(filter_logits)
+    removed = 0
+    for _ in range(10):
+        logits = rng.normal(size=(len(MIXED), VOCAB)).astype(np.float32) * 3
+        if ties:
+            logits = np.round(logits)
+        got = np.asarray(run(logits, SamplingParams.stack(MIXED)))
+        for row, scores, s in zip(logits, got, MIXED, strict=True):
+            keep = kept_by_sorting(row, s)
+            np.testing.assert_array_equal(np.isfinite(scores), keep, err_msg=str(s))
+            scaled = (row - row.max()) / (s.temperature or 1.0)
+            np.testing.assert_allclose(scores[keep], scaled[keep], rtol=1e-5, atol=1e-6)
+            removed += (~keep).sum()
+    assert removed > VOCAB * len(MIXED)
+
+
+def test_filters_with_removed_tokens_and_the_ends_of_float32():
+    """-inf stays out, a negative and a positive extreme do not upset the order of the bits."""
+    logits = np.array([[-np.inf, -1e30, 0.0, 3.0, 2.9, -np.inf]], np.float32)
+    keep = lambda s: np.isfinite(filter_logits(logits, SamplingParams.stack([s])))[0]  # noqa: E731
+    np.testing.assert_array_equal(keep(Sampling(1.0, top_k=2)), [0, 0, 0, 1, 1, 0])
+    np.testing.assert_array_equal(keep(Sampling(1.0, top_k=4)), [0, 1, 1, 1, 1, 0])
+    np.testing.assert_array_equal(keep(Sampling(1.0, top_k=5)), [0, 1, 1, 1, 1, 0])
+
+
+def test_the_smallest_temperatures_are_greedy_not_nan():
+    logits = np.random.default_rng(0).normal(size=(2, VOCAB)).astype(np.float32) * 50
+    params = SamplingParams.stack([Sampling(1e-30), Sampling(1e-4)])
+    tokens, logprobs = sample(logits, params, np.uint32([1, 2]), np.int32([3, 4]))
+    np.testing.assert_array_equal(tokens, logits.argmax(-1))
+    assert np.isfinite(logprobs).all()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(1.0), Sampling(0.5), Sampling(1.5, top_k=3), Sampling(1.0, top_p=0.8)],
+    ids=str,
+)
+def test_frequencies_follow_the_probabilities(sampling):
+    """Over many positions of one seed: chi-square against softmax(filtered / temperature)."""
+    draws = 20_000
+    logits = np.array([1.0, 0.0, -0.5, 2.0, 0.3], np.float32)
+    params = jax.tree.map(lambda x: np.repeat(x, draws), SamplingParams.stack([sampling]))
+    tokens, _ = jax.jit(sample)(
+        np.tile(logits, (draws, 1)), params, np.full(draws, 7, np.uint32), np.arange(draws)
+    )
+    kept = kept_by_sorting(logits, sampling)
+    expected = softmax(np.where(kept, logits.astype(np.float64) / sampling.temperature, -np.inf))
+    counts = np.bincount(np.asarray(tokens), minlength=len(logits))
+    assert counts[~kept].sum() == 0
+    assert stats.chisquare(counts[kept], draws * expected[kept]).pvalue > 1e-3
+
+
+def test_noise_is_a_function_of_seed_and_position_alone():
+    seeds = np.array([5, 5, 6, 5, 2**32 - 1], np.uint32)
+    positions = np.array([0, 1, 0, 0, 2**30], np.int32)
+    noise = np.asarray(gumbel_noise(seeds, positions, VOCAB))
+    np.testing.assert_array_equal(noise[0], noise[3])
+    for i, j in [(0, 1), (0, 2), (1, 2), (0, 4)]:
+        assert np.abs(noise[i] - noise[j]).max() > 0.1
+    alone = gumbel_noise(seeds[2:3], positions[2:3], VOCAB)
+    np.testing.assert_array_equal(noise[2], alone[0])
+    many = np.asarray(gumbel_noise(np.zeros(2000, np.uint32), np.arange(2000), VOCAB)).ravel()
+    assert stats.kstest(many, "gumbel_r").pvalue > 1e-3
+
+
+def test_greedy_and_sampled_rows_share_a_batch():
+    logits = np.random.default_rng(1).normal(size=(len(MIXED), VOCAB)).astype(np.float32)
+    seeds = np.arange(len(MIXED), dtype=np.uint32)
+    positions = np.full(len(MIXED), 11, np.int32)
+    tokens, logprobs = jax.jit(sample)(logits, SamplingParams.stack(MIXED), seeds, positions)
+    noise = np.asarray(gumbel_noise(seeds, positions, VOCAB))
+    for i, s in enumerate(MIXED):
+        if s.temperature == 0:
+            expected = logits[i].argmax()
+        else:
+            scores = np.where(kept_by_sorting(logits[i], s), logits[i] / s.temperature, -np.inf)
+            expected = (scores + noise[i]).argmax()
+        assert tokens[i] == expected, s
+        # of the model itself: neither temperature nor filters change a log-probability
+        np.testing.assert_allclose(logprobs[i], log_softmax(logits[i])[expected], atol=1e-5)
+    assert (np.asarray(tokens) != logits.argmax(-1)).any()
+
+
+def test_nan_logits_are_told_by_their_log_probability():
+    logits = np.zeros((3, VOCAB), np.float32)
+    logits[1, 4] = np.nan
+    params = SamplingParams.stack([Sampling(), Sampling(), Sampling(1.0)])
+    _, logprobs = sample(logits, params, np.zeros(3, np.uint32), np.zeros(3, np.int32))
+    np.testing.assert_array_equal(np.isnan(logprobs), [False, True, False])
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_k": 2.5}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.01}, "top_p"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**32}, "seed"),
+    ],
+)
+def test_impossible_sampling_is_refused_by_name(options, named):
+    with pytest.raises(ValueError, match=f"{named}=.*(expected|keeps no)"):
+        Sampling(**options)
+
+
+def test_sampling_costs_no_sort():
+    """A sort of a large vocabulary takes longer than a layer; the compiled program has none."""
+    params = SamplingParams.stack([Sampling(1.0, top_k=4, top_p=0.5)])
+    arguments = jnp.zeros((1, 64)), params, np.zeros(1, np.uint32), np.zeros(1, np.int32)
+    text = jax.jit(sample).lower(*arguments).as_text()
+    assert "stablehlo.while" in text
+    assert "stablehlo.sort" not in text and "top_k" not in text.replace("params.top_k", "")
