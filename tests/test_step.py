@@ -11,7 +11,7 @@ import scipy.special
 
 from recursive_jax.models import layers
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.decoder import REMAT_CHOICES, Decoder, head_params, init_params
+from recursive_jax.models.decoder import REMAT_CHOICES, Decoder, abstract_params, head_params
 from recursive_jax.training.data import Batch
 from recursive_jax.training.losses import Objective
 from recursive_jax.training.optimizer import (
@@ -32,12 +32,13 @@ quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_l
 
 
 @functools.cache
-def make_params(cfg, seed=0):
+def make_params(cfg):
     """Random params in which nothing is zero or one: LoRAs and norms have their say."""
-    params = jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(seed))
-    rng = np.random.default_rng(seed)
-    noise = lambda x: np.asarray(x + 0.2 * rng.standard_normal(x.shape), np.float32)  # noqa: E731
-    return jax.tree.map(noise, params)
+    rng = np.random.default_rng(0)
+    draw = lambda x: (0.2 * rng.standard_normal(x.shape)).astype(np.float32)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: draw(x) + (path[-1].key == "scale"), abstract_params(cfg)
+    )
 
 
 @functools.cache
@@ -70,7 +71,8 @@ def all_logits(cfg):
         hidden, _ = model.apply(
             {"params": params}, batch.tokens, batch.positions, batch.segment_ids, all_loops=True
         )
-        return model.apply({"params": head_params(params)}, hidden, method="unembed")
+        head = {"params": head_params(params)}
+        return [model.apply(head, x, method="unembed") for x in hidden]
 
     return np.asarray(run(make_params(cfg)), np.float64)
 

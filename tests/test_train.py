@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.decoder import abstract_params, init_params
+from recursive_jax.models.decoder import abstract_params
 from recursive_jax.training.optimizer import OptimizerConfig, make_optimizer
 from recursive_jax.weights import checkpoint, hf
 from recursive_jax.weights.source import ASSETS
@@ -43,14 +43,19 @@ def environment(place):
     return env | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
 
 
+def random_leaf(path, x):
+    if path[-1].key == "scale":
+        return np.ones(x.shape, np.float32)
+    return (0.05 * np.random.default_rng(x.size).standard_normal(x.shape)).astype(np.float32)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A directory with `source` (Hugging Face model), `small_vocab` (another) and `text`."""
     place = tmp_path_factory.mktemp("train")
-    init = jax.jit(init_params, static_argnums=0)
     tokenizer = [ASSETS / "tiny" / name for name in ("tokenizer.json", "tokenizer_config.json")]
     for name, cfg in (("source", LLAMA), ("small_vocab", LLAMA.replace(vocab_size=99))):
-        params = jax.tree.map(np.asarray, init(cfg, jax.random.key(0)))
+        params = jax.tree_util.tree_map_with_path(random_leaf, abstract_params(cfg))
         hf.save_params(params, cfg, place / name)
         for file in tokenizer:
             shutil.copy(file, place / name)
@@ -215,7 +220,7 @@ def test_interrupted_and_resumed_is_uninterrupted(runs):
 SERVER = """
 import io, json, os, runpy, sys
 import flax, grain, jax, ml_collections, optax, transformers, tensorboardX
-import orbax.checkpoint.v1
+from orbax.checkpoint import v1
 import recursive_jax.sharding, recursive_jax.text, recursive_jax.metrics, recursive_jax.cli
 import recursive_jax.training.evaluation, recursive_jax.training.step, recursive_jax.weights.start
 for case in json.loads(sys.stdin.read()):

@@ -160,7 +160,9 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Token embeddings `[B, T, D]`, scaled as the family does."""
-        x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        # whole rows are looked up, where their tokens lie; else XLA moves them by replicating
+        table = nn.with_logical_constraint(self.embedding, ("vocab", "embed_activation"))
+        x = jnp.take(table, tokens, axis=0).astype(self.dtype)
         if self.cfg.embed_scale != 1.0:
             x = x * jnp.asarray(self.cfg.embed_scale, self.dtype)
         return nn.with_logical_constraint(x, ("batch", "seq", "embed_activation"))
@@ -178,14 +180,21 @@ class Decoder(nn.Module):
         return self._run(x, loop, self._context(positions, segment_ids, cache, slots), cache)
 
     def unembed(self, x: jax.Array) -> jax.Array:
-        """Final norm, head and softcap, the same at every exit: x `[..., D]` -> f32 `[..., V]`."""
+        """Final norm, head and softcap, the same at every exit.
+
+        x `[B, D]` or `[B, T, D]` -> f32 `[B, V]` or `[B, T, V]`. Exits come one by one: folding
+        their axis into the batch would put the whole batch on every device.
+        """
         with jax.named_scope("unembed"):
-            lead, x = x.shape[:-1], self.final_norm(x).reshape(-1, x.shape[-1])
+            lead, axes = x.shape[:-1], ("batch", "seq")[: x.ndim - 1]
+            x = nn.with_logical_constraint(self.final_norm(x), (*axes, "embed_activation"))
             head = self.embedding.T if self.cfg.tied_head else self.head
+            head = nn.with_logical_constraint(head, ("embed_activation", "vocab"))
+            x = x.reshape(-1, x.shape[-1])
             logits = jnp.matmul(x, head.astype(self.dtype), preferred_element_type=jnp.float32)
             if self.cfg.final_softcap is not None:
                 logits = jnp.tanh(logits / self.cfg.final_softcap) * self.cfg.final_softcap
-            return logits.reshape(*lead, -1)
+            return nn.with_logical_constraint(logits.reshape(*lead, -1), (*axes, "vocab"))
 
     def _context(self, positions, segment_ids, cache, slots) -> Context:
         if cache is not None:

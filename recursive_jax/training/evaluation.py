@@ -66,9 +66,11 @@ def _scorer(model: Decoder, all_loops: bool):
     """Jitted `(params, tokens [B, T], scored [B, T]) -> summed nll [E]`."""
 
     def chunk_nll(head, hidden, data):
-        logits = model.apply({"params": head}, hidden, method="unembed")  # [E, B, t, V]
-        targets, weights = data["targets"], data["weights"]
-        nll = jnp.stack([(weights * cross_entropy(x, targets)).sum() for x in logits])
+        def exit_nll(x):  # [B, t, D]
+            logits = model.apply({"params": head}, x, method="unembed")
+            return (data["weights"] * cross_entropy(logits, data["targets"])).sum()
+
+        nll = jnp.stack([exit_nll(x) for x in hidden])
         return nll[-1], nll
 
     @jax.jit

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -100,7 +100,7 @@ def divergence(
 
 def token_losses(
     objective: Objective,
-    logits: jax.Array,
+    logits: Sequence[jax.Array],
     targets: jax.Array,
     weights: jax.Array,
     teacher_logits: jax.Array | None,
@@ -108,14 +108,13 @@ def token_losses(
     """Weighted sums over tokens.
 
     Args:
-      logits: f32 `[E, B, T, V]`, exits in order of depth, the last loop's last.
+      logits: f32 `[B, T, V]` of every exit E in order of depth, the last loop's last.
       targets, weights: `[B, T]`.
       teacher_logits: `[B, T, V]` or None.
 
     Returns:
       loss sum (scalar) and sums of its parts: `ce [E]`, `kd []`, `exit_kd []`, `correct [E]`.
     """
-    num_exits = logits.shape[0]
     ce = jnp.stack([(weights * cross_entropy(x, targets)).sum() for x in logits])
     correct = jnp.stack([(weights * (x.argmax(-1) == targets)).sum() for x in logits])
     zero = jnp.zeros((), jnp.float32)
@@ -124,7 +123,7 @@ def token_losses(
     if teacher_logits is not None:
         kd = (weights * kd_of(logits[-1], teacher_logits)).sum()
     loss = objective.ce * ce[-1] + objective.kd * kd
-    if num_exits > 1:
+    if len(logits) > 1:
         if objective.exit_kd:
             exit_kd = sum((weights * kd_of(x, logits[-1])).sum() for x in logits[:-1])
         loss += objective.exit_coefficient * (ce[:-1].sum() + objective.exit_kd * exit_kd)

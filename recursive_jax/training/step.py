@@ -76,7 +76,7 @@ def make_loss(
                 teacher_logits = unembed(teacher, teacher_head, data["teacher"])
             return token_losses(
                 objective,
-                unembed(model, head, hidden),
+                [unembed(model, head, x) for x in hidden],
                 data["targets"],
                 data["weights"],
                 teacher_logits,
