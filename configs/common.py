@@ -107,11 +107,14 @@ def parse_arg(arg: str | None, **defaults):
             raise ValueError(f"unknown config argument {name!r}; expected {', '.join(defaults)}")
         default = values[name]
         if isinstance(default, bool):
-            values[name] = text.lower() not in ("0", "false", "no")
-        else:
-            try:
-                values[name] = type(default)(text)
-            except ValueError as error:
-                kind = type(default).__name__
-                raise ValueError(f"config argument {name}={text!r}: expected {kind}") from error
+            words = {"": True, "true": True, "1": True, "false": False, "0": False}
+            if text.lower() not in words:
+                raise ValueError(f"config argument {name}={text!r}: expected true or false")
+            values[name] = words[text.lower()]
+            continue
+        try:
+            values[name] = type(default)(text)
+        except ValueError as error:
+            kind = type(default).__name__
+            raise ValueError(f"config argument {name}={text!r}: expected {kind}") from error
     return values

@@ -1,0 +1,113 @@
+"""Configs load, say how they are run, and hold nothing the program would not understand."""
+
+import ast
+import dataclasses
+import pathlib
+import runpy
+
+import pytest
+
+from configs import common
+from recursive_jax.models.config import NORM_MODES, DecoderConfig
+from recursive_jax.models.decoder import REMAT_CHOICES
+from recursive_jax.training.loop import Schedule
+from recursive_jax.training.losses import Objective
+from recursive_jax.training.optimizer import OptimizerConfig
+from recursive_jax.weights import tying
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem[0] != "_")
+NAMES.remove("common")
+ARGUMENTS = {  # what else their docstrings promise
+    "gemma_rrt": ["paper", "gemma3_270m,loops=3,rank=-1", "gemma2_2b,exits=0.1"],
+    "llama_rrt": ["paper", "loops=11,rank=0"],
+    "pythia_rrt": ["paper,exits=0.1"],
+    "quickstart": ["loops=3,rank=8,tokens=1000"],
+    "tiny_pretrain": ["tokens=1000"],
+    "tiny_smoke": ["steps=5"],
+}
+
+
+def load(name, arg=None):
+    """As config_flags does it: by path, with the argument as one string."""
+    get_config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]
+    return get_config() if arg is None else get_config(arg)
+
+
+def keys(config, prefix=""):
+    out = {}
+    for key, value in config.items():
+        if hasattr(value, "items") and f"{prefix}{key}" != "scratch":
+            out |= keys(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = type(value)
+    return out
+
+
+CASES = [(name, arg) for name in NAMES for arg in (None, *ARGUMENTS.get(name, ()))]
+
+
+@pytest.mark.parametrize(("name", "arg"), CASES)
+def test_a_config_is_common_with_other_values(name, arg):
+    """No key that `train` would not read, no type a flag could not set, no impossible value."""
+    config = load(name, arg)
+    assert keys(config) == keys(common.get_config())
+    Objective(**config.objective)
+    OptimizerConfig(**config.optimizer)
+    Schedule(1, config.log_every, config.eval_every, config.checkpoint_every)
+    if config.scratch:
+        DecoderConfig.from_json(config.scratch.to_dict())
+    recipe = tying.recipe_from(config.model, config.seed)
+    assert recipe["method"] in (None, *tying.METHODS)
+    assert recipe["lora"] in (None, *tying.LORA_STARTS)
+    assert recipe["norms"] in NORM_MODES and recipe["rounding"] in tying.ROUNDINGS
+    assert config.remat in REMAT_CHOICES
+    assert bool(config.source) != bool(config.scratch)
+    assert not (config.objective.kd and config.scratch), "nothing to distil from"
+    assert config.tokens >= config.data.batch_size * config.data.context_length or arg
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_opens_with_its_command(name):
+    text = ast.get_docstring(ast.parse((ROOT / "configs" / f"{name}.py").read_text()))
+    assert f"python -m recursive_jax.train --config=configs/{name}.py" in text
+    assert "--workdir=" in text
+    assert name in ARGUMENTS, "add the arguments of a new config to this test"
+
+
+@pytest.mark.parametrize(
+    ("section", "dataclass"), [("objective", Objective), ("optimizer", OptimizerConfig)]
+)
+def test_defaults_are_those_of_the_dataclasses(section, dataclass):
+    """They are documented in both places and must not drift apart."""
+    expected = {f.name: f.default for f in dataclasses.fields(dataclass)}
+    assert common.get_config()[section].to_dict() == expected
+
+
+@pytest.mark.parametrize("name", ["gemma_rrt", "llama_rrt", "pythia_rrt"])
+def test_paper_settings(name):
+    """Paper §3.6 and App. E: 60B tokens, 2M a step, lr 2e-4 with 800 steps of warm-up, CE + KL."""
+    config = load(name, "paper,exits=0.1")
+    assert config.tokens == 60_000_000_000
+    assert config.data.context_length == 2048
+    assert config.data.batch_size * config.data.context_length == 2**21
+    assert (config.optimizer.learning_rate, config.optimizer.warmup_steps) == (2e-4, 800)
+    assert (config.objective.ce, config.objective.kd) == (1.0, 1.0)
+    assert config.objective.kd_loss == "forward_kl"
+    assert config.objective.exit_coefficient == 0.1
+    assert (config.model.num_loops, config.model.norms) == (2, "tied")
+
+
+def test_arguments():
+    read = lambda arg: common.parse_arg(arg, paper=False, loops=2, lr=0.5, name="x").to_dict()  # noqa: E731
+    defaults = {"paper": False, "loops": 2, "lr": 0.5, "name": "x"}
+    assert read(None) == read("") == defaults
+    assert read("paper") == defaults | {"paper": True}
+    assert read("paper=false,loops=3,") == defaults | {"loops": 3}
+    assert read("lr=1e-3,name=y") == defaults | {"lr": 1e-3, "name": "y"}
+    with pytest.raises(ValueError, match="unknown config argument 'lops'; expected paper, loops"):
+        read("lops=3")
+    with pytest.raises(ValueError, match="config argument loops='three': expected int"):
+        read("loops=three")
+    with pytest.raises(ValueError, match="config argument paper='maybe': expected true or false"):
+        read("paper=maybe")
