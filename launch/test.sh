@@ -12,4 +12,4 @@ fi
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 "$PY" -m ruff check .
 "$PY" -m ruff format --check .
-"$PY" -m pytest -q -n 2 "$@"
+"$PY" -m pytest -q -n 2 --dist loadfile "$@"  # a file's fixtures are made once

@@ -20,10 +20,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 
-from recursive_jax import metrics, text
+from recursive_jax import cli, metrics, text
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import Decoder, abstract_params, parameter_counts
 from recursive_jax.training.documents import documents
@@ -286,24 +286,17 @@ def print_certificate(certificate: Mapping[str, Any], out) -> None:
     )
 
 
-def main(argv) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; flags start with --")
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
-    try:
-        spec, recipe = arguments()
-        certificate = convert(
-            open_source(spec),
-            OUT.value,
-            recipe,
-            TEXT.value,
-            TEXT_TOKENS.value,
-            CONTEXT_LENGTH.value,
-        )
-        print_certificate(certificate, OUT.value)
-    except (ValueError, FileNotFoundError) as error:
-        metrics.fail(error)
+def main() -> None:
+    spec, recipe = arguments()
+    certificate = convert(
+        open_source(spec),
+        OUT.value,
+        recipe,
+        TEXT.value,
+        TEXT_TOKENS.value,
+        CONTEXT_LENGTH.value,
+    )
+    print_certificate(certificate, OUT.value)
 
 
 def arguments() -> tuple[str, dict[str, Any]]:
@@ -331,5 +324,4 @@ def arguments() -> tuple[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("out")
-    app.run(main)
+    cli.run(main, required=("out",))

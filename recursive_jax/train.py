@@ -131,6 +131,8 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
     for name in ("batch_size", "context_length", "eval_tokens"):
         if config.data[name] < 1:
             raise ValueError(f"data.{name} must be at least 1, got {config.data[name]}")
+    if config.tokens < 1:
+        raise ValueError(f"tokens must be at least 1, got {config.tokens}")
     if config.remat not in REMAT_CHOICES:
         raise ValueError(f"remat={config.remat!r}; expected one of {', '.join(REMAT_CHOICES)}")
     if objective.kd and not config.source:

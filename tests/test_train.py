@@ -40,7 +40,8 @@ def environment(place):
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     env |= {"JAX_COMPILATION_CACHE_DIR": str(place / "cache" / "jax")}
-    return env | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    return env | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
 
 
 def random_leaf(path, x):
@@ -70,8 +71,10 @@ def place(tmp_path_factory):
 
 
 def command(place, workdir, *overrides):
+    chosen = [o for o in overrides if o.startswith("--config=")] or [f"--config={CONFIG}"]
+    overrides = [o for o in overrides if o not in chosen]
     return [
-        f"--config={CONFIG}",
+        *chosen,
         f"--workdir={workdir}",
         f"--config.source={place / 'source'}",
         f"--config.data.train={place / 'text'}",

@@ -198,7 +198,7 @@ class DecoderConfig:
         """Length of the loop axis of a small vector, 0 when it is tied over loops.
 
         `kind` is 'pre_norm', 'post_norm', 'qk_norm' or 'bias'. Under 'folded' the pre-norm scales
-        live in the following linears (paper.md §2.8 calls it norm folding), so those stay tied at
+        have been multiplied into the linears that follow, so those stay tied at
         one, while everything that cannot be folded keeps a row per loop.
         """
         if self.norms == "tied" or (self.norms == "folded" and kind == "pre_norm"):
