@@ -195,6 +195,10 @@ def answer_all(
 
     note("compiling …")
     engine = make_engine(model, list(requests.values()), batch_size)
+    note(
+        f"{engine.num_rows} rows of {engine.context_length} tokens, "
+        f"cache {engine.cache_bytes / 2**20:,.0f} MiB"
+    )
     start, tokens, failures = time.perf_counter(), 0, 0
     index = {request.id: i for i, request in requests.items()}
     bar = tqdm(total=len(requests), unit="prompt", disable=jax.process_index() != 0)

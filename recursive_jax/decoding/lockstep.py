@@ -104,6 +104,8 @@ class Lockstep:
 
     def compile(self, longest_prompts: Sequence[int]) -> None:
         """Make what batches need whose longest prompts have these lengths in tokens."""
+        if self._cache is None:  # lost with a call that failed
+            self._cache = self._new_cache()
         rows, settings, _ = self._start([])
 
         def compiled(function, *arguments):
@@ -122,6 +124,10 @@ class Lockstep:
         cap = max(PREFILL_TOKENS // self.num_rows, CHUNK_LENGTHS[0])
         allowed = [n for n in CHUNK_LENGTHS if n <= cap]
         return next((n for n in allowed if n >= longest_prompt), allowed[-1])
+
+    @property
+    def cache_bytes(self) -> int:
+        return self._cache.rows.nbytes
 
     def memory(self) -> dict[str | int, Any]:
         """The compiler's memory analysis of every executable, by 'decode' or chunk length."""
@@ -148,8 +154,6 @@ class Lockstep:
                     f"request {request.id!r} has {len(request.stop)} stop ids; "
                     f"this batch was made for {self.num_stop}"
                 )
-        if self._cache is None:  # lost with a call that failed, or poisoned
-            self._cache = self._new_cache()
         rows, settings, prompts = self._start(requests)
         self.compile([prompts.shape[1]])
         inbox = _Inbox(requests, self.model.cfg.num_loops)
@@ -164,7 +168,8 @@ class Lockstep:
             yield from inbox.take(found)
         if inbox.poisoned:
             # The mask gives stale rows a weight of zero, but zero times NaN is NaN.
-            self._cache = None
+            self._cache = None  # first, so that there are never two
+            self._cache = self._new_cache()
 
     def _start(self, requests: Sequence[Request]) -> tuple[Rows, Settings, np.ndarray]:
         """State before prefill, settings, prompts `[B, longest]`; spare rows are idle."""
