@@ -79,6 +79,9 @@ def command(place, workdir, *overrides):
         f"--config.source={place / 'source'}",
         f"--config.data.train={place / 'text'}",
         f"--config.data.cache_dir={place / 'cache'}",
+        "--config.data.context_length=32",
+        "--config.data.batch_size=4",
+        f"--config.tokens={STEPS * 32 * 4}",
         *overrides,
     ]
 
@@ -132,7 +135,7 @@ def test_a_run_trains_converts_saves_and_says_so(runs):
     assert code == 0, stderr
     assert "Traceback" not in stderr and "rematerialization" not in stderr
     # progress a person can read: start-up table, one line per step, what came of it
-    for words in ("2 loops × 2 layers", "mesh data=1 × fsdp=1 × tensor=1", "60 steps × 512 tokens"):
+    for words in ("2 loops × 2 layers", "mesh data=1 × fsdp=1 × tensor=1", "60 steps × 128 tokens"):
         assert words in stdout
     assert stdout.count("tok/s  ETA ") == STEPS - 1
     assert f"generate --checkpoint={workdir}" in stdout
@@ -156,7 +159,7 @@ def test_a_run_trains_converts_saves_and_says_so(runs):
     assert any((workdir / "tensorboard").iterdir())
 
     summary = json.loads((workdir / "summary.json").read_text())
-    assert summary["steps"] == STEPS and summary["tokens"] == STEPS * 512
+    assert summary["steps"] == STEPS and summary["tokens"] == STEPS * 128
     assert summary["after"]["perplexity"] < 0.2 * summary["before"]["perplexity"]
     np.testing.assert_allclose(
         np.exp(summary["after"]["nll"]), summary["after"]["perplexity"], rtol=1e-6
@@ -185,7 +188,7 @@ def test_interrupted_and_resumed_is_uninterrupted(runs):
     assert 3 <= step < STEPS
     assert f"stopped at step {step} and saved; run the same command" in done["interrupted"][1]
     assert f"resumed from {done['resumed'][0]}" in done["resumed"][1]
-    assert f"{STEPS - step} steps × 512 tokens" in done["resumed"][1]
+    assert f"{STEPS - step} steps × 128 tokens" in done["resumed"][1]
 
     def logged(workdir):
         keep = ("step", "train/loss", "train/grad_norm", "valid/nll", "source/nll")
@@ -226,6 +229,7 @@ import flax, grain, jax, ml_collections, optax, transformers, tensorboardX
 from orbax.checkpoint import v1
 import recursive_jax.sharding, recursive_jax.text, recursive_jax.metrics, recursive_jax.cli
 import recursive_jax.training.evaluation, recursive_jax.training.step, recursive_jax.weights.start
+recursive_jax.text.load_tokenizer(recursive_jax.weights.source.ASSETS / "tiny")  # lazy imports
 for case in json.loads(sys.stdin.read()):
     child = os.fork()
     if child:
@@ -303,7 +307,7 @@ REFUSED = {
         "whole holds a run of another model: model differ.* --workdir",
     ),
     "another length": (
-        ["--workdir={place}/whole", f"--config={CONFIG}:steps=70"],
+        ["--workdir={place}/whole", f"--config.tokens={70 * 32 * 4}"],
         "whole cannot go on where it stopped: num_steps was 60; now num_steps is 70",
     ),
 }
