@@ -82,6 +82,8 @@ def command(place, workdir, *overrides):
         "--config.data.context_length=32",
         "--config.data.batch_size=4",
         f"--config.tokens={STEPS * 32 * 4}",
+        "--config.eval_every=30",
+        "--config.checkpoint_every=20",
         *overrides,
     ]
 
