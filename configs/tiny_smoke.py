@@ -1,9 +1,9 @@
-"""The whole of train in half a minute: convert, distil, evaluate, save. Used by the tests.
+"""The whole of train in under a minute: convert, distil, evaluate, save. Used by the tests.
 
     python -m recursive_jax.train --config=configs/tiny_smoke.py --workdir=/tmp/smoke
 
 Our embedded 12-layer Llama is folded to 2 loops × 6 layers with rank-4 LoRA and sees 30 steps of
-512 tokens of docstrings. Hardware: 2 cores; time: 30 s, 45 s beside another training run, where
+512 tokens of docstrings. Hardware: 2 cores; time: 45 s beside another training run, where
 the perplexity fell from 462 to 80 (the source's: 41). A smoke test, not a result.
 """
 
