@@ -10,25 +10,20 @@ model must give the source's logits.
 
 from __future__ import annotations
 
-import math
 import pathlib
 import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
+from recursive_jax import certificate as certify
 from recursive_jax import cli, metrics, text
-from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.decoder import Decoder, abstract_params, parameter_counts
+from recursive_jax.models.decoder import Decoder
 from recursive_jax.training.documents import documents
-from recursive_jax.training.evaluation import log_probabilities
-from recursive_jax.weights import checkpoint, names, tying
+from recursive_jax.weights import checkpoint, tying
 from recursive_jax.weights.source import Source, open_source
 
 SOURCE = flags.DEFINE_string("source", None, "Hugging Face directory, .gguf, hub id, or 'tiny'")
@@ -60,6 +55,7 @@ def convert(
     out = pathlib.Path(out)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"--out={out} is not empty; choose another directory, or remove it")
+    tying.tied_config(source.cfg, **recipe)  # refuses what is impossible before anything is read
     tokenizer = source.load_tokenizer()
     text.check_vocabulary(tokenizer, source.cfg.vocab_size)
     windows = None
@@ -74,20 +70,21 @@ def convert(
         began = time.time()
         reference = None
         if windows is not None:  # the source first, so that two models are never in memory at once
-            identity = full_rank_identity(source, recipe, windows)
-            reference = Reference(pathlib.Path(scratch) / "log_probabilities.f32", source, windows)
+            identity = certify.full_rank_identity(source, recipe, windows)
+            rows = pathlib.Path(scratch) / "log_probabilities.f32"
+            reference = certify.Reference(rows, source, windows)
         energy: dict[str, float] = {}
         params, cfg = tie_with_progress(source, recipe, energy)
+        params = certify.on_device(params)
         certificate = {
             "source": str(source.path),
             "recipe": dict(recipe),
             "tensors_consumed": len(source.params),
-            "parameters": sizes(source.cfg, cfg),
+            "parameters": certify.sizes(source.cfg, cfg),
             "energy_kept": energy,
-            "warnings": warnings(source.cfg, cfg),
+            "warnings": certify.warnings(source.cfg, cfg),
         }
         if reference is not None:
-            params = jax.tree.map(jnp.asarray, params)
             certificate |= reference.compare(Decoder(cfg), params)
             certificate |= {"full_rank_identity": identity, "text": text_source}
         certificate["seconds"] = round(time.time() - began, 1)
@@ -99,7 +96,7 @@ def convert(
     checkpoint.create(out, cfg, tokenizer, **facts)
     checkpoint.write_json(out / checkpoint.CERTIFICATE, certificate)
     writer = checkpoint.Writer(out)
-    writer.save(0, jax.tree.map(jnp.asarray, params), wait=True)
+    writer.save(0, params, wait=True)
     writer.close()
     return certificate
 
@@ -125,125 +122,6 @@ def tie_with_progress(source: Source, recipe, energy: dict[str, float]):
             bar.update()
 
         return tying.tie(source.params, source.cfg, on_projection=on_projection, **recipe)
-
-
-def sizes(source: DecoderConfig, cfg: DecoderConfig) -> dict[str, Any]:
-    """Parameter counts by group, beside the source's, and their ratio."""
-    before = parameter_counts(abstract_params(source))
-    after = parameter_counts(abstract_params(cfg))
-    return {
-        "source": before["shared"],
-        "source_total": before["total"],
-        **after,
-        "ratio_to_source": round(after["total"] / before["total"], 4),
-        "block_ratio_to_source": round((after["shared"] + after["lora"]) / before["shared"], 4),
-    }
-
-
-def warnings(source: DecoderConfig, cfg: DecoderConfig) -> list[str]:
-    """Where the LoRA outweighs what sharing saves (paper §2.2: break-even rank per matrix)."""
-    out = []
-    for name, (rank, limit) in tying.costly_projections(cfg).items():
-        out.append(
-            f"{name}: rank {rank} stores more than untying it would, and less exactly "
-            f"(break-even {limit:.0f}); a rank below saves memory"
-        )
-    counts, before = sizes(source, cfg), parameter_counts(abstract_params(source))["shared"]
-    if counts["shared"] + counts["lora"] > before:
-        out.append(
-            f"the recursive block with its LoRAs ({counts['shared'] + counts['lora']:,}) is larger "
-            f"than the source's layers ({before:,})"
-        )
-    return out
-
-
-def full_rank_identity(source: Source, recipe, windows: text.Windows) -> dict[str, Any]:
-    """With full-rank LoRA the recursive model must give the source's logits.
-
-    The proof of the code path, on the source's real weights: the layers of the block's first and
-    last position, from every loop, as a model of their own (all layers would need the source and
-    its full-rank twin in memory). Norms are per loop: tied ones break the identity (paper §2.3
-    overlooks this), whatever the rank.
-    """
-    if recipe["method"] == "random":
-        return {"skipped": "a random start keeps nothing of the source"}
-    loops = recipe["num_loops"]
-    layers = source.cfg.depth // loops
-    depths = [loop * layers + layer for loop in range(loops) for layer in {0, layers - 1}]
-    small = source.cfg.replace(
-        num_layers=len(depths),
-        windows=tuple(source.cfg.windows[d] for d in depths if source.cfg.windows),
-        rope_of_depth=tuple(
-            source.cfg.rope_of_depth[d] for d in depths if source.cfg.rope_of_depth
-        ),
-    )
-    flat = {
-        path: np.asarray(leaf[depths] if path.startswith("block/") else leaf, np.float32)
-        for path, leaf in ((path, source.params[path]) for path in source.params)
-    }
-    tied = dict(recipe, lora="svd", lora_ranks="full")
-    tied["norms"] = "folded" if recipe["norms"] == "folded" else "per_loop"
-    recursive, cfg = tying.tie(flat, small, **tied)
-    tokens = windows.tokens[:1]
-    want, got = (
-        next(log_probabilities(Decoder(c), jax.tree.map(jnp.asarray, p), tokens))
-        for c, p in ((small, names.nested(flat)), (cfg, recursive))
-    )
-    error = float(np.abs(want - got).max() / np.abs(want).max())
-    if not error <= 1e-4:
-        raise ValueError(
-            f"the full-rank identity fails for {source.path}: max |Δlogit| is {error:.2e} of the "
-            "logit scale, expected <= 1e-4. Nothing was written; this is a bug in the conversion "
-            "of its family, please report it"
-        )
-    return {"max_logit_error": error, "depths": depths}
-
-
-class Reference:
-    """The source's log-probabilities on the text, kept on disk."""
-
-    def __init__(self, path: pathlib.Path, source: Source, windows: text.Windows):
-        self._windows = windows
-        self._mask = windows.scored[:, 1:]
-        shape = (int(self._mask.sum()), source.cfg.vocab_size)
-        self._rows = np.memmap(path, np.float32, "w+", shape=shape)
-        params = jax.tree.map(jnp.asarray, source.load_params())
-        for start, rows, _ in self._scan(Decoder(source.cfg), params, "source on the text"):
-            self._rows[start : start + len(rows)] = rows
-
-    def compare(self, model: Decoder, params: Any) -> dict[str, float]:
-        """Perplexity of both, KL(source ‖ model) in nats and top-1 agreement, per scored token."""
-        sums = np.zeros(4)
-        for start, q, targets in self._scan(model, params, "result on the text"):
-            p = np.asarray(self._rows[start : start + len(q)])
-            at = np.arange(len(q))
-            sums += (
-                -p[at, targets].sum(dtype=np.float64),
-                -q[at, targets].sum(dtype=np.float64),
-                (np.exp(p) * (p - q)).sum(dtype=np.float64),
-                (p.argmax(-1) == q.argmax(-1)).sum(),
-            )
-        nll_source, nll, kl, agreement = sums / len(self._rows)
-        return {
-            "source_perplexity": math.exp(nll_source),
-            "perplexity": math.exp(min(nll, 700)),
-            "source_nll": nll_source,
-            "nll": nll,
-            "kl": kl,
-            "top1_agreement": agreement,
-            "text_tokens": len(self._rows),
-        }
-
-    def _scan(self, model, params, title):
-        from tqdm import tqdm
-
-        start = 0
-        windows = tqdm(self._windows.tokens, desc=title, unit="window")
-        batches = log_probabilities(model, params, self._windows.tokens)
-        for tokens, mask, log_p in zip(windows, self._mask, batches, strict=True):
-            rows = log_p[0][mask]
-            yield start, rows, tokens[1:][mask]
-            start += len(rows)
 
 
 def print_certificate(certificate: Mapping[str, Any], out) -> None:

@@ -21,9 +21,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 
-from recursive_jax import metrics, sharding, text
+from recursive_jax import cli, metrics, sharding, text
 from recursive_jax.decoding import requests as requests_lib
 from recursive_jax.decoding.lockstep import MAX_STEPS, Lockstep
 from recursive_jax.decoding.requests import Answers, Completion, Prompt, Request, Sampling
@@ -283,22 +283,16 @@ def run(options: flags.FlagValues) -> None:
     metrics.say(metrics.table(rows) + f"\nanswers: {options.out}")
 
 
-def main(argv) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; flags start with --")
-    options = flags.FLAGS
-    if not options["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
+def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 does not end the run
     try:
-        run(options)
-    except (ValueError, OSError) as error:
-        metrics.fail(error)
+        run(flags.FLAGS)
     except KeyboardInterrupt:
-        note(f"\nstopped; finished answers: {options.out}.part" if options.out else "\nstopped")
+        out = flags.FLAGS.out
+        note(f"\nstopped; finished answers: {out}.part" if out else "\nstopped")
         sys.exit(130)
 
 
 if __name__ == "__main__":
     define_flags(flags.FLAGS)
-    app.run(main)
+    cli.run(main)

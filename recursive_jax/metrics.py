@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import pathlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
 
 class MetricWriter:
-    """`metrics.jsonl` and TensorBoard events under a directory; silent but on process 0."""
+    """`metrics.jsonl` and TensorBoard events under a directory; silent but on process 0.
 
-    def __init__(self, directory: str | pathlib.Path):
+    `last_step`: where a resumed run goes on. What a killed run wrote behind it is taken out, so
+    that every step stands there once.
+    """
+
+    def __init__(self, directory: str | pathlib.Path, last_step: int = 0):
         self._file = self._board = None
         if jax.process_index() == 0:
             from tensorboardX import SummaryWriter
 
             directory = pathlib.Path(directory)
             directory.mkdir(parents=True, exist_ok=True)
-            self._file = open(directory / "metrics.jsonl", "a", encoding="utf-8")
-            self._board = SummaryWriter(str(directory / "tensorboard"), write_to_disk=True)
+            file = directory / "metrics.jsonl"
+            if file.exists():
+                _keep_until(file, last_step)
+            self._file = open(file, "a", encoding="utf-8")
+            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=last_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Values are named by path, such as `train/loss` or `perf/tokens_per_second`.
@@ -46,22 +54,46 @@ class MetricWriter:
             self._board.close()
 
 
+def _keep_until(file: pathlib.Path, last_step: int) -> None:
+    """Keep the whole lines of a metrics file up to a step."""
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            step = json.loads(line)["step"]
+        except ValueError:  # cut off by the kill
+            continue
+        if step <= last_step and line.endswith("\n"):
+            kept.append(line)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(file)
+
+
 class Progress:
     """Rates and remaining time of a loop of `total` steps that may start in the middle.
 
-    The first step of a run compiles; it is left out of the rate.
+    The first step of a run compiles; it is left out of the rate. So are evaluations and saves
+    (`pause`), which only the remaining time counts.
     """
 
     def __init__(self, total: int, start: int = 0):
         self._total = total
         self._first = start + 1
         self._marks: list[tuple[int, float]] = []
+        self._paused = 0.0
 
     def tick(self, step: int) -> None:
         """Call after step `step` (1-based) has finished."""
         if step >= self._first:
-            self._marks.append((step, time.perf_counter()))
+            self._marks.append((step, time.perf_counter() - self._paused))
             del self._marks[:-50]
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Around work between two steps that is no part of them."""
+        began = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - began
 
     @property
     def seconds_per_step(self) -> float:
@@ -71,7 +103,8 @@ class Progress:
         return (end - start) / (b - a)
 
     def eta(self, step: int) -> str:
-        seconds = self.seconds_per_step * (self._total - step)
+        between = self._paused / max(1, step + 1 - self._first)
+        seconds = (self.seconds_per_step + between) * (self._total - step)
         return "?" if math.isnan(seconds) else clock(seconds)
 
 

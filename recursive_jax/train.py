@@ -199,7 +199,7 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
     if first_step == 0:
         checkpoint.create(workdir, cfg, begin.tokenizer, **begin.facts)
     print_start(config, begin, mesh, dtype, rows, num_steps, first_step)
-    writer = metrics.MetricWriter(workdir)
+    writer = metrics.MetricWriter(workdir, first_step)
     saver = checkpoint.Writer(workdir, keep=config.keep_checkpoints)
     progress_bar = metrics.Progress(num_steps, first_step)
     rate = learning_rate_schedule(optimizer, num_steps)
@@ -252,7 +252,10 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
         first_step,
         schedule,
         loop.Hooks(
-            progress_bar.tick, log, lambda step, state: evaluate(step, model, state.params), save
+            progress_bar.tick,
+            log,
+            progress_bar.pause()(lambda step, state: evaluate(step, model, state.params)),
+            progress_bar.pause()(save),
         ),
         loop.Stop(),
     )

@@ -291,6 +291,8 @@ def test_another_models_arrays(saved):
         (lambda text: text.replace('"embed_dim"', '"embed_dam"'), "embed_dam"),
         (lambda text: text.replace('"embed_dim": 16,', ""), "missing.*embed_dim"),
         (lambda text: text.replace('"num_loops": 2', '"num_loops": 0'), "num_loops"),
+        (lambda text: text.replace('"max_length": ', '"max_length": 1'), "config.json is damaged"),
+        (lambda text: text.replace("somewhere", "somewhexe"), "config.json is damaged"),
     ],
 )
 def test_damaged_or_foreign_config(saved, tmp_path, change, message):
@@ -301,6 +303,18 @@ def test_damaged_or_foreign_config(saved, tmp_path, change, message):
     assert "config.json" in str(error.value), "says where"
     with pytest.raises(FileNotFoundError, match="no checkpoint in .*recursive_jax.convert"):
         checkpoint.load_config(tmp_path / "nowhere")
+
+
+def test_damaged_tokenizer(saved, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(saved, run)
+    file = run / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text().replace("th", "ht", 1))  # still a tokenizer
+    with pytest.raises(ValueError, match=r"tokenizer\.json is damaged.*Restore it"):
+        checkpoint.load_config(run)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"tokenizer\.json is damaged"):
+        checkpoint.load_config(run)
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):

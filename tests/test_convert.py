@@ -8,7 +8,9 @@ import jax
 import numpy as np
 import pytest
 
+from recursive_jax import certificate
 from recursive_jax import convert as job
+from recursive_jax.models import zoo
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import Decoder, init_params
 from recursive_jax.training.evaluation import log_probabilities
@@ -165,3 +167,18 @@ def test_an_existing_directory_is_not_touched(source_dir, tmp_path):
     done = run(f"--source={source_dir}", f"--out={out}")
     assert done.returncode == 2 and "not empty" in done.stderr
     assert [p.name for p in out.iterdir()] == ["mine"]
+
+
+def test_layer_by_layer_is_the_model(tmp_path):
+    """Local and global layers differ in window and rope, so a layer must keep its own."""
+    cfg = zoo.preset("gemma3_270m").replace(
+        vocab_size=64, embed_dim=16, mlp_dim=24, num_heads=2, head_dim=8, num_layers=4,
+        windows=(3, 0, 3, 3), rope_of_depth=(1, 0, 1, 1), embed_scale=4.0,
+    )  # fmt: skip
+    params = jax.tree.map(np.asarray, init_params(cfg, jax.random.key(0)))
+    hf.save_params(params, cfg, tmp_path / "gemma", dtype=np.float32)
+    source = open_source(str(tmp_path / "gemma"))
+    tokens = np.random.default_rng(0).integers(0, 64, (3, 20)).astype(np.int32)
+    whole = list(log_probabilities(Decoder(cfg), params, tokens))
+    by_layer = list(certificate.layerwise_log_probabilities(source, tokens))
+    np.testing.assert_allclose(np.stack(by_layer), np.stack(whole), atol=1e-5)

@@ -42,11 +42,17 @@ def test_progress_leaves_compilation_out(monkeypatch):
         progress.tick(step)
     assert progress.seconds_per_step == 2.0
     assert progress.eta(14) == "0:12"
+    with progress.pause():  # an evaluation is no part of a step, but of the time that remains
+        now[0] += 8.0
+    now[0] += 2.0
+    progress.tick(15)
+    assert progress.seconds_per_step == 2.0
+    assert progress.eta(15) == "0:18"  # 5 steps of 2 s, and 8 s of pauses by 5 steps so far
 
 
 def test_metric_files_can_be_read_back(tmp_path):
     for step in (1, 2):  # the second writer goes on where the first ended
-        writer = metrics.MetricWriter(tmp_path)
+        writer = metrics.MetricWriter(tmp_path, step - 1)
         writer.write(step, {"train/loss": 0.5 * step, "perf/rate": math.nan})
         writer.close()
         assert scalars(tmp_path / "tensorboard")["train/loss"][-1] == (step, 0.5 * step)
@@ -55,6 +61,20 @@ def test_metric_files_can_be_read_back(tmp_path):
     records = [json.loads(line, parse_constant=strict) for line in lines]
     assert [(r["step"], r["train/loss"]) for r in records] == [(1, 0.5), (2, 1.0)]
     assert all("perf/rate" not in r for r in records), "a number that is none is left out"
+
+
+def test_a_resumed_run_takes_out_what_a_killed_one_wrote_ahead(tmp_path):
+    writer = metrics.MetricWriter(tmp_path)
+    for step in (1, 2, 3, 4):
+        writer.write(step, {"train/loss": step})
+    writer.close()
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write('{"step": 5, "tra')  # cut off
+    writer = metrics.MetricWriter(tmp_path, last_step=2)
+    writer.write(3, {"train/loss": 30})
+    writer.close()
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [(r["step"], r["train/loss"]) for r in lines] == [(1, 1), (2, 2), (3, 30)]
 
 
 def scalars(directory):

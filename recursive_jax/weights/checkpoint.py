@@ -6,7 +6,8 @@
     DIR/checkpoints/STEP/    Orbax: params, and opt_state when training can resume from it
 
 Orbax commits a step whole or not at all, and notices missing and truncated files, but loads a
-flipped bit silently; so every step carries a checksum per array, verified on load.
+flipped bit silently; so every step carries a checksum per array, and config.json one of itself and
+of every tokenizer file, verified on load.
 """
 
 from __future__ import annotations
@@ -62,7 +63,12 @@ def create(
 
     versions = {"recursive_jax": __version__, "jax": jax.__version__, "flax": flax.__version__}
     record = {"format": FORMAT, "decoder": cfg.to_json(), "versions": versions, **facts}
-    write_json(directory / CONFIG, record)
+    record["files"] = {
+        str(file.relative_to(directory)): zlib.crc32(file.read_bytes())
+        for file in sorted((directory / "tokenizer").glob("*"))
+    }
+    record = json.loads(json.dumps(record))  # as it reads back, for the checksum
+    write_json(directory / CONFIG, record | {"checksum": _json_checksum(record)})
 
 
 def is_checkpoint(directory: str | os.PathLike) -> bool:
@@ -87,7 +93,8 @@ def load_config(directory: str | os.PathLike) -> tuple[DecoderConfig, dict[str, 
     try:
         record = json.loads(path.read_text())
         written_as = record.get("format")
-        cfg = DecoderConfig.from_json(record.pop("decoder")) if written_as == FORMAT else None
+        decoder = record.pop("decoder") if written_as == FORMAT else None
+        cfg = None if decoder is None else DecoderConfig.from_json(decoder)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); restore it from a copy") from error
     if cfg is None:
@@ -95,7 +102,22 @@ def load_config(directory: str | os.PathLike) -> tuple[DecoderConfig, dict[str, 
             f"{path} has format {written_as}, this version reads {FORMAT}; "
             "if it is a Hugging Face model, give it as --source to convert"
         )
+    expected = record.pop("checksum", None)  # absent in the first checkpoints that were written
+    if expected is not None:
+        whole = record | {"decoder": decoder}
+        _verify(path, _json_checksum(whole) == expected)
+        for name, checksum in record.pop("files").items():
+            file = path.parent / name
+            _verify(file, file.is_file() and zlib.crc32(file.read_bytes()) == checksum)
     return cfg, record
+
+
+def _verify(file: pathlib.Path, same: bool) -> None:
+    if not same:
+        raise ValueError(
+            f"{file} is damaged: it is not the file that was written with this checkpoint "
+            "(checksums differ). Restore it from a copy, or convert again"
+        )
 
 
 def checksums(tree: Any) -> dict[str, int]:
@@ -151,8 +173,9 @@ class Writer:
         """Write a step; returns once the arrays may be donated. `progress` is JSON."""
         self.wait()
         arrays = {"params": params} | ({} if opt_state is None else {"opt_state": opt_state})
-        # On the CPU a host "copy" may alias the device buffer, which the next step donates.
-        arrays = jax.tree.map(jnp.copy, arrays) if jax.default_backend() == "cpu" else arrays
+        if jax.default_backend() == "cpu" and not wait:
+            # a host "copy" may alias the device buffer, which the next step donates
+            arrays = jax.tree.map(jnp.copy, arrays)
         progress = json.loads(json.dumps(dict(progress or {})))  # a copy: the caller's goes on
         sums = checksums(arrays) | {"progress": _json_checksum(progress)}
         metadata = {"checksums": sums, "progress": progress}

@@ -219,13 +219,21 @@ class LazyParams(Mapping):
         self._stored, self.dtype = stored, dtype
 
     def __getitem__(self, path: str) -> np.ndarray:
+        return self._stack(path, layer_names(self._rows[path], self._shapes[path]))
+
+    def layers(self, path: str, depths: Sequence[int]) -> np.ndarray:
+        """`self[path][depths]` of a parameter of the block, the other layers left unread."""
+        names = layer_names(self._rows[path], self._shapes[path])
+        return self._stack(path, [names[depth] for depth in depths])
+
+    def _stack(self, path: str, names: Sequence[str]) -> np.ndarray:
         row, shape = self._rows[path], self._shapes[path]
-        names = layer_names(row, shape)
         dtype = self.dtype
         if dtype is None:  # layers stored in different types: the one that holds them all
             dtype = np.result_type(*{self._stored(name) for name in names})
-        out = np.empty(shape, dtype)
-        for name, piece in zip(names, out if "{}" in row.theirs else [out], strict=True):
+        by_layer = "{}" in row.theirs
+        out = np.empty((len(names), *shape[1:]) if by_layer else shape, dtype)
+        for name, piece in zip(names, out if by_layer else [out], strict=True):
             piece[...] = row.transform.split(self._read(name), self._cfg)
         return out
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
-
-import numpy as np
 
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.weights import gguf, hf, names
@@ -30,13 +28,33 @@ class Source:
 
     path: pathlib.Path
     cfg: DecoderConfig
-    params: Mapping[str, np.ndarray]
+    params: names.LazyParams
     load_tokenizer: Callable[[], Any]
     generation_config: dict[str, Any]
 
     def load_params(self) -> dict[str, Any]:
         """All params, nested, in the dtype they are stored in (compute casts as it goes)."""
         return names.nested({path: self.params[path] for path in self.params})
+
+    def outer_params(self) -> dict[str, Any]:
+        """Embedding, head and final norm, nested, as stored."""
+        return names.nested(
+            {path: self.params[path] for path in self.params if not path.startswith("block/")}
+        )
+
+    def layers(self, depths: Sequence[int]) -> tuple[DecoderConfig, dict[str, Any]]:
+        """The model made of these depths only: its config, and `{'block': ...}` of it, as stored.
+
+        Nothing else is read. With `outer_params` the block makes whole params.
+        """
+        windows, ropes = self.cfg.windows, self.cfg.rope_of_depth
+        cfg = self.cfg.replace(
+            num_layers=len(depths),
+            windows=tuple(windows[d] for d in depths if windows),
+            rope_of_depth=tuple(ropes[d] for d in depths if ropes),
+        )
+        block = [path for path in self.params if path.startswith("block/")]
+        return cfg, names.nested({path: self.params.layers(path, depths) for path in block})
 
 
 def open_source(spec: str) -> Source:
