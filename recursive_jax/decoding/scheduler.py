@@ -16,7 +16,7 @@ The rule a device follows by itself is that of `lanes`: a token at a later loop 
 slot's next token starts at loop 0 in the first tick whose *gate* is open. The gate is
   - open in every tick, depth-wise;
   - open at ticks ≡ 0 mod num_loops, depth-wise when nothing can exit: tokens then end together, so
-    the head runs once per token, and nothing is lost since all slots are free at the same ticks;
+    the head runs once per token, and slots come free only where they can be filled at once;
   - open when no token is at a later loop, sequence-wise: slots advance together, and an exited
     token idles until its batch mates finish.
 """
