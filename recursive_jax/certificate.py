@@ -54,6 +54,11 @@ def warnings(source: DecoderConfig, cfg: DecoderConfig) -> list[str]:
     return out
 
 
+# TPUs and some GPUs multiply float32 coarsely unless told otherwise, and these are proofs.
+exact = jax.default_matmul_precision("highest")
+
+
+@exact
 def full_rank_identity(source: Source, recipe, windows: text.Windows) -> dict[str, Any]:
     """With full-rank LoRA the recursive model must give the source's logits.
 
@@ -92,6 +97,7 @@ def full_rank_identity(source: Source, recipe, windows: text.Windows) -> dict[st
 class Reference:
     """The source's log-probabilities on the text, kept on disk."""
 
+    @exact
     def __init__(self, path: pathlib.Path, source: Source, windows: text.Windows):
         self._windows = windows
         self._mask = windows.scored[:, 1:]
@@ -100,6 +106,7 @@ class Reference:
         for start, rows, _ in self._scan(layerwise_log_probabilities(source, windows.tokens)):
             self._rows[start : start + len(rows)] = rows
 
+    @exact
     def compare(self, model: Decoder, params: Any) -> dict[str, float]:
         """Perplexity of both, KL(source ‖ model) in nats and top-1 agreement, per scored token."""
         from tqdm import tqdm

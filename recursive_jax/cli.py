@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,6 +37,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
     try:
         _check_config(argv)
         return flags.FLAGS(argv)
+    except ImportError as error:
+        metrics.fail(ValueError(f"the config file imports what is not there: {error}"))
     except (flags.Error, *MISTAKES) as error:
         lines = str(error).strip().splitlines()  # config_flags puts a traceback in between
         metrics.fail(ValueError(lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"))
@@ -49,6 +52,7 @@ def _check_config(argv: Sequence[str]) -> None:
     file, arg = given.groups()
     if not Path(file).is_file():
         raise FileNotFoundError(f"no config file {file}; expected one such as configs/common.py")
+    sys.path.append(str(Path(file).resolve().parents[1]))  # its `from configs import common`
     keys = [m[1] for m in (re.match(r"--?(?:no)?config\.([\w.]+)", a) for a in argv[1:]) if m]
     if not keys:
         return

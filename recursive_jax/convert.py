@@ -10,6 +10,7 @@ model must give the source's logits.
 
 from __future__ import annotations
 
+import os
 import pathlib
 import tempfile
 import time
@@ -62,7 +63,11 @@ def convert(
     if text_tokens:
         context_length = min(context_length, source.cfg.max_length)
         windows = text.eval_windows(
-            tokenizer, (t for _, t in documents(text_source)), context_length, text_tokens
+            tokenizer,
+            (t for _, t in documents(text_source)),
+            context_length,
+            text_tokens,
+            source.cfg.vocab_size,
         )
     metrics.say(metrics.table(plan(source, recipe)) + "\n")
 
@@ -93,11 +98,15 @@ def convert(
         "generation_config": source.generation_config,
         "tying": dict(recipe),
     }
-    checkpoint.create(out, cfg, tokenizer, **facts)
-    checkpoint.write_json(out / checkpoint.CERTIFICATE, certificate)
-    writer = checkpoint.Writer(out)
-    writer.save(0, params, wait=True)
-    writer.close()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as partial:
+        made = pathlib.Path(partial) / out.name  # appears under its name when it is whole
+        checkpoint.create(made, cfg, tokenizer, **facts)
+        checkpoint.write_json(made / checkpoint.CERTIFICATE, certificate)
+        writer = checkpoint.Writer(made)
+        writer.save(0, params, wait=True)
+        writer.close()
+        os.replace(made, out)
     return certificate
 
 
@@ -181,6 +190,15 @@ def arguments() -> tuple[str, dict[str, Any]]:
     """The source and the arguments of `tying.tie`, from --config where given, else from flags."""
     if CONFIG.value is not None:
         config = CONFIG.value
+        holders = (NUM_LOOPS, METHOD, LORA_INIT, LORA_RANK, NORMS, ROUNDING, SEED)
+        given = [f"--{holder.name}" for holder in holders if holder.present]
+        if given:
+            raise ValueError(
+                f"{', '.join(given)} beside --config: the config says how to convert; set "
+                "--config.model.NAME=VALUE (and --config.seed) instead"
+            )
+        if not SOURCE.value and not config.source:
+            raise ValueError("nothing to convert: the config names no source; give --source=MODEL")
         return SOURCE.value or config.source, tying.recipe_from(config.model, config.seed)
     if SOURCE.value is None:
         raise ValueError("nothing to convert: give --source=MODEL, or --config=FILE")

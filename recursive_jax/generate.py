@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 
 from recursive_jax import cli, metrics, sharding, text
@@ -28,7 +27,7 @@ from recursive_jax.decoding import requests as requests_lib
 from recursive_jax.decoding.lockstep import MAX_STEPS, Lockstep
 from recursive_jax.decoding.requests import Answers, Completion, Prompt, Request, Sampling
 from recursive_jax.models.decoder import Decoder, logical_axes, parameter_counts
-from recursive_jax.weights import checkpoint, names
+from recursive_jax.weights import checkpoint
 from recursive_jax.weights.source import open_source
 
 
@@ -90,12 +89,7 @@ def load_model(spec: str, mesh: jax.sharding.Mesh, dtype: Any) -> Model:
     if source is None:
         params, _ = checkpoint.load_params(spec, where, dtype)
     else:
-        params = names.nested(
-            {  # one stack at a time: the host never holds all of the model
-                path: sharding.put_global(np.asarray(source.params[path]).astype(dtype), s)
-                for path, s in names.flat(where).items()
-            }
-        )
+        params = sharding.put_stacks(source.params, where, dtype)
     decoder = Decoder(cfg, dtype=dtype, data_shards=sharding.data_shards(mesh))
     stop = text.stop_ids(tokenizer, generation_config)
     return Model(decoder, params, tokenizer, stop, mesh, rules)
@@ -108,6 +102,7 @@ def to_request(model: Model, prompt: Prompt, chat: bool, context_length: int) ->
     try:
         if chat or not isinstance(prompt.content, str):
             tokens = text.apply_chat(model.tokenizer, prompt.content)
+            text.check_ids(model.tokenizer, tokens, model.decoder.cfg.vocab_size)
         else:
             tokens = text.encode(model.tokenizer, prompt.content, model.decoder.cfg.vocab_size)
         if not tokens:

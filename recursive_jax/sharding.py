@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -36,6 +36,9 @@ RULES: tuple[tuple[str, Any], ...] = (
 def compute_dtype(name: str) -> np.dtype:
     """The dtype a job computes in; 'auto' is what its devices are good at.
 
+    With float32 the whole process multiplies in float32: TPUs, and GPUs with TF32, round the
+    factors unless they are told otherwise.
+
     Raises:
       ValueError: not one of auto, float32, bfloat16.
     """
@@ -43,6 +46,8 @@ def compute_dtype(name: str) -> np.dtype:
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if name not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={name!r}; expected auto, float32 or bfloat16")
+    if name == "float32" and jax.default_backend() != "cpu":
+        jax.config.update("jax_default_matmul_precision", "highest")
     return jax.numpy.dtype(name)
 
 
@@ -143,6 +148,23 @@ def state_shardings(abstract_state: Any, param_shardings: Any, mesh: Mesh) -> An
     return jax.tree_util.tree_map_with_path(find, abstract_state)
 
 
+def check_batch_is_local(mesh: Mesh) -> None:
+    """Refuses a mesh on which a process's rows of the batch are also another's.
+
+    Every process reads rows of its own; the devices that share rows must be on one host.
+    """
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    owners = owners.reshape(data_shards(mesh), -1)  # [shard, tensor]
+    counts = np.bincount(owners[:, 0], minlength=jax.process_count())
+    if (owners != owners[:, :1]).any() or (counts != counts[0]).any():
+        sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+        raise ValueError(
+            f"mesh {sizes} over {jax.process_count()} processes makes some of them share rows of "
+            f"the batch; mesh.tensor may be at most the devices of a host "
+            f"({jax.local_device_count()}), and data × fsdp a multiple of the processes"
+        )
+
+
 def put_global(tree: Any, sharding: Any) -> Any:
     """Host arrays that every process holds whole -> global arrays; `sharding` a leaf or a tree."""
 
@@ -153,6 +175,27 @@ def put_global(tree: Any, sharding: Any) -> Any:
     if isinstance(sharding, NamedSharding):
         return jax.tree.map(lambda x: put(x, sharding), tree)
     return jax.tree.map(put, tree, sharding)
+
+
+def put_stacks(flat: Mapping[str, Any], shardings: Any, dtype: Any) -> dict[str, Any]:
+    """Params from a flat (lazy) mapping in `dtype`, nested and sharded like `shardings`.
+
+    One stack at a time: the host never holds all of the model.
+    """
+
+    def put(path, sharding):
+        name = "/".join(key.key for key in path)
+        return put_global(np.asarray(flat[name]).astype(dtype), sharding)
+
+    return jax.tree_util.tree_map_with_path(put, shardings)
+
+
+def wait_for_all(name: str) -> None:
+    """Goes on when all processes are here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
 
 
 def put_local_batch(batch: Any, mesh: Mesh) -> Any:

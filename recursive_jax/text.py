@@ -48,7 +48,7 @@ def bos_prefix(tokenizer: Any) -> list[int]:
 
     Found by looking, not by `bos_token`: many tokenizers name a BOS that they never add.
     """
-    content = _content(tokenizer, "a")
+    content = encode_batch(tokenizer, ["a"])[0]
     whole = list(tokenizer.encode("a", add_special_tokens=True))
     for start in range(len(whole) - len(content) + 1):
         if whole[start : start + len(content)] == content:
@@ -65,26 +65,39 @@ def encode(tokenizer: Any, text: str, vocab_size: int | None = None) -> list[int
     With `vocab_size`, a text that spells out a token the model has no row for is refused
     (see `check_vocabulary`) instead of reading a wrong embedding.
     """
-    ids = bos_prefix(tokenizer) + _content(tokenizer, text)
-    if vocab_size is not None and max(ids, default=0) >= vocab_size:
-        token = tokenizer.convert_ids_to_tokens(max(ids))
-        raise ValueError(
-            f"the text contains {token!r}, id {max(ids)}, which this model does not have "
-            f"(vocab_size={vocab_size}); remove it from the text"
-        )
-    return ids
+    return bos_prefix(tokenizer) + encode_batch(tokenizer, [text], vocab_size)[0]
 
 
-def encode_batch(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Content ids of many texts, in parallel where the tokenizer can."""
+def encode_batch(
+    tokenizer: Any, texts: Sequence[str], vocab_size: int | None = None
+) -> list[list[int]]:
+    """Content ids of many texts, in parallel where the tokenizer can; `vocab_size` as `encode`."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    # The Rust tokenizer itself: half the time of `tokenizer(texts)`, which also tracks offsets.
-    backend.no_truncation()
-    backend.no_padding()
-    encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
-    return [encoding.ids for encoding in encodings]
+    try:
+        if backend is None:
+            batch = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        else:
+            # The Rust tokenizer itself: half the time of `tokenizer(texts)`, which tracks offsets.
+            backend.no_truncation()
+            backend.no_padding()
+            encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            batch = [encoding.ids for encoding in encodings]
+    except (TypeError, UnicodeError) as error:  # half of a surrogate pair
+        raise ValueError(f"the text cannot be written as UTF-8 ({error}); mend it") from error
+    if vocab_size is not None:
+        for ids in batch:
+            check_ids(tokenizer, ids, vocab_size)
+    return batch
+
+
+def check_ids(tokenizer: Any, ids: Ids, vocab_size: int) -> None:
+    """Refuses a text that spells out a token the model has no row for (see `check_vocabulary`)."""
+    largest = max(ids, default=0)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"the text contains {tokenizer.convert_ids_to_tokens(largest)!r}, id {largest}, which "
+            f"this model does not have (vocab_size={vocab_size}); remove it from the text"
+        )
 
 
 def fingerprint(tokenizer: Any) -> str:
@@ -118,6 +131,7 @@ def eval_windows(
     texts: Iterable[str | Ids],
     context_length: int = 512,
     max_tokens: int | None = None,
+    vocab_size: int | None = None,
 ) -> Windows:
     """The windows perplexity is measured on, everywhere in this program.
 
@@ -132,6 +146,7 @@ def eval_windows(
       texts: strings, or content ids of texts that are tokenised already.
       context_length: T, at least one token more than the BOS rule.
       max_tokens: stop after this many scored tokens; None takes all.
+      vocab_size: of the model; a text with an id beyond it is refused.
 
     Raises:
       ValueError: the texts hold nothing to score, or T is too short.
@@ -147,7 +162,10 @@ def eval_windows(
     step = context_length - len(prefix)
     windows = []
     for text in texts:
-        content = _content(tokenizer, text) if isinstance(text, str) else text
+        if isinstance(text, str):
+            content = encode_batch(tokenizer, [text], vocab_size)[0]
+        else:
+            content = text
         for start in range(0, len(content), step):
             if budget <= 0:
                 break
@@ -169,12 +187,15 @@ def eval_windows(
 
 
 def stop_ids(tokenizer: Any, generation_config: Mapping[str, Any] | None = None) -> tuple[int, ...]:
-    """Ids that end a generated text: those of `generation_config.json`, else the tokenizer's EOS.
+    """Ids that end a generated text: those of `generation_config.json`, else the tokenizer's.
 
     A model's generation config is the fuller list (chat models end turns with a token of their
-    own), so it wins where it names any. `()` means: run to the token limit.
+    own), so it wins where it names any; then the list a GGUF's tokenizer carries; then EOS. `()`
+    means: run to the token limit.
     """
     named = (generation_config or {}).get("eos_token_id")
+    if named is None:
+        named = getattr(tokenizer, "init_kwargs", {}).get("stop_token_ids") or None
     if named is None:
         named = tokenizer.eos_token_id
     if named is None:
@@ -194,12 +215,16 @@ def apply_chat(tokenizer: Any, prompt: str | Sequence[Mapping[str, str]]) -> lis
             "this tokenizer has no chat template: the model was not trained to chat. "
             "Leave out --chat and give it a text to continue"
         )
+    from jinja2 import TemplateError
+
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    return list(
-        tokenizer.apply_chat_template(
+    try:
+        ids = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=False
         )
-    )
+    except (TemplateError, TypeError, UnicodeError) as error:
+        raise ValueError(f"the model's chat template refuses the conversation: {error}") from error
+    return list(ids)
 
 
 class Detokenizer:
@@ -263,7 +288,3 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
             f"{outside[-1][0]}, the model has rows for 0..{vocab_size - 1} ({len(outside)} tokens "
             f"outside: {examples}). Use the tokenizer the model was trained with"
         )
-
-
-def _content(tokenizer: Any, text: str) -> list[int]:
-    return encode_batch(tokenizer, [text])[0]

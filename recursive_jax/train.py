@@ -54,8 +54,9 @@ def starting_model(config, source: Source | None, workdir: pathlib.Path) -> star
     recipe = {
         "source": config.source,
         "init_from": config.init_from,
-        "scratch": config.scratch.to_dict(),
-        "model": config.model.to_dict(),
+        # what a checkpoint is cannot be said again
+        "scratch": None if config.init_from else config.scratch.to_dict(),
+        "model": None if config.init_from else config.model.to_dict(),
     }
     recipe = json.loads(json.dumps(recipe))  # as it comes back from config.json: lists, no tuples
     begin = start.from_workdir(workdir, recipe)
@@ -78,15 +79,15 @@ def starting_model(config, source: Source | None, workdir: pathlib.Path) -> star
     return begin
 
 
-def open_text(config, tokenizer) -> tuple[data_lib.PackedRows, text.Windows, str]:
-    """Packed training rows, the windows perplexity is measured on, the training text's hash."""
+def open_text(config, tokenizer, vocab_size: int) -> tuple[data_lib.PackedRows, text.Windows]:
+    """Packed training rows, and the windows perplexity is measured on."""
     d = config.data
 
     def tokens(spec):
         return data_lib.tokenize(
             documents(spec),
-            lambda texts: text.encode_batch(tokenizer, texts),
-            text.fingerprint(tokenizer),
+            lambda texts: text.encode_batch(tokenizer, texts, vocab_size),
+            f"{text.fingerprint(tokenizer)} {vocab_size}",
             d.cache_dir or None,
             progress=jax.process_index() == 0,
         )
@@ -97,29 +98,34 @@ def open_text(config, tokenizer) -> tuple[data_lib.PackedRows, text.Windows, str
     else:
         valid = train.split("valid", d.valid_fraction)
         train = train.split("train", d.valid_fraction)
-    rows = data_lib.PackedRows(train, text.bos_prefix(tokenizer), d.context_length, config.seed)
-    windows = text.eval_windows(
-        tokenizer, (valid[i] for i in range(len(valid))), d.context_length, d.eval_tokens
-    )
-    return rows, windows, hashlib.blake2b(train.hashes.tobytes(), digest_size=8).hexdigest()
+    prefix = text.bos_prefix(tokenizer)
+    rows = data_lib.PackedRows(train, prefix, d.context_length, config.seed)
+    pieces = valid.pieces(d.context_length - len(prefix))  # a window each
+    windows = text.eval_windows(tokenizer, pieces, d.context_length, d.eval_tokens)
+    return rows, windows
+
+
+def _hash(array: np.ndarray) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(array).tobytes(), digest_size=8).hexdigest()
 
 
 def restore(workdir, abstract: TrainState, shardings: TrainState, plan: dict[str, Any]):
     """The saved state, `progress` and step of a run with the same plan."""
+    there = checkpoint.load_progress(workdir)["plan"]
+    changed = [name for name in plan if there.get(name) != plan[name]]
+    if changed:
+        then = ", ".join(f"{name} was {there.get(name, 'not recorded')}" for name in changed)
+        now = ", ".join(f"{name} is {plan[name]}" for name in changed)
+        raise ValueError(
+            f"{workdir} cannot go on where it stopped: {then}; now {now}. "
+            f"Put it back, or start a new --workdir with --config.init_from={workdir}"
+        )
     arrays = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         {"params": abstract.params, "opt_state": abstract.opt_state},
         {"params": shardings.params, "opt_state": shardings.opt_state},
     )
     arrays, progress, step = checkpoint.restore(workdir, arrays)
-    changed = [name for name in plan if progress["plan"][name] != plan[name]]
-    if changed:
-        then = ", ".join(f"{name} was {progress['plan'][name]}" for name in changed)
-        now = ", ".join(f"{name} is {plan[name]}" for name in changed)
-        raise ValueError(
-            f"{workdir} cannot go on where it stopped: {then}; now {now}. "
-            f"Put it back, or start a new --workdir with --config.init_from={workdir}"
-        )
     array = sharding.put_global(np.int32(step), shardings.step)
     return TrainState(step=array, **arrays), progress, step
 
@@ -131,6 +137,8 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
     for name in ("batch_size", "context_length", "eval_tokens"):
         if config.data[name] < 1:
             raise ValueError(f"data.{name} must be at least 1, got {config.data[name]}")
+    if config.keep_checkpoints < 1:
+        raise ValueError(f"keep_checkpoints must be at least 1, got {config.keep_checkpoints}")
     if config.tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {config.tokens}")
     if config.remat not in REMAT_CHOICES:
@@ -139,6 +147,7 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
         raise ValueError("objective.kd > 0 needs the model to distil from: set --config.source")
     dtype = sharding.compute_dtype(config.dtype)
     mesh = sharding.make_mesh(**config.mesh)
+    sharding.check_batch_is_local(mesh)
     shards, batch_size = sharding.data_shards(mesh), config.data.batch_size
     if batch_size % shards:
         raise ValueError(
@@ -149,13 +158,27 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
     begin = starting_model(config, source, workdir)
     cfg = begin.cfg
     text.check_vocabulary(begin.tokenizer, cfg.vocab_size)
-    rows, windows, text_hash = open_text(config, begin.tokenizer)
+    if objective.kd and begin.tokenizer.get_vocab() != source.load_tokenizer().get_vocab():
+        raise ValueError(
+            f"the teacher {config.source} and the model ({begin.origin}) have different "
+            "vocabularies; distillation compares them token by token. Give the model it came from"
+        )
+    rows, windows = open_text(config, begin.tokenizer, cfg.vocab_size)
     tokens_per_step = batch_size * config.data.context_length
     num_steps = max(1, round(config.tokens / tokens_per_step))
     schedule = loop.Schedule(
         num_steps, config.log_every, config.eval_every, config.checkpoint_every
     )
-    plan = {"num_steps": num_steps, "tokens_per_step": tokens_per_step, "text_hash": text_hash}
+    plan = {  # what a resumed run must have in common with the one it goes on with
+        "num_steps": num_steps,
+        "batch_size": batch_size,
+        "context_length": config.data.context_length,
+        "seed": config.seed,
+        "training text": _hash(rows.docs.hashes),
+        "held-out text": _hash(windows.tokens),
+        "gradient clipping": optimizer.clip_norm > 0,  # these two shape the optimizer's state
+        "own LoRA rate": optimizer.lora_lr_scale != 1.0,
+    }
 
     tx = make_optimizer(optimizer, num_steps)
     options = dict(dtype=dtype, remat_policy=config.remat, data_shards=shards)
@@ -168,13 +191,16 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
         rows, batch_size, config.seed, jax.process_index(), jax.process_count()
     )
     history: list[dict[str, Any]] = []
-    if begin.params is None:
+    if begin.params is None and begin.checkpoint is None:
         state, progress, first_step = restore(workdir, abstract, shardings, plan)
         batches.set_state(progress["data"])
         history = progress["history"]
     else:
         first_step = 0
-        params = sharding.put_global(begin.params, param_shardings)
+        if begin.checkpoint is not None:
+            params, _ = checkpoint.load_params(begin.checkpoint, param_shardings)
+        else:
+            params = sharding.put_global(begin.params, param_shardings)
         begin.params = None  # the host copy
         state = jax.jit(lambda p: init_state(p, tx), out_shardings=shardings)(params)
         del params
@@ -184,7 +210,7 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
         axes = sharding.shardings(
             logical_axes(source.cfg), mesh, sharding.rules_for(mesh, source.cfg)
         )
-        teacher_params = sharding.put_global(source.load_params(), axes)
+        teacher_params = sharding.put_stacks(source.params, axes, dtype)
 
     jitted = jax.jit(
         make_train_step(model, tx, objective, teacher),
@@ -197,18 +223,23 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
             return jitted(state, sharding.put_local_batch(batch, mesh), teacher_params)
 
     if first_step == 0:
-        checkpoint.create(workdir, cfg, begin.tokenizer, **begin.facts)
+        if jax.process_index() == 0:
+            checkpoint.create(workdir, cfg, begin.tokenizer, **begin.facts)
+        sharding.wait_for_all("checkpoint directory")
     print_start(config, begin, mesh, dtype, rows, num_steps, first_step)
     writer = metrics.MetricWriter(workdir, first_step)
     saver = checkpoint.Writer(workdir, keep=config.keep_checkpoints)
     progress_bar = metrics.Progress(num_steps, first_step)
     rate = learning_rate_schedule(optimizer, num_steps)
 
+    # few windows are not padded to a batch of a thousand rows
+    eval_rows = min(batch_size, -(-len(windows.tokens) // shards) * shards)
+
     def evaluate(step, model, params, name="valid"):
         put = lambda b: sharding.put_global(b, sharding.batch_sharding(mesh))  # noqa: E731
         with sharding.use(mesh, rules):
             result = perplexity(
-                model, params, *windows, batch_size, all_loops=model.cfg.num_loops > 1, put=put
+                model, params, *windows, eval_rows, all_loops=model.cfg.num_loops > 1, put=put
             )
         history.append({"step": step, "name": name, **result})
         exits = result.get("perplexity_exits", [])
@@ -245,20 +276,14 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
         if teacher is not None:
             evaluate(0, teacher, teacher_params, "source")
         evaluate(0, model, state.params)
-    state, step = loop.run(
-        train_step,
-        state,
-        batches,
-        first_step,
-        schedule,
-        loop.Hooks(
-            progress_bar.tick,
-            log,
-            progress_bar.pause()(lambda step, state: evaluate(step, model, state.params)),
-            progress_bar.pause()(save),
-        ),
-        loop.Stop(),
+    hooks = loop.Hooks(
+        progress_bar.tick,
+        log,
+        progress_bar.pause()(lambda step, state: evaluate(step, model, state.params)),
+        progress_bar.pause()(save),
     )
+    with loop.Stop() as stop:
+        state, step = loop.run(train_step, state, batches, first_step, schedule, hooks, stop)
     saver.close()
     writer.close()
     summary = summarise(config, state, source, history, step, tokens_per_step)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from recursive_jax.models.config import DecoderConfig, Rope
 from recursive_jax.models.decoder import Decoder, abstract_params, parameter_counts
-from recursive_jax.weights import low_rank, tying
+from recursive_jax.weights import low_rank, names, tying
 
 SMALL = dict(
     vocab_size=53, embed_dim=24, mlp_dim=40, num_heads=4, num_kv_heads=2, head_dim=8, num_layers=6
@@ -64,7 +64,7 @@ def make_params(cfg, seed=0):
     """Random params in which every vector matters."""
     rng = np.random.default_rng(seed)
     out = {}
-    for path, leaf in tying._flat(abstract_params(cfg)).items():
+    for path, leaf in names.flat(abstract_params(cfg)).items():
         noise = rng.standard_normal(leaf.shape, dtype=np.float32)
         if path.endswith("/scale"):
             out[path] = 1 - np.float32(cfg.norm_offset) + 0.4 * noise
@@ -72,7 +72,7 @@ def make_params(cfg, seed=0):
             out[path] = 0.3 * noise
         else:
             out[path] = noise * np.float32(leaf.shape[-2] ** -0.5)
-    return tying._nest(out)
+    return names.nested(out)
 
 
 @functools.cache
@@ -117,7 +117,7 @@ def perturbed(params, seed=1):
 
 
 def weight(params, path):
-    return tying._flat(params)[path]
+    return names.flat(params)[path]
 
 
 # ---------------------------------------------------------------- checks 1-3: which layer is where
@@ -193,7 +193,7 @@ def test_lower_and_upper_copy_their_layers():
     for method, part in (("lower", slice(0, 2)), ("upper", slice(4, 6))):
         tied, tied_cfg = tying.tie(params, cfg, 3, method, norms="tied")
         assert tied_cfg.windows == cfg.windows and tied_cfg.rope_of_depth == cfg.rope_of_depth
-        for path, leaf in tying._flat(tied).items():
+        for path, leaf in names.flat(tied).items():
             original = weight(params, path)
             expected = original[part] if path.startswith("block/") else original
             np.testing.assert_array_equal(leaf, expected, err_msg=path)
@@ -207,7 +207,7 @@ def test_lower_and_upper_copy_their_layers():
 def test_check_4_average(family, loops):
     params, cfg = vanilla(family)
     tied, tied_cfg = tying.tie(params, cfg, loops, "average", "svd", 5, norms="tied")
-    for path, leaf in tying._flat(tied).items():
+    for path, leaf in names.flat(tied).items():
         if path.startswith("block/") and "lora" not in path:
             original = weight(params, path)
             by_loop = original.reshape(loops, -1, *original.shape[1:])
@@ -229,7 +229,7 @@ def test_check_5_lower_prefix(family):
     prefix = {**params, "block": jax.tree.map(lambda x: x[:3], params["block"])}
     reference = forward(first)(prefix)[0][0]
     assert distance(forward(tied_cfg)(tied)[0][0], reference) < 1e-5
-    for path, leaf in tying._flat(tied).items():
+    for path, leaf in names.flat(tied).items():
         if path.endswith("lora_b"):
             assert not leaf[:, 0].any() and leaf[:, 1].any(axis=(1, 2)).all()
 
@@ -400,7 +400,7 @@ def test_check_11_zero_residual_modules(method, zero):
     params, cfg = vanilla("llama")
     tied, tied_cfg = tying.tie(params, cfg, 2, method, "svd", 4, "tied")
     grads = gradients(tied_cfg)(tied)
-    for path in (p for p in tying._flat(tied) if p.endswith("lora_b")):
+    for path in (p for p in names.flat(tied) if p.endswith("lora_b")):
         a, b = weight(tied, path[:-1] + "a"), weight(tied, path)
         grad_a, grad_b = weight(grads, path[:-1] + "a"), weight(grads, path)
         found = {(loop, k) for loop in range(2) for k in range(3) if not b[k, loop].any()}
@@ -519,8 +519,8 @@ def test_check_14_gradient_of_a_tied_weight_is_the_sum_over_loops():
     tied, tied_cfg = tying.tie(params, cfg, 2, "average", "svd", 4, "tied")
     tied = perturbed(tied)
     untied, untied_cfg = tying.untie(tied, tied_cfg)  # a separate copy for every loop
-    separate = tying._flat(gradients(untied_cfg)(untied))
-    for path, grad in tying._flat(gradients(tied_cfg)(tied)).items():
+    separate = names.flat(gradients(untied_cfg)(untied))
+    for path, grad in names.flat(gradients(tied_cfg)(tied)).items():
         if not path.startswith("block/"):
             expected = np.asarray(separate[path])
         elif "/lora_" in path:  # the chain rule through w + a @ b
@@ -704,9 +704,9 @@ class LazyParams(Mapping):
 @pytest.mark.parametrize("norms", ["per_loop", "folded"])
 def test_a_lazy_source_is_read_once_and_one_stack_at_a_time(norms):
     params, cfg = vanilla("neox")
-    lazy = LazyParams(tying._flat(params))
+    lazy = LazyParams(names.flat(params))
     tied, _ = tying.tie(lazy, cfg, 2, lora_ranks=3, norms=norms)
-    assert sorted(lazy.reads) == sorted(tying._flat(params))
+    assert sorted(lazy.reads) == sorted(names.flat(params))
     assert {leaf.dtype for leaf in jax.tree.leaves(tied)} == {np.dtype(np.float32)}
     rounded = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), params)
     expected, _ = tying.tie(rounded, cfg, 2, lora_ranks=3, norms=norms)
@@ -715,7 +715,7 @@ def test_a_lazy_source_is_read_once_and_one_stack_at_a_time(norms):
 
 def test_memory_is_the_result_and_one_stack():
     cfg = DecoderConfig("gpt_neox", 64, 128, 512, 4, 1, 32, 12, gated_mlp=False)
-    shapes = tying._shapes(cfg)
+    shapes = names.shapes(cfg)
 
     class Source(LazyParams):
         def __getitem__(self, path):
@@ -769,7 +769,7 @@ def test_ranks_are_clamped_by_projection():
 
 def test_params_that_do_not_fit_the_config():
     params, cfg = vanilla("llama")
-    flat = dict(tying._flat(params))
+    flat = dict(names.flat(params))
     with pytest.raises(ValueError, match=r"missing \['head'\], left over \['tail'\]"):
         tying.tie({**{k: v for k, v in flat.items() if k != "head"}, "tail": 0}, cfg, 2)
     with pytest.raises(ValueError, match=r"block/mlp/up/w has shape \(6, 24, 39\).*\(6, 24, 40\)"):

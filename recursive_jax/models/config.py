@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -227,6 +227,14 @@ class DecoderConfig:
 
     def replace(self, **changes: Any) -> DecoderConfig:
         return dataclasses.replace(self, **changes)
+
+    def at_depths(self, depths: Sequence[int]) -> DecoderConfig:
+        """The vanilla model of these depths of a vanilla model: its windows and ropes follow."""
+        return self.replace(
+            num_layers=len(depths),
+            windows=tuple(self.windows[d] for d in depths if self.windows),
+            rope_of_depth=tuple(self.rope_of_depth[d] for d in depths if self.rope_of_depth),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict for `json.dump`; inverse of `from_json`."""

@@ -106,7 +106,9 @@ def apply_lora(x, w, a, b, loop, form: str, dtype) -> jax.Array:
     """`x @ (w + a[loop] @ b[loop])` in one of the three forms of `lora_form`; all are equal."""
     with jax.named_scope("lora"):
         if form == "merged":
-            delta = a[loop].astype(dtype) @ b[loop].astype(dtype)
+            # A batch axis of one: remat policies that keep products ("dots") keep those without
+            # batch axes, and a delta as large as the weight, per loop and layer, is none to keep.
+            delta = (a[loop][None].astype(dtype) @ b[loop][None].astype(dtype))[0]
             merged = checkpoint_name((w + delta.astype(w.dtype)).astype(dtype), "merged_weight")
             return x @ merged
         y = x @ w.astype(dtype)

@@ -99,6 +99,15 @@ class TokenizedDocuments:
         held_out |= self.hashes == self.hashes.min()
         return self._take(held_out if valid else ~held_out)
 
+    def pieces(self, length: int) -> Iterator[np.ndarray]:
+        """Content ids, at most `length` at a time, by turns: the first piece of every document in
+        shuffled order, then the second of those that have one … A few pieces are of many documents.
+        """
+        order = np.random.default_rng(0).permutation(len(self))
+        for start in range(0, int(self.lengths.max()), length):
+            for d in order[self.lengths[order] > start]:
+                yield self[d][start : start + length]
+
     def _take(self, mask: np.ndarray) -> TokenizedDocuments:
         return TokenizedDocuments(
             self.ids, self.starts[mask], self.lengths[mask], self.hashes[mask]
@@ -243,7 +252,7 @@ class PackedRows:
             )
         if not len(docs):
             raise ValueError("no documents to pack: this part of the data is empty")
-        self._docs = docs
+        self.docs = docs
         self._prefix = np.asarray(prefix, np.int32)
         self._length = context_length
         self._order = np.arange(len(docs))
@@ -255,7 +264,7 @@ class PackedRows:
     @property
     def num_tokens(self) -> int:
         """Content tokens of one epoch."""
-        return self._docs.num_tokens
+        return self.docs.num_tokens
 
     def __len__(self) -> int:
         return int(-(-self._ends[-1] // self._stride))
@@ -274,7 +283,7 @@ class PackedRows:
         first = int(np.searchsorted(self._ends, begin, side="right"))
         at = 0
         for segment, d in enumerate(range(first, len(self._ends)), 1):
-            document = self._docs[self._order[d]]
+            document = self.docs[self._order[d]]
             start = int(self._ends[d]) - len(document) - len(self._prefix)
             if start >= end:
                 break

@@ -51,7 +51,7 @@ def perplexity(
 
 
 def _exp(nll: float) -> float:
-    return math.exp(nll) if nll < 700 else math.inf
+    return math.inf if nll > 700 else math.exp(nll)  # not a number stays one
 
 
 def _batches(tokens, scored, batch_size) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -80,7 +80,10 @@ def _scorer(model: Decoder, all_loops: bool):
         hidden, _ = model.apply({"params": params}, inputs, positions, all_loops=all_loops)
         hidden = hidden if all_loops else hidden[None]
         data = {"targets": targets, "weights": scored[:, 1:].astype(jnp.float32)}
-        chunk = chunk_length(*inputs.shape, model.cfg.vocab_size, hidden.shape[0], 256 << 20)
+        rows = -(-inputs.shape[0] // model.data_shards)  # of one device
+        chunk = chunk_length(
+            rows, inputs.shape[1], model.cfg.vocab_size, hidden.shape[0], 256 << 20
+        )
         return chunked_sum(chunk_nll, head_params(params), hidden, data, chunk)[1]
 
     return score

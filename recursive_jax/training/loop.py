@@ -46,17 +46,31 @@ class Hooks:
 
 
 class Stop:
-    """Remembers that the machine is being taken away (SIGTERM) or Ctrl-C was pressed."""
+    """Remembers that the machine is being taken away (SIGTERM) or Ctrl-C was pressed.
+
+    A context: signals have their old meaning again behind it. With several processes JAX's
+    preemption service listens to SIGTERM itself, and tells all of them.
+    """
 
     def __init__(self):
         self._asked = False
-        for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, self._ask)
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        if jax.process_count() == 1:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _ask(self, number, frame):
         if self._asked:  # pressed twice: now
             raise KeyboardInterrupt
         self._asked = True
+        print("\nstopping behind this step; once more stops at once", flush=True)
 
     def reached(self, step: int) -> bool:
         """True on every process at the same step."""

@@ -226,18 +226,9 @@ def restore(
     """
     from orbax.checkpoint import v1 as ocp
 
-    directory = pathlib.Path(directory)
-    step = latest_step(directory) if step is None else step
-    path = directory.resolve() / STEPS / str(step)
-    if step is None or not path.is_dir():
-        raise FileNotFoundError(
-            f"no saved step {'' if step is None else step} in {directory / STEPS}; "
-            "a run that was interrupted before its first save has to start again"
-        )
+    path, step = _step(directory, step)
+    metadata = _metadata(path)
     try:
-        metadata = ocp.checkpointables_metadata(str(path)).custom_metadata or {}
-        if not {"checksums", "progress"} <= set(metadata):
-            raise ValueError("its metadata holds no checksums")
         stored = jax.tree.map(
             lambda x: (
                 jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=_sharding(x))
@@ -248,11 +239,7 @@ def restore(
         )
         arrays = ocp.load_checkpointables(str(path), dict(stored))
     except Exception as error:  # orbax and tensorstore raise many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ValueError(
-            f"checkpoint {path} cannot be read ({reason[:300]}); it is damaged or of another "
-            "model. Use an older step (--step) or convert again"
-        ) from error
+        raise _unreadable(path, error) from error
     expected, progress = metadata["checksums"], metadata["progress"]
     found = checksums(arrays)
     if "progress" in expected:  # absent in the first checkpoints that were written
@@ -261,11 +248,56 @@ def restore(
     if broken:
         raise ValueError(
             f"checkpoint {path} is corrupt: checksums differ for {broken[:3]}"
-            f"{' …' if len(broken) > 3 else ''}. Use an older step (--step) or convert again"
+            f"{' …' if len(broken) > 3 else ''}. {_WAY_OUT}"
         )
     arrays = jax.tree.map(lambda x, want: x.astype(want.dtype), arrays, dict(abstract))
     logging.info("restored step %d of %s", step, directory)
     return arrays, progress, step
+
+
+_WAY_OUT = "Remove its directory to use the step saved before it, or convert again"
+
+
+def load_progress(directory: str | os.PathLike, step: int | None = None) -> dict[str, Any]:
+    """The `progress` that was saved with a step, None for the latest; no array is read.
+
+    Raises:
+      FileNotFoundError, ValueError: as `restore`.
+    """
+    return _metadata(_step(directory, step)[0])["progress"]
+
+
+def _step(directory: str | os.PathLike, step: int | None) -> tuple[pathlib.Path, int]:
+    """Where a step is, and its number."""
+    directory = pathlib.Path(directory)
+    step = latest_step(directory) if step is None else step
+    path = directory.resolve() / STEPS / str(step)
+    if step is None or not path.is_dir():
+        raise FileNotFoundError(
+            f"no saved step {'' if step is None else step} in {directory / STEPS}; "
+            "a run that was interrupted before its first save has to start again"
+        )
+    return path, step
+
+
+def _metadata(path: pathlib.Path) -> dict[str, Any]:
+    from orbax.checkpoint import v1 as ocp
+
+    try:
+        metadata = ocp.checkpointables_metadata(str(path)).custom_metadata or {}
+        if not {"checksums", "progress"} <= set(metadata):
+            raise ValueError("its metadata holds no checksums")
+    except Exception as error:  # orbax and tensorstore raise many kinds
+        raise _unreadable(path, error) from error
+    return metadata
+
+
+def _unreadable(path: pathlib.Path, error: Exception) -> ValueError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    return ValueError(
+        f"checkpoint {path} cannot be read ({reason[:300]}); it is damaged or of another "
+        f"model. {_WAY_OUT}"
+    )
 
 
 def _sharding(x):

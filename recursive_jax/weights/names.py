@@ -136,15 +136,20 @@ HF_TABLES = {
 
 
 @functools.lru_cache(maxsize=8)
+def shapes(cfg: DecoderConfig) -> Mapping[str, tuple[int, ...]]:
+    """Shape of every parameter of `cfg`, by path."""
+    leaves = flat(abstract_params(cfg))
+    return types.MappingProxyType({path: leaf.shape for path, leaf in leaves.items()})
+
+
 def leaf_shapes(cfg: DecoderConfig) -> Mapping[str, tuple[int, ...]]:
-    """Shape of every parameter of `cfg`, by flat path."""
+    """`shapes` of a vanilla model; another has no names elsewhere."""
     if cfg.num_loops != 1 or cfg.lora_ranks:
         raise ValueError(
             f"only vanilla models have names elsewhere; this one has num_loops={cfg.num_loops} "
             f"and lora_ranks={dict(cfg.lora_ranks)}. Untie it first"
         )
-    flat = traverse_util.flatten_dict(abstract_params(cfg), sep="/")
-    return types.MappingProxyType({path: leaf.shape for path, leaf in flat.items()})
+    return shapes(cfg)
 
 
 def used_rows(table: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Row]:
@@ -250,7 +255,7 @@ def nested(flat: Mapping[str, np.ndarray]) -> dict:
 
 
 def flat(params: Mapping) -> Mapping[str, np.ndarray | jax.Array]:
-    """Flat view of nested params; a flat (perhaps lazy) mapping is returned as it is."""
-    if isinstance(params, dict) and any(isinstance(v, Mapping) for v in params.values()):
-        return traverse_util.flatten_dict(params, sep="/")
-    return params
+    """Params by path; a mapping that is flat already (perhaps lazy) comes back as it is, unread."""
+    if any("/" in key for key in params):
+        return params
+    return traverse_util.flatten_dict(params, sep="/")

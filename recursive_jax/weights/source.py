@@ -47,14 +47,9 @@ class Source:
 
         Nothing else is read. With `outer_params` the block makes whole params.
         """
-        windows, ropes = self.cfg.windows, self.cfg.rope_of_depth
-        cfg = self.cfg.replace(
-            num_layers=len(depths),
-            windows=tuple(windows[d] for d in depths if windows),
-            rope_of_depth=tuple(ropes[d] for d in depths if ropes),
-        )
         block = [path for path in self.params if path.startswith("block/")]
-        return cfg, names.nested({path: self.params.layers(path, depths) for path in block})
+        layers = names.nested({path: self.params.layers(path, depths) for path in block})
+        return self.cfg.at_depths(depths), layers
 
 
 def open_source(spec: str) -> Source:

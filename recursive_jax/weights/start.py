@@ -22,11 +22,13 @@ class Start:
     """A model before its first step.
 
     Attributes:
-      params: nested float32 host arrays; None when the run's own checkpoint holds them.
+      params: nested float32 host arrays; None when a checkpoint holds them.
       cfg: what they are.
       tokenizer: of transformers.
       facts: JSON for the checkpoint's config.json (source, tying, ...).
       origin: in words, for the start-up table.
+      checkpoint: where the params are when it is not the run's own directory that holds them; they
+        are best read straight onto the devices that want them.
     """
 
     params: Any
@@ -34,6 +36,7 @@ class Start:
     tokenizer: Any
     facts: dict[str, Any]
     origin: str
+    checkpoint: str | os.PathLike | None = None
 
 
 def from_workdir(workdir: str | os.PathLike, recipe: Mapping[str, Any]) -> Start | None:
@@ -60,11 +63,11 @@ def from_workdir(workdir: str | os.PathLike, recipe: Mapping[str, Any]) -> Start
 
 def from_checkpoint(directory: str | os.PathLike) -> Start:
     """A recursive checkpoint, as `convert` or another run wrote it."""
-    params, cfg = checkpoint.load_params(directory)
-    _, facts = checkpoint.load_config(directory)
+    cfg, facts = checkpoint.load_config(directory)
+    checkpoint.load_progress(directory)  # there is a step, and it can be read
     facts = {k: v for k, v in facts.items() if k not in ("format", "versions", "recipe")}
     tokenizer = _tokenizer(pathlib.Path(directory) / "tokenizer")
-    return Start(checkpoint.as_numpy(params), cfg, tokenizer, facts, f"checkpoint {directory}")
+    return Start(None, cfg, tokenizer, facts, f"checkpoint {directory}", directory)
 
 
 def from_source(source: Source, recipe: Mapping[str, Any]) -> Start:
@@ -82,12 +85,7 @@ def from_source(source: Source, recipe: Mapping[str, Any]) -> Start:
 def reduced_baseline(source: Source, num_loops: int, seed: int) -> Start:
     """The paper's reduced-size baseline (§3.2): depth / num_loops layers, random, no loop."""
     tying.selected_depths("lower", source.cfg.depth, num_loops)  # refuses an impossible count
-    layers = source.cfg.depth // num_loops
-    cfg = source.cfg.replace(
-        num_layers=layers,
-        windows=source.cfg.windows[:layers],
-        rope_of_depth=source.cfg.rope_of_depth[:layers],
-    )
+    cfg = source.cfg.at_depths(range(source.cfg.depth // num_loops))
     facts = {"source": str(source.path), "generation_config": source.generation_config}
     return Start(_random(cfg, seed), cfg, source.load_tokenizer(), facts, "random, reduced size")
 

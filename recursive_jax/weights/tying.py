@@ -9,7 +9,6 @@ layer has over the shared weight starts its LoRA (§2.3, `low_rank`).
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,8 +16,8 @@ import jax
 import numpy as np
 
 from recursive_jax.models.config import NORM_MODES, DecoderConfig
-from recursive_jax.models.decoder import abstract_params, init_params
-from recursive_jax.weights import low_rank
+from recursive_jax.models.decoder import init_params
+from recursive_jax.weights import low_rank, names
 
 METHODS = ("stepwise", "average", "lower", "upper", "random")
 LORA_STARTS = ("svd", "zero", "split", "none")
@@ -102,7 +101,7 @@ def tie(
             vectors[path] = source(path)  # [depth, F]
     folds = {}
     if norms == "folded":
-        for path, shape in _shapes(recipe.cfg).items():
+        for path, shape in names.shapes(recipe.cfg).items():
             if path.endswith("/b") and path not in vectors:  # made to hold a folded LayerNorm bias
                 vectors[path] = np.zeros((cfg.depth, shape[-1]), np.float32)
         folds = _take_folds(vectors, cfg)
@@ -119,7 +118,7 @@ def tie(
         if on_projection:
             on_projection(name, kept)
     out |= {path: _tie_vector(path, table, recipe) for path, table in vectors.items()}
-    return _nest(out), recipe.cfg
+    return names.nested(out), recipe.cfg
 
 
 def tied_config(
@@ -164,7 +163,7 @@ def untie(params: Params, cfg: DecoderConfig) -> tuple[dict[str, Any], DecoderCo
     loops, layers = cfg.num_loops, cfg.num_layers
     vanilla = cfg.replace(num_layers=cfg.depth, num_loops=1, norms="tied", lora_ranks=())
     out = {}
-    for path, shape in _shapes(vanilla).items():
+    for path, shape in names.shapes(vanilla).items():
         leaf = source(path)
         if not path.startswith("block/"):
             out[path] = leaf
@@ -179,7 +178,7 @@ def untie(params: Params, cfg: DecoderConfig) -> tuple[dict[str, Any], DecoderCo
         else:
             by_loop = leaf if leaf.ndim == 3 else np.repeat(leaf[:, None], loops, axis=1)
             out[path] = by_loop.swapaxes(0, 1).reshape(shape)  # [layer, loop, F] -> [depth, F]
-    return _nest(out), vanilla
+    return names.nested(out), vanilla
 
 
 def selected_depths(
@@ -408,8 +407,8 @@ class _Source:
     """The parameters of a config by path: complete, nothing left over, read one at a time."""
 
     def __init__(self, params: Params, cfg: DecoderConfig):
-        self.shapes = _shapes(cfg)
-        self._leaves = _flat(params)
+        self.shapes = names.shapes(cfg)
+        self._leaves = names.flat(params)
         missing = sorted(set(self.shapes) - set(self._leaves))
         unexpected = sorted(set(self._leaves) - set(self.shapes))
         if missing or unexpected:
@@ -433,32 +432,3 @@ class _Source:
 
 def _float32(x: np.ndarray) -> np.ndarray:
     return np.asarray(x, np.float32)
-
-
-@functools.cache
-def _shapes(cfg: DecoderConfig) -> Mapping[str, tuple[int, ...]]:
-    return {path: leaf.shape for path, leaf in _flat(abstract_params(cfg)).items()}
-
-
-def _flat(params: Params) -> Mapping[str, Any]:
-    """`params` by path; a mapping that is flat already is returned as it is, nothing read."""
-    if any("/" in key for key in params):
-        return params
-    out = {}
-    for name, value in params.items():
-        if isinstance(value, Mapping):
-            out |= {f"{name}/{path}": leaf for path, leaf in _flat(value).items()}
-        else:
-            out[name] = value
-    return out
-
-
-def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *modules, name = path.split("/")
-        node = out
-        for module in modules:
-            node = node.setdefault(module, {})
-        node[name] = leaf
-    return out

@@ -1,0 +1,92 @@
+"""Peak memory and seconds of converting a full-size model, random weights in its shapes.
+
+    python tests/benchmarks/convert_full_size.py --scratch=DIR [--preset=gemma_2b] [--lora_rank=64]
+
+Writes DIR/source (safetensors in bf16, kept for the next time), converts it to DIR/converted as a
+user would, and removes the result. Prints one JSON row; `allowed_gib` is the converted model in
+float32 plus one stack of a projection in float32, what a conversion may need at most.
+"""
+
+import argparse
+import collections.abc
+import json
+import math
+import pathlib
+import resource
+import shutil
+import subprocess
+import sys
+import time
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from recursive_jax.models import zoo
+from recursive_jax.weights import hf, names
+from recursive_jax.weights.source import ASSETS
+
+
+class RandomParams(collections.abc.Mapping):
+    """Params made when asked for, a stack at a time."""
+
+    def __init__(self, cfg):
+        self._shapes = names.leaf_shapes(cfg)
+
+    def __getitem__(self, path):
+        shape = self._shapes[path]
+        rng = np.random.default_rng(len(path))
+        out = np.empty(shape, ml_dtypes.bfloat16)
+        for row in out if out.ndim > 1 else out[None]:
+            row[...] = rng.standard_normal(row.shape, np.float32) * 0.02
+        return out
+
+    def __iter__(self):
+        return iter(self._shapes)
+
+    def __len__(self):
+        return len(self._shapes)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--scratch", type=pathlib.Path, required=True)
+    parser.add_argument("--preset", default="gemma_2b")
+    parser.add_argument("--lora_rank", type=int, default=64)
+    args = parser.parse_args()
+    cfg, source = zoo.preset(args.preset), args.scratch / "source"
+    if not source.exists():
+        hf.save_params(RandomParams(cfg), cfg, source)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(ASSETS / "tiny" / name, source)
+    out = args.scratch / "converted"
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, "-m", "recursive_jax.convert", f"--source={source}", f"--out={out}"]
+    command.append(f"--lora_rank={args.lora_rank}")
+    began = time.time()
+    subprocess.run(command, check=True)
+    seconds = time.time() - began
+    certificate = json.loads((out / "certificate.json").read_text())
+    stack = max(math.prod(s) for p, s in names.leaf_shapes(cfg).items() if p.startswith("block/"))
+    total = certificate["parameters"]["total"]
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    shutil.rmtree(out)
+    print(
+        json.dumps(
+            {
+                "benchmark": "convert_full_size",
+                "preset": args.preset,
+                "lora_rank": args.lora_rank,
+                "jax": jax.__version__,
+                "seconds": round(seconds),
+                "peak_gib": round(peak / 2**30, 2),
+                "allowed_gib": round(4 * (total + stack) / 2**30, 2),
+                "parameters": certificate["parameters"],
+                "full_rank_identity": certificate["full_rank_identity"],
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
