@@ -19,14 +19,33 @@ MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 @struct.dataclass
+class Missing:
+    """Tokens that left early: M rows of K and V that deeper loops lack, computed beside the lanes.
+
+    The state with which a token left stands in for the ones that it never had: every layer
+    projects it as it would project its own input. These rows ask nothing and change no state.
+    """
+
+    x: jax.Array  # [M, 1, D], the state with which the token left
+    loop: jax.Array  # int32 [M], a loop that it did not run
+    positions: jax.Array  # int32 [M, 1]; >= cache length: nothing is missing
+    slots: jax.Array  # int32 [M]
+
+    def after(self, x: jax.Array, loop: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`x [B, 1, D]`, `loop [B]` of the lanes with these rows behind them."""
+        return jnp.concatenate([x, self.x]), jnp.concatenate([loop, self.loop])
+
+
+@struct.dataclass
 class Context:
-    """What every layer of a pass shares."""
+    """What every layer of a pass shares. With `missing`, B counts its rows too, after the lanes."""
 
     positions: jax.Array  # int32 [B, T]
     segment_ids: jax.Array | None  # int32 [B, T]; tokens see their own segment only
     slots: jax.Array | None  # int32 [B], cache slot of each lane; None without a cache
     cos: jax.Array  # f32 [kind, B, T, rotary_dim / 2]
     sin: jax.Array
+    missing: Missing | None = None
 
 
 @struct.dataclass
@@ -39,7 +58,11 @@ class LayerTables:
 
 
 class Attention(nn.Module):
-    """`x [B, T, D] -> [B, T, D]`, and the cache with this layer's rows written."""
+    """`x [B, T, D] -> [B, T, D]`, and the cache with this layer's rows written.
+
+    The last rows of x and loop may be `context.missing`: they have keys and values but no queries,
+    and are not in the result.
+    """
 
     cfg: DecoderConfig
     dtype: jnp.dtype = jnp.float32
@@ -56,33 +79,40 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         cfg = self.cfg
         batch, length = x.shape[:2]
-        q, k, v = (
-            self._linear(name, ("embed", axis), cfg.qkv_bias)(x, loop).reshape(
-                batch, length, -1, cfg.head_dim
-            )
-            for name, axis in (("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads"))
-        )
+        row_loop = loop
+        if context.missing is not None:
+            batch -= context.missing.loop.shape[0]
+            loop = loop[:batch]
+        q = self._heads("q", "heads", x[:batch], loop)
+        k = self._heads("k", "kv_heads", x, row_loop)
+        v = self._heads("v", "kv_heads", x, row_loop)
         if cfg.qk_norm:
             loops = cfg.vector_loops("qk_norm")
             q = Norm(cfg, loops, "head_dim", self.dtype, name="q_norm")(q, loop)
-            k = Norm(cfg, loops, "head_dim", self.dtype, name="k_norm")(k, loop)
-        cos, sin = _rope_rows(context, tables, loop)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            k = Norm(cfg, loops, "head_dim", self.dtype, name="k_norm")(k, row_loop)
+        cos, sin = _rope_rows(context, tables, row_loop)
+        q, k = rotate(q, cos[:batch], sin[:batch]), rotate(k, cos, sin)
 
+        positions = context.positions[:batch]
         if cache is None:
-            key_positions = context.positions
+            key_positions = positions
         else:
-            cache = cache.write(k, v, loop, tables.index, context.slots, context.positions)
-            k, v = cache.read(loop, tables.index, context.slots)
+            cache = cache.write(k, v, row_loop, tables.index, context.slots, context.positions)
+            k, v = cache.read(loop, tables.index, context.slots[:batch])
             key_positions = jnp.arange(cache.length, dtype=jnp.int32)[None]
         window = None if tables.window is None else tables.window[loop]
-        mask = attention_mask(context.positions, key_positions, context.segment_ids, window)
+        mask = attention_mask(positions, key_positions, context.segment_ids, window)
         with jax.named_scope("attend"):
             y = attend(q, k, v, mask, cfg.attention_scale, cfg.attn_softcap)
         y = nn.with_logical_constraint(y.reshape(batch, length, -1), ("batch", "seq", "heads"))
         return self._linear("o", ("heads", "embed"), cfg.o_bias, 0.02 * (2 * cfg.depth) ** -0.5)(
             y, loop
         ), cache
+
+    def _heads(self, name, axis, x, loop):
+        """A projection of x, split into heads: `[B, T, heads, H]`."""
+        y = self._linear(name, ("embed", axis), self.cfg.qkv_bias)(x, loop)
+        return y.reshape(*x.shape[:2], -1, self.cfg.head_dim)
 
     def _linear(self, name, axes, bias, scale=0.02):
         return Linear(self.cfg, name, axes, bias, self.dtype, self.data_shards, scale, name=name)

@@ -17,7 +17,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from recursive_jax.models.attention import Attention, Context, LayerTables, rope_tables
+from recursive_jax.models.attention import (
+    Attention,
+    Context,
+    LayerTables,
+    Missing,
+    rope_tables,
+)
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.kv_cache import KVCache
 from recursive_jax.models.layers import Mlp, Norm
@@ -44,6 +50,7 @@ class Layer(nn.Module):
     def __call__(self, carry, loop, context: Context, tables: LayerTables):
         cfg = self.cfg
         x, cache = carry
+        missing = context.missing
         pre = lambda name: Norm(  # noqa: E731
             cfg, cfg.vector_loops("pre_norm"), dtype=self.dtype, name=name
         )
@@ -56,7 +63,9 @@ class Layer(nn.Module):
         mlp = Mlp(cfg, self.dtype, self.data_shards, name="mlp")
 
         with jax.named_scope("attention"):
-            y, cache = attention(pre("pre_attention_norm")(x, loop), loop, context, tables, cache)
+            rows, row_loop = (x, loop) if missing is None else missing.after(x, loop)
+            rows = pre("pre_attention_norm")(rows, row_loop)
+            y, cache = attention(rows, row_loop, context, tables, cache)
             y = post("post_attention_norm", y)
         with jax.named_scope("mlp"):
             if cfg.parallel_residual:
@@ -175,9 +184,18 @@ class Decoder(nn.Module):
         segment_ids: jax.Array | None = None,
         cache: KVCache | None = None,
         slots: jax.Array | None = None,
+        missing: Missing | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """One pass of the block over x `[B, T, D]`, at `loop` (scalar, or `[B]`: one per lane)."""
-        return self._run(x, loop, self._context(positions, segment_ids, cache, slots), cache)
+        """One pass of the block over x `[B, T, D]`, at `loop` (scalar, or `[B]`: one per lane).
+
+        `missing`: keys and values that early exits left out, written into the cache in the same
+        pass, so that the weights are read once; needs a cache, a loop per lane, slots and T = 1.
+        """
+        if missing is not None:
+            positions = jnp.concatenate([positions, missing.positions])
+            slots = jnp.concatenate([slots, missing.slots])
+        context = self._context(positions, segment_ids, cache, slots).replace(missing=missing)
+        return self._run(x, loop, context, cache)
 
     def unembed(self, x: jax.Array) -> jax.Array:
         """Final norm, head and softcap, the same at every exit.

@@ -51,3 +51,15 @@ class KVCache:
         loop, slots = jnp.broadcast_arrays(loop, slots)
         rows = self.rows[loop, layer, slots]  # [B, S, K, 2, H]
         return rows[..., 0, :], rows[..., 1, :]
+
+    def copy_deeper(self, loops, slots, positions) -> KVCache:
+        """Tokens that left after `loops [S]` loops: their newest rows, again for every later loop.
+
+        `slots` and `positions` are int32 `[S]`; a position >= length copies nothing.
+        """
+        # the two indices around the slice of layers put it second: [S, layer, K, 2, H]
+        rows, newest = self.rows, self.rows[loops - 1, :, slots, positions]
+        for loop in range(1, rows.shape[0]):
+            at = jnp.where(loop >= loops, positions, self.length)
+            rows = rows.at[loop, :, slots, at].set(newest, mode="drop", unique_indices=True)
+        return self.replace(rows=rows)
