@@ -21,7 +21,7 @@ from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from recursive_jax.decoding.requests import Event, Request, Sampling
+from recursive_jax.decoding.requests import Event, Request, Sampling, not_numbers
 from recursive_jax.decoding.sampling import SamplingParams, sample
 from recursive_jax.models.decoder import Decoder, head_params
 from recursive_jax.models.kv_cache import KVCache
@@ -287,10 +287,7 @@ class _Inbox:
         self._counts[index] += len(tokens)
         if math.isnan(logprobs[-1]):
             reason, self.poisoned = "error", True
-            error = (
-                f"the model's logits for new token {self._counts[index]} are not numbers: damaged "
-                "weights, or too large for the compute dtype (try float32)"
-            )
+            error = not_numbers(self._counts[index])
         elif tokens[-1] in request.stop:
             reason = "stop"
         if reason:

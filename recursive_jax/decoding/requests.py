@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,6 +58,10 @@ class Request:
       tokens: prompt ids, at least one.
       max_new_tokens: stop after so many, at least one.
       stop: token ids that end the text; they are not part of it.
+      min_loops: loops that every token runs at least, whatever the exit measure says.
+      max_loops: loops after which every token's successor is chosen at the latest; None means all.
+      exit_threshold: of the engine's exit measure, after every loop; None means the engine's own.
+      recorded_loops: for the measure 'recorded': loops after which each new token is chosen.
     """
 
     id: str | int
@@ -64,13 +69,20 @@ class Request:
     max_new_tokens: int
     stop: tuple[int, ...] = ()
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    min_loops: int = 1
+    max_loops: int | None = None
+    exit_threshold: float | None = None
+    recorded_loops: tuple[int, ...] = ()
 
     def __post_init__(self):
-        object.__setattr__(self, "tokens", tuple(self.tokens))
-        object.__setattr__(self, "stop", tuple(self.stop))
+        for name in ("tokens", "stop", "recorded_loops"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.tokens:
             raise ValueError("the prompt has no tokens; expected at least one")
         check_number("max_new_tokens", self.max_new_tokens, True, 1, 2**31 - 1)
+        check_number("min_loops", self.min_loops, True, 1, 2**31 - 1)
+        if self.max_loops is not None:
+            check_number("max_loops", self.max_loops, True, self.min_loops, 2**31 - 1)
 
     def check_fits(self, context_length: int) -> None:
         """Raises ValueError when prompt and answer do not fit into the context together."""
@@ -84,6 +96,14 @@ class Request:
                 f"{len(self.tokens)} prompt tokens + max_new_tokens={self.max_new_tokens} do not "
                 f"fit into context_length={context_length}; lower the one or raise the other"
             )
+
+
+def not_numbers(count: int) -> str:
+    """Why a request ended whose new token number `count` has a NaN log-probability."""
+    return (
+        f"the model's logits for new token {count} are not numbers: damaged weights, or too large "
+        "for the compute dtype (try float32)"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +157,9 @@ class Completion:
 def check_number(name: str, value: Any, integer: bool, low: float, high: float) -> None:
     """Raises ValueError unless `value` is a finite number in [low, high]."""
     kinds = (int,) if integer else (int, float)
-    good = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not low <= value <= high:
+    good = isinstance(value, kinds) and not isinstance(value, bool)
+    # the largest float is smaller than some integers, and not a number is in no range
+    if not good or not low <= value <= min(high, sys.float_info.max):
         most = "" if high == math.inf else f" and at most {high}"
         raise ValueError(
             f"{name}={value!r}; expected {'an integer' if integer else 'a number'}, "

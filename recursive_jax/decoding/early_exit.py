@@ -1,0 +1,206 @@
+"""When a token has been through enough loops: exit measures, and their calibrated thresholds.
+
+A measure looks at tokens that have just run a loop and gives each a score; a token leaves when its
+score is *above* the threshold of that loop. Which token follows is never the measure's business.
+Measures that read logits make the vocabulary head run after every loop; the others pay for it only
+when a token leaves.
+
+Axes: n rows, D embed, V vocab, L loops.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from recursive_jax.decoding.requests import check_number
+
+NO_GUESS = -1
+
+
+@struct.dataclass
+class Look:
+    """What there is to see of n tokens that have just run a loop."""
+
+    loops: jax.Array  # int32 [n], loops executed, 1 … L
+    before: jax.Array  # [n, D], the state before that loop
+    after: jax.Array  # [n, D]
+    recorded: jax.Array  # int32 [n], loops after which this token left when it was recorded
+    logits: jax.Array | None = None  # f32 [n, V]; None unless the measure reads them
+    guesses: jax.Array | None = None  # int32 [n, L], most likely token after each earlier loop
+
+
+class Measure:
+    """`score(look) -> f32 [n]`. Subclasses are frozen dataclasses: part of a compiled tick."""
+
+    name: ClassVar[str]
+    needs_logits: ClassVar[bool] = False
+    can_exit: ClassVar[bool] = True  # False: only watches, tokens run all loops
+    default_threshold: ClassVar[float] = 0.0
+    range: ClassVar[tuple[float, float]] = (0.0, 1.0)  # of thresholds that make sense
+
+    def score(self, look: Look) -> jax.Array:
+        raise NotImplementedError
+
+    def check_threshold(self, value: Any) -> None:
+        """Raises ValueError unless `value` is a threshold for this measure."""
+        check_number(f"exit threshold of {self.name}", value, False, *self.range)
+
+
+@dataclasses.dataclass(frozen=True)
+class Static(Measure):
+    """Every token leaves after the same number of loops."""
+
+    loops: int
+    name = "static"
+
+    def __post_init__(self):
+        check_number("loops of the static exit", self.loops, True, 1, 2**31 - 1)
+
+    def score(self, look):
+        return jnp.where(look.loops >= self.loops, jnp.inf, -jnp.inf)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded(Measure):
+    """Tokens leave where `Request.recorded_loops` says, so that measurements can be repeated."""
+
+    name = "recorded"
+
+    def score(self, look):
+        return jnp.where(look.loops >= look.recorded, jnp.inf, -jnp.inf)
+
+
+@dataclasses.dataclass(frozen=True)
+class TopProbability(Measure):
+    """Probability of the most likely token (CALM's and LayerSkip's softmax confidence)."""
+
+    name, needs_logits, default_threshold = "top1", True, 0.9
+
+    def score(self, look):
+        return jnp.exp(jnp.max(look.logits, axis=-1) - jax.nn.logsumexp(look.logits, axis=-1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Margin(Measure):
+    """Probability of the most likely token, less that of the second (CALM)."""
+
+    name, needs_logits, default_threshold = "margin", True, 0.5
+
+    def score(self, look):
+        top = jax.lax.top_k(look.logits, 2)[0]
+        top = jnp.exp(top - jax.nn.logsumexp(look.logits, axis=-1, keepdims=True))
+        return top[:, 0] - top[:, 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stable(Measure):
+    """1 when the loop has not changed the most likely token, else 0; 0 after the first loop."""
+
+    name, needs_logits, default_threshold = "stable", True, 0.5
+
+    def score(self, look):
+        earlier = jnp.maximum(look.loops - 2, 0)
+        previous = jnp.take_along_axis(look.guesses, earlier[:, None], axis=1)[:, 0]
+        same = jnp.argmax(look.logits, axis=-1) == jnp.where(look.loops > 1, previous, NO_GUESS)
+        return same.astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cosine(Measure):
+    """Cosine of the states before and after the loop: 1 when it only scaled them (CALM)."""
+
+    name, default_threshold, range = "cosine", 0.95, (-1.0, 1.0)
+
+    def score(self, look):
+        before, after = look.before.astype(jnp.float32), look.after.astype(jnp.float32)
+        norms = jnp.linalg.norm(before, axis=-1) * jnp.linalg.norm(after, axis=-1)
+        return jnp.sum(before * after, axis=-1) / jnp.maximum(norms, 1e-30)
+
+
+@dataclasses.dataclass(frozen=True)
+class Oracle(Measure):
+    """Full depth; `exit_loops` tell where each token could have left with the same successor.
+
+    That is the first loop whose most likely token is that of the last loop (paper §3.8).
+    """
+
+    name, needs_logits, can_exit = "oracle", True, False
+
+    def score(self, look):
+        return jnp.full(look.loops.shape, -jnp.inf)
+
+
+MEASURES = {m.name: m for m in (Recorded, TopProbability, Margin, Stable, Cosine, Oracle)}
+MEASURE_NAMES = ("static:N", *MEASURES)
+
+
+def make_measure(spec: str) -> Measure:
+    """The measure called `spec`; 'static:N' leaves after N loops.
+
+    Raises:
+      ValueError: no such measure.
+    """
+    name, _, loops = spec.partition(":")
+    if name == "static" and loops.isdecimal():
+        return Static(int(loops))
+    if spec not in MEASURES:
+        raise ValueError(f"exit measure {spec!r} is unknown; expected {', '.join(MEASURE_NAMES)}")
+    return MEASURES[spec]()
+
+
+@dataclasses.dataclass(frozen=True)
+class Thresholds:
+    """Calibrated thresholds, `thresholds.json` of a checkpoint.
+
+    Attributes:
+      measure: name of the measure they are for.
+      thresholds: after loop 1, 2, …, L - 1; the last loop needs none.
+      bound: share of tokens that may differ from full depth, as asked for in calibration.
+      text: what they were calibrated on.
+      date: when, as YYYY-MM-DD.
+    """
+
+    measure: str
+    thresholds: tuple[float, ...]
+    bound: float
+    text: str
+    date: str
+
+    FILE: ClassVar[str] = "thresholds.json"
+
+    def __post_init__(self):
+        object.__setattr__(self, "thresholds", tuple(self.thresholds))
+        measure = make_measure(self.measure)
+        for value in self.thresholds:
+            measure.check_threshold(value)
+        check_number("bound", self.bound, False, 0, 1)
+
+    def save(self, directory: str | os.PathLike) -> None:
+        path = pathlib.Path(directory) / self.FILE
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike) -> Thresholds | None:
+        """Those of a checkpoint, None when it has none.
+
+        Raises:
+          ValueError: a file that is not what `save` writes.
+        """
+        path = pathlib.Path(directory) / cls.FILE
+        if not path.is_file():
+            return None
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            names = [field.name for field in dataclasses.fields(cls)]
+            raise ValueError(
+                f"{path} is damaged ({error}); expected {', '.join(names)}; calibrate again"
+            ) from error

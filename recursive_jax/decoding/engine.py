@@ -1,0 +1,474 @@
+"""Continuous depth-wise batching (paper §2.4): many requests, each at its own loop, one block.
+
+    engine = Engine(model, params, num_slots=16, context_length=1024, measure=TopProbability())
+    for event in generate(engine, requests): ...
+
+The engine knows slots, the scheduler knows requests; `Session` stands between them. Verbs of the
+engine: `admit` a request into a slot, `step` a few ticks, `release` a slot. What admit and release
+change reaches the device with the next step, so there are two executables (ticks with and without
+prompt work) and, after `compile`, nothing compiles again.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from recursive_jax.decoding.early_exit import Measure, Recorded
+from recursive_jax.decoding.requests import Event, Request, Sampling, not_numbers
+from recursive_jax.decoding.sampling import SamplingParams
+from recursive_jax.decoding.scheduler import Chunk, Scheduler
+from recursive_jax.decoding.state import (
+    MAX_TICKS,
+    NO_TOKEN,
+    Changes,
+    Chunks,
+    Found,
+    Settings,
+)
+from recursive_jax.decoding.tick import Ticks
+from recursive_jax.models.decoder import Decoder
+from recursive_jax.models.kv_cache import KVCache
+
+MISSING_KV = ("complete", "propagate", "copy")
+
+
+class NewToken(NamedTuple):
+    """`exit_loops`: loops executed, 1 … num_loops, before its own successor could start."""
+
+    token: int
+    exit_loops: int
+    logprob: float
+
+
+class Tick(NamedTuple):
+    """What one tick did; slots are keys.
+
+    Attributes:
+      lanes: loop that the newest token of each slot ran, as `Scheduler.lanes`.
+      exited: slots whose next token starts from the next tick on.
+      finished: slots whose request ended, with its last token.
+      tokens: new ones, final; the stop token is one of them.
+      busy: lanes in use, those of completing tokens too.
+      head_rows: lanes that ran the vocabulary head.
+    """
+
+    lanes: dict[int, int]
+    exited: list[int]
+    finished: list[int]
+    tokens: dict[int, NewToken]
+    busy: int
+    head_rows: int
+
+
+class Engine:
+    """Runs up to `num_slots` requests at once.
+
+    Args:
+      model: its dtype is also the cache's.
+      params: on their device.
+      num_slots: S.
+      context_length: cache rows of a slot: prompt and answer together fit into it.
+      chunk_length: prompt tokens that run beside the lanes in a tick.
+      num_stop: the most stop ids any request has.
+      measure: says which tokens leave early; None runs all loops.
+      thresholds: of the measure, after loop 1, 2, …; a number is for all; None: the measure's own.
+      missing_kv: where keys and values of the loops that a token skipped come from. 'complete': it
+        goes on through them beside its successors, so they are exact. 'propagate': projected from
+        the state with which it left. 'copy': those of its last loop. The last prompt token counts
+        as one that skips none.
+      lossless: a token that leaves only drafts its successor; it is kept if the last loop chooses
+        the same, so the tokens are those of full depth. Needs missing_kv='complete'.
+      depthwise: False is the sequence-wise baseline: slots start their tokens together.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        params: Any,
+        num_slots: int,
+        context_length: int,
+        *,
+        chunk_length: int = 64,
+        num_stop: int = 4,
+        measure: Measure | None = None,
+        thresholds: Sequence[float] | float | None = None,
+        missing_kv: str = "complete",
+        lossless: bool = False,
+        depthwise: bool = True,
+    ):
+        sizes = {"num_slots": num_slots, "context_length": context_length}
+        for name, value in (sizes | {"chunk_length": chunk_length}).items():
+            if value < 1:
+                raise ValueError(f"{name}={value}; expected at least 1")
+        if missing_kv not in MISSING_KV:
+            raise ValueError(f"missing_kv={missing_kv!r}; expected one of {', '.join(MISSING_KV)}")
+        if lossless and (missing_kv != "complete" or measure is None or not measure.can_exit):
+            raise ValueError(
+                f"lossless with missing_kv={missing_kv!r} and measure={measure}; expected "
+                "'complete' and a measure that drafts, such as Static(1)"
+            )
+        self.model, self.params, self.num_slots = model, params, num_slots
+        self.context_length, self.chunk_length = context_length, min(chunk_length, context_length)
+        self.num_stop, self.measure, self.depthwise = num_stop, measure, depthwise
+        self._thresholds = self._threshold_row(thresholds)
+        self._ticks = Ticks(
+            model=model,
+            num_slots=num_slots,
+            context_length=context_length,
+            chunk_length=self.chunk_length,
+            num_stop=num_stop,
+            measure=measure,
+            missing_kv=missing_kv,
+            lossless=lossless and self.num_loops > 1,
+            depthwise=depthwise,
+        )
+        self._run = jax.jit(self._ticks.run, donate_argnames="cache")
+        self._wipe_slot = jax.jit(_wipe, donate_argnums=0)
+        self._executables: dict[str, Any] = {}  # 'tick', 'chunk', 'wipe'
+        self._cache: KVCache | None = None
+        self.reset()
+
+    @property
+    def num_loops(self) -> int:
+        return self.model.cfg.num_loops
+
+    @property
+    def can_exit(self) -> bool:
+        """Whether a token may start before its predecessor has run all loops."""
+        return self._ticks.can_exit
+
+    @property
+    def cache_bytes(self) -> int:
+        return self._cache.rows.nbytes
+
+    def memory(self) -> dict[str, Any]:
+        """The compiler's memory analysis of every executable."""
+        return {name: e.memory_analysis() for name, e in self._executables.items()}
+
+    def reset(self) -> None:
+        """Forget all requests. Also mends an engine that failed in a step."""
+        if self._cache is None:
+            self._cache = jax.jit(self._new_cache)()
+        self._state = jax.device_put(self._ticks.state())
+        self._settings = self._no_settings()
+        self._changes = self._no_changes()
+        self._on_device: dict[str, Any] = {}  # settings and changes that were sent already
+        self._tainted: set[int] = set()
+
+    def compile(self) -> None:
+        """Make the executables; `step` does it when it was not done before."""
+        if self._executables:
+            return
+        zero, chunks = np.int32(0), self._chunk_arrays([])
+        for name, work in (("tick", None), ("chunk", chunks)):
+            arguments = (self._state, self._settings, self._changes, zero, zero, np.bool_(False))
+            lowered = self._run.lower(self.params, self._cache, *arguments, work)
+            self._executables[name] = lowered.compile()
+        self._executables["wipe"] = self._wipe_slot.lower(self._cache, zero).compile()
+
+    def check(self, request: Request) -> None:
+        """Raises ValueError unless this engine can answer the request."""
+        request.check_fits(self.context_length)
+        if len(request.stop) > self.num_stop:
+            raise ValueError(
+                f"request {request.id!r} has {len(request.stop)} stop ids; this engine was made "
+                f"for {self.num_stop}"
+            )
+        outside = [t for t in request.tokens if not 0 <= t < self.model.cfg.vocab_size]
+        if outside:
+            raise ValueError(
+                f"request {request.id!r} has token {outside[0]}; expected 0 … "
+                f"{self.model.cfg.vocab_size - 1}"
+            )
+        for name in ("min_loops", "max_loops"):
+            if (getattr(request, name) or 1) > self.num_loops:
+                raise ValueError(
+                    f"request {request.id!r} has {name}={getattr(request, name)}; the model has "
+                    f"{self.num_loops} loops"
+                )
+        leaves = (request.max_loops or self.num_loops) < self.num_loops
+        if (leaves or request.exit_threshold is not None) and not self.can_exit:
+            raise ValueError(
+                f"request {request.id!r} asks for early exits, this engine runs all loops; make "
+                "it with an exit measure"
+            )
+        if request.exit_threshold is not None:
+            self.measure.check_threshold(request.exit_threshold)
+        if isinstance(self.measure, Recorded):
+            loops = request.recorded_loops
+            if len(loops) != request.max_new_tokens or not all(
+                1 <= n <= self.num_loops for n in loops
+            ):
+                raise ValueError(
+                    f"request {request.id!r} has {len(loops)} recorded_loops; expected one in "
+                    f"1 … {self.num_loops} for each of {request.max_new_tokens} new tokens"
+                )
+
+    def admit(self, slot: int, request: Request) -> None:
+        """Put a request that passes `check` into a free slot.
+
+        All prompt tokens but the last run in chunks (none if there is one token); that one is the
+        first to decode.
+        """
+        if slot in self._tainted:
+            # The mask gives stale rows a weight of zero, but zero times NaN is NaN.
+            self.compile()
+            cache, self._cache = self._cache, None
+            self._cache = self._executables["wipe"](cache, np.int32(slot))
+            self._tainted.remove(slot)
+        s, n = self._settings, len(request.tokens)
+        for name, value in SamplingParams.stack([request.sampling]).__dict__.items():
+            getattr(s.sampling, name)[slot] = value[0]
+        s.seeds[slot] = request.sampling.seed
+        s.stop[slot] = NO_TOKEN
+        s.stop[slot, : len(request.stop)] = request.stop
+        s.first[slot], s.last[slot] = n, n + request.max_new_tokens - 1
+        s.min_loops[slot] = request.min_loops
+        s.max_loops[slot] = request.max_loops or self.num_loops
+        s.thresholds[slot] = self._thresholds
+        if request.exit_threshold is not None:
+            s.thresholds[slot] = request.exit_threshold
+        if s.recorded.size:
+            s.recorded[slot, n - 1 : n - 1 + request.max_new_tokens] = request.recorded_loops
+        self._change(slot, request.tokens[-1], n - 1, waiting=n == 1)
+        self._changes.text[slot, :n] = request.tokens
+
+    def release(self, slot: int) -> None:
+        """All lanes of the slot end; a request that finished has left its slot by itself."""
+        self._change(slot, 0, 0, waiting=False)
+
+    def step(
+        self,
+        chunks: Sequence[Chunk | None] = (None,) * MAX_TICKS,
+        first_tick: int = 0,
+        until_free: bool = False,
+    ) -> list[Tick]:
+        """Run some of the coming ticks on the device.
+
+        Args:
+          chunks: the prompt work of each tick; as many run as begin with the same kind (with or
+            without), at most `MAX_TICKS`, and none once all slots are idle.
+          first_tick: number of the first; at full depth tokens start at multiples of num_loops.
+          until_free: also stop after a tick in which a request finished.
+
+        Returns:
+          what each tick did, in order.
+        """
+        with_chunk = bool(chunks) and chunks[0] is not None
+        same = [(chunk is not None) == with_chunk for chunk in chunks[:MAX_TICKS]] + [False]
+        num_ticks = same.index(False)
+        self.compile()
+        work = self._chunk_arrays(chunks[:num_ticks]) if with_chunk else None
+        sent = {
+            "settings": lambda: jax.device_put(_copied(self._settings)),
+            "changes": lambda: jax.device_put(_copied(self._changes)),
+        }
+        for name, send in sent.items():
+            if name not in self._on_device:
+                self._on_device[name] = send()
+        cache, self._cache = self._cache, None  # donated: gone, even when the call fails
+        self._cache, self._state, found, count = self._executables[
+            "chunk" if with_chunk else "tick"
+        ](
+            self.params,
+            cache,
+            self._state,
+            self._on_device["settings"],
+            self._on_device["changes"],
+            np.int32(first_tick),
+            np.int32(num_ticks),
+            np.bool_(until_free),
+            work,
+        )
+        if self._changes.reset.any():
+            self._changes.reset[:] = False
+            del self._on_device["changes"]
+        found, count = jax.device_get((found, count))
+        return [self._read(found, i) for i in range(count)]
+
+    def _change(self, slot: int, token: int, position: int, waiting: bool) -> None:
+        self._changes.reset[slot] = True
+        slots = self._changes.slots
+        slots.token[slot], slots.position[slot], slots.waiting[slot] = token, position, waiting
+        self._on_device.clear()
+
+    def _read(self, found: Found, tick: int) -> Tick:
+        slots = lambda mask: np.flatnonzero(mask).tolist()  # noqa: E731
+        token, logprob = found.token[tick], found.logprob[tick]
+        tokens = {
+            s: NewToken(int(token[s]), int(found.exit_loops[tick, s]), float(logprob[s]))
+            for s in slots(token != NO_TOKEN)
+        }
+        self._tainted.update(slots(found.tainted[tick]))
+        newest = found.newest[tick]
+        return Tick(
+            lanes={s: int(newest[s]) for s in slots(newest >= 0)},
+            exited=slots(found.exited[tick]),
+            finished=slots(found.finished[tick]),
+            tokens=tokens,
+            busy=int(found.busy[tick]),
+            head_rows=int(found.head_rows[tick]),
+        )
+
+    def _new_cache(self) -> KVCache:
+        model = self.model
+        return KVCache.zeros(model.cfg, self.num_slots, self.context_length, model.dtype)
+
+    def _threshold_row(self, thresholds) -> np.ndarray:
+        """f32 [L], the last entry unused."""
+        row = np.zeros(self.num_loops, np.float32)
+        if thresholds is None:
+            thresholds = self.measure.default_threshold if self.measure else 0.0
+        elif self.measure is None:
+            raise ValueError("exit thresholds without an exit measure; name one")
+        per_loop = np.atleast_1d(np.asarray(thresholds, np.float64)).tolist()
+        if len(per_loop) not in (1, self.num_loops - 1):
+            raise ValueError(
+                f"{len(per_loop)} exit thresholds; expected one, or one after each of the first "
+                f"{self.num_loops - 1} loops"
+            )
+        for value in per_loop if self.measure else ():
+            self.measure.check_threshold(value)
+        row[:-1] = per_loop
+        return row
+
+    def _no_settings(self) -> Settings:
+        num_slots, loops = self.num_slots, self.num_loops
+        ints = lambda *shape, fill=0: np.full(shape, fill, np.int32)  # noqa: E731
+        recorded = self.context_length if isinstance(self.measure, Recorded) else 0
+        return Settings(
+            sampling=SamplingParams.stack([Sampling()] * num_slots),
+            seeds=np.zeros(num_slots, np.uint32),
+            stop=ints(num_slots, self.num_stop, fill=NO_TOKEN),
+            first=ints(num_slots),
+            last=ints(num_slots),
+            min_loops=ints(num_slots, fill=1),
+            max_loops=ints(num_slots, fill=loops),
+            thresholds=np.zeros((num_slots, loops), np.float32),
+            recorded=ints(num_slots, recorded),
+        )
+
+    def _no_changes(self) -> Changes:
+        text = np.zeros((self.num_slots, self.context_length), np.int32)
+        return Changes(np.zeros(self.num_slots, bool), self._ticks.no_tokens(), text)
+
+    def _chunk_arrays(self, chunks: Sequence[Chunk]) -> Chunks:
+        columns = np.zeros((5, MAX_TICKS), np.int32)
+        for i, chunk in enumerate(chunks):
+            columns[:, i] = chunk
+        *columns, ends_prompt = columns
+        return Chunks(*columns, ends_prompt.astype(bool))
+
+
+def _wipe(cache: KVCache, slot: jax.Array) -> KVCache:
+    return cache.replace(rows=cache.rows.at[:, :, slot].set(0))
+
+
+def _copied(tree):
+    """Host arrays that may change while the device still reads them."""
+    return jax.tree.map(np.copy, tree)
+
+
+class Session:
+    """Requests in, events out: one scheduler and one engine, round by round.
+
+    Requests may be submitted and cancelled between rounds; they are known by the order in which
+    they were submitted, from 0 on.
+    """
+
+    def __init__(self, engine: Engine):
+        engine.reset()
+        self._engine = engine
+        self._scheduler = Scheduler(
+            engine.num_slots,
+            engine.num_loops,
+            engine.chunk_length,
+            depthwise=engine.depthwise,
+            can_exit=engine.can_exit,
+        )
+        self._requests: dict[int, Request] = {}  # that are not answered
+        self._counts: collections.Counter[int] = collections.Counter()  # tokens so far
+        self._submitted = 0
+
+    @property
+    def idle(self) -> bool:
+        return self._scheduler.idle
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; returns its index.
+
+        Raises:
+          ValueError: it cannot be answered. Its index is used up all the same.
+        """
+        index, self._submitted = self._submitted, self._submitted + 1
+        self._engine.check(request)
+        self._scheduler.submit(index, len(request.tokens) - 1)
+        self._requests[index] = request
+        return index
+
+    def cancel(self, index: int) -> None:
+        """No more events of this request; no error when it is over."""
+        if self._requests.pop(index, None) is not None:
+            slot = self._scheduler.cancel(index)
+            if slot is not None:
+                self._engine.release(slot)
+
+    def round(self, max_ticks: int = MAX_TICKS) -> tuple[list[Event], list[Tick]]:
+        """Fill free slots, run up to `max_ticks` ticks.
+
+        Returns:
+          an event for every request that has news, and what each tick did.
+        """
+        scheduler, engine = self._scheduler, self._engine
+        for slot, index in scheduler.admit():
+            engine.admit(slot, self._requests[index])
+        chunks = scheduler.chunks(min(max_ticks, MAX_TICKS))
+        ticks = engine.step(chunks, scheduler.tick, until_free=scheduler.num_waiting > 0)
+        news: dict[int, list[NewToken]] = {}
+        finished = set()
+        for tick in ticks:
+            indices = scheduler.slots
+            for slot, token in tick.tokens.items():
+                news.setdefault(indices[slot], []).append(token)
+            finished.update(indices[slot] for slot in tick.finished)
+            scheduler.record(tick.exited, tick.finished)
+        return [self._event(i, tokens, i in finished) for i, tokens in news.items()], ticks
+
+    def _event(self, index: int, tokens: list[NewToken], finished: bool) -> Event:
+        request, reason, error = self._requests[index], None, None
+        self._counts[index] += len(tokens)
+        if finished:
+            del self._requests[index]
+            reason = "length"
+            if math.isnan(tokens[-1].logprob):
+                reason, error = "error", not_numbers(self._counts[index])
+            elif tokens[-1].token in request.stop:
+                reason = "stop"
+            tokens = tokens if reason == "length" else tokens[:-1]
+            del self._counts[index]
+        columns = zip(*tokens, strict=True) if tokens else ((), (), ())
+        return Event(index, *columns, finish_reason=reason, error=error)
+
+
+def generate(
+    engine: Engine, requests: Sequence[Request], max_ticks: int = MAX_TICKS
+) -> Iterator[Event]:
+    """Answer all requests; the last event of each has a `finish_reason`.
+
+    One that cannot be answered ends with 'error' and a reason; the others are untouched.
+    """
+    session = Session(engine)
+    for index, request in enumerate(requests):
+        try:
+            session.submit(request)
+        except ValueError as error:
+            yield Event(index, (), (), (), "error", str(error))
+    while not session.idle:
+        events, _ = session.round(max_ticks)
+        yield from events

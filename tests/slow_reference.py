@@ -1,0 +1,166 @@
+"""What the engine must do, one request at a time: plain Python around `Decoder.run_loop`.
+
+Every token runs loop after loop at batch size one; after each loop `leaves` decides on the host
+whether its successor is chosen there. What the skipped loops lack is then seen to by policy:
+run them all the same, project the exit state with NumPy, or copy rows.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from recursive_jax.decoding.requests import Sampling
+from recursive_jax.decoding.sampling import SamplingParams, sample
+from recursive_jax.models.decoder import Decoder
+from recursive_jax.models.kv_cache import KVCache
+
+TIE = 1e-5  # of the logit scale: closer than that, rounding may decide
+
+
+@dataclasses.dataclass
+class Look:
+    """What `leaves` may look at."""
+
+    index: int  # of the new token, from 0
+    loops: int  # executed
+    before: np.ndarray  # [D]
+    after: np.ndarray
+    logits: list[np.ndarray]  # [V] after each loop so far
+    doubt: bool = False  # set by `leaves` when rounding may decide
+
+
+@dataclasses.dataclass
+class Answer:
+    tokens: list[int]
+    exit_loops: list[int]
+    logprobs: list[float]
+    doubts: list[bool]  # rounding may decide this token, so it and what follows say nothing
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(cfg, params, token):
+    return Decoder(cfg).apply({"params": params}, token[None, None], method="embed")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_loop(cfg, params, x, loop, position, cache):
+    positions = position[None, None]
+    return Decoder(cfg).apply(
+        {"params": params}, x, loop, positions, cache=cache, method="run_loop"
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _unembed(cfg, params, x):
+    return Decoder(cfg).apply({"params": params}, x, method="unembed")
+
+
+_sample = jax.jit(sample)
+
+
+def answer(
+    cfg,
+    params,
+    prompt,
+    count,
+    context,
+    leaves=lambda look: False,
+    policy="complete",
+    sampling=None,
+    stop=(),
+) -> Answer:
+    """`count` new tokens, or up to and with the first one in `stop`.
+
+    leaves(look) -> bool is asked after every loop; the answer does not matter after the last one,
+    nor for the first new token, which comes from the prompt: prompt tokens run all loops.
+    """
+    sampling = sampling or Sampling()
+    cache = KVCache.zeros(cfg, 1, context)
+    text, out = list(prompt), Answer([], [], [], [])
+    for position in range(len(prompt) - 1 + count):
+        x = _embed(cfg, params, np.int32(text[position]))
+        decodes, logits, exit_loop, doubt = position >= len(prompt) - 1, [], 0, False
+        for loop in range(cfg.num_loops):
+            before = x
+            x, cache = _run_loop(cfg, params, x, np.int32(loop), np.int32(position), cache)
+            if not decodes or exit_loop:
+                continue
+            logits.append(np.asarray(_unembed(cfg, params, x[0]))[0])
+            index = position - len(prompt) + 1
+            states = (np.asarray(state)[0, 0] for state in (before, x))
+            look = Look(index, loop + 1, *states, logits)
+            wants = leaves(look)
+            doubt |= look.doubt
+            if loop == cfg.num_loops - 1 or (index and wants):
+                exit_loop, exit_x = loop + 1, np.asarray(x)[0, 0]
+                if policy != "complete":
+                    break
+        if not decodes:
+            continue
+        if policy == "propagate":
+            cache = _project(cfg, params, cache, exit_x, exit_loop, position)
+        elif policy == "copy":
+            rows = np.array(cache.rows)
+            rows[exit_loop:, :, 0, position] = rows[exit_loop - 1, :, 0, position]
+            cache = KVCache(jnp.asarray(rows))
+        tokens, logprobs = _sample(
+            logits[-1][None],
+            SamplingParams.stack([sampling]),
+            np.asarray([sampling.seed], np.uint32),
+            np.asarray([position + 1], np.int32),
+        )
+        text.append(int(tokens[0]))
+        out.tokens.append(text[-1])
+        out.exit_loops.append(exit_loop)
+        out.logprobs.append(float(logprobs[0]))
+        top = np.sort(logits[-1])[-2:]
+        close = top[1] - top[0] < TIE * np.abs(logits[-1]).max()
+        out.doubts.append(bool(close or doubt))
+        if text[-1] in stop:
+            break
+    return out
+
+
+def _project(cfg, params, cache, x, exit_loop, position):
+    """K and V of the loops from `exit_loop` on (0-based), every layer's from the same state x."""
+    rows = np.array(cache.rows)
+    block = jax.tree.map(lambda a: np.asarray(a, np.float64), params["block"])
+    x = np.asarray(x, np.float64)
+    for loop in range(exit_loop, cfg.num_loops):
+        for layer in range(cfg.num_layers):
+            mine = jax.tree.map(lambda a, layer=layer: a[layer], block)
+
+            def vector(table, loop=loop):
+                return table[loop] if table.ndim == 2 else table
+
+            h = _norm(cfg, x, mine["pre_attention_norm"], vector)
+            heads = []
+            for name in ("k", "v"):
+                part = mine["attention"][name]
+                w = part["w"]
+                if "lora_a" in part:
+                    w = w + part["lora_a"][loop] @ part["lora_b"][loop]
+                y = h @ w + (vector(part["b"]) if "b" in part else 0)
+                heads.append(y.reshape(cfg.num_kv_heads, cfg.head_dim))
+            k, v = heads
+            if cfg.qk_norm:
+                k = _norm(cfg, k, mine["attention"]["k_norm"], vector)
+            kind = cfg.rope_of_depth[loop * cfg.num_layers + layer] if cfg.rope_of_depth else 0
+            half = cfg.rotary_dim // 2
+            theta = cfg.ropes[kind].theta ** (-np.arange(half) / half)
+            turn = np.exp(1j * position * theta)
+            z = (k[:, :half] + 1j * k[:, half : 2 * half]) * turn
+            k = np.concatenate([z.real, z.imag, k[:, 2 * half :]], axis=1)
+            rows[loop, layer, 0, position] = np.stack([k, v], axis=1)
+    return KVCache(jnp.asarray(rows))
+
+
+def _norm(cfg, x, params, vector):
+    if cfg.norm == "layer":
+        x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + cfg.norm_eps)
+    x = x * (vector(params["scale"]) + cfg.norm_offset)
+    return x + vector(params["bias"]) if cfg.norm == "layer" else x
