@@ -147,6 +147,7 @@ def test_a_broken_tie_stops_the_conversion_and_writes_nothing(
         (["--lora_rank=many"], "'full'"),
         (["--source=/no/such/model"], "/no/such/model"),
         (["--text=/no/such/text.txt"], "/no/such/text.txt"),
+        (["--config=configs/quickstart.py", "--num_loops=2"], "--num_loops beside --config"),
     ],
 )
 def test_mistakes_are_one_clear_line_and_leave_nothing(

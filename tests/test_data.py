@@ -506,3 +506,15 @@ def test_novels_end_to_end(shared_text, tmp_path):
     novel, predicted = stitch(rows, bos)
     assert tokenizer.decode(novel[0]) == file.read_text(encoding="utf-8")
     assert predicted == novel[0] and len(predicted) == rows.num_tokens
+
+
+def test_pieces_take_turns():
+    """One long text must not be all that is measured."""
+    lengths = np.array([7, 1, 4])
+    starts = np.cumsum(lengths) - lengths
+    docs = data.TokenizedDocuments(np.arange(12), starts, lengths, np.arange(3).astype(np.uint64))
+    pieces = [p.tolist() for p in docs.pieces(3)]
+    rounds = [{0: [0, 1, 2], 1: [7], 2: [8, 9, 10]}, {0: [3, 4, 5], 2: [11]}, {0: [6]}]
+    assert sorted(pieces[:3]) == sorted(rounds[0].values())
+    assert sorted(pieces[3:5]) == sorted(rounds[1].values())
+    assert pieces[5:] == list(rounds[2].values())

@@ -199,6 +199,21 @@ def test_bf16_computes_coarsely_and_keeps_float32_where_it_counts():
     assert 1e-4 < error < 3e-2
 
 
+def test_kept_products_are_not_the_size_of_a_weight_per_loop():
+    """Under 'dots' a merged LoRA is made again: kept, it would be as large as the untied model."""
+    cfg = STUDENT.replace(mlp_dim=32)
+    params = make_params(cfg)
+    loss = make_loss(Decoder(cfg, remat_policy="dots"), Objective(kd=0.0))
+    kept = jax.eval_shape(
+        lambda p: jax.tree.leaves(jax.vjp(lambda q: loss(q, make_batch(), None)[0], p)[1]), params
+    )
+    weight = cfg.projections["down"]
+    shapes = [leaf.shape for leaf in kept]
+    # stacked by loop and layer, a product that was kept has both axes in front
+    assert (cfg.num_loops, cfg.num_layers, *weight) not in shapes
+    assert any(len(s) > 2 and s[:2] == (cfg.num_loops, cfg.num_layers) for s in shapes)
+
+
 def test_unrolled_layers_change_no_gradient():
     assert_same_gradients(student_gradients(unroll_layers=2), atol=1e-5)
 

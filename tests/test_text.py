@@ -130,6 +130,9 @@ def test_stop_ids_prefer_the_generation_config():
     assert text.stop_ids(tokenizer, {"eos_token_id": 7}) == (7,)
     assert text.stop_ids(tokenizer, {"eos_token_id": [8, 7]}) == (7, 8)
     assert text.stop_ids(word_tokenizer(eos_token=None)) == ()
+    tokenizer.init_kwargs["stop_token_ids"] = [5, 4]  # a GGUF's
+    assert text.stop_ids(tokenizer, {}) == (4, 5)
+    assert text.stop_ids(tokenizer, {"eos_token_id": 7}) == (7,)
 
 
 def test_chat_template_writes_its_own_bos():
@@ -141,6 +144,11 @@ def test_chat_template_writes_its_own_bos():
         "{% endfor %}{% if add_generation_prompt %}e{% endif %}"
     )
     assert text.apply_chat(tokenizer, "a b") == [1, 6, 3, 4, 7]
+    tokenizer_of_rules = tokenizer.chat_template
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match="template refuses the conversation: roles must alternate"):
+        text.apply_chat(tokenizer, "a b")
+    tokenizer.chat_template = tokenizer_of_rules
     turns = [("user", "a"), ("assistant", "b"), ("user", "c")]
     messages = [{"role": role, "content": content} for role, content in turns]
     assert text.apply_chat(tokenizer, messages) == [1, 6, 3, 7, 4, 6, 5, 7]
@@ -211,3 +219,13 @@ class TestTinyTokenizer:
         assert pieces("The old man looked.") == ["The", "Ġold", "Ġman", "Ġlooked", "."]
         assert pieces(" in 1903") == ["Ġin", "Ġ", "1", "9", "0", "3"]
         assert pieces(":\n        return") == [":", "Ċ", "Ġ" * 7, "Ġreturn"]
+
+
+def test_half_a_character_is_refused():
+    with pytest.raises(ValueError, match="cannot be written as UTF-8"):
+        text.encode(word_tokenizer(), "a \ud800 b")
+
+
+def test_windows_refuse_ids_beyond_the_model():
+    with pytest.raises(ValueError, match=r"id \d+, which this model does not have"):
+        text.eval_windows(word_tokenizer(), ["a b c d"], 4, vocab_size=4)

@@ -294,6 +294,17 @@ REFUSED = {
     "dtype": (["--config.dtype=float8"], "dtype='float8'; expected auto, float32 or bfloat16"),
     "objective": (["--config.objective.kd_loss=l2"], "kd_loss='l2'; expected one of"),
     "optimizer": (["--config.optimizer.learning_rate=0"], "learning_rate must be > 0, got 0"),
+    "clipping": (["--config.optimizer.clip_norm=-1"], "clip_norm must be >= 0, got -1"),
+    "kept checkpoints": (["--config.keep_checkpoints=0"], "keep_checkpoints must be at least 1"),
+    "another teacher": (
+        ["--config.init_from={place}/whole", "--config.source={place}/other_words"],
+        "other_words and the model .*whole.* have different vocabularies",
+    ),
+    "a token the model lacks": (
+        ["--config.source={place}/added_word", "--config.data.train={place}/added.txt"],
+        r"the text contains '<image>', id 4096, which this model does not have",
+    ),
+    "import": (["--config={place}/elsewhere.py"], "imports what is not there: .*no_such_room"),
     "scratch": (
         ["--config={place}/scratch.py", "--config.source="],
         "decoder config .*missing.*num_heads",
@@ -312,6 +323,19 @@ REFUSED = {
         ["--workdir={place}/whole", f"--config.tokens={70 * 32 * 4}"],
         "whole cannot go on where it stopped: num_steps was 60; now num_steps is 70",
     ),
+    "other rows": (
+        [
+            "--workdir={place}/whole",
+            "--config.data.batch_size=2",
+            "--config.data.context_length=64",
+        ],
+        "batch_size was 4, context_length was 32.* now batch_size is 2, context_length is 64",
+    ),
+    "another order": (["--workdir={place}/whole", "--config.seed=5"], "seed was 0; now seed is 5"),
+    "another optimizer": (
+        ["--workdir={place}/whole", "--config.optimizer.clip_norm=0"],
+        "gradient clipping was True; now gradient clipping is False",
+    ),
 }
 
 
@@ -320,6 +344,20 @@ def refusals(place, runs):
     """case -> (exit code, stdout, stderr)."""
     (place / "empty").mkdir()
     (place / "empty.txt").write_text("")
+    (place / "added.txt").write_text("a picture <image> in the text\n" * 50)
+    (place / "elsewhere.py").write_text("import no_such_room\n")
+    words = json.loads((place / "source" / "tokenizer.json").read_text())
+    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added |= {"id": 4096, "content": "<image>", "special": True}
+    for name, change in (
+        ("added_word", lambda: words["added_tokens"].append(added)),
+        ("other_words", lambda: words["model"]["vocab"].update(swapped(words["model"]["vocab"]))),
+    ):
+        shutil.copytree(place / "source", place / name)
+        change()
+        (place / name / "tokenizer.json").write_text(json.dumps(words))
+        if name == "added_word":
+            del words["added_tokens"][-1]
     (place / "scratch.py").write_text(
         "from configs import tiny_pretrain\n\n\ndef get_config():\n"
         "    c = tiny_pretrain.get_config()\n    del c.scratch['num_heads']\n    return c\n"
@@ -337,6 +375,12 @@ def refusals(place, runs):
     assert listing(place / "whole") == before, "a refusal touched the finished run"
     read = lambda case, what: pathlib.Path(f"{case['log']}.{what}").read_text()  # noqa: E731
     return {c["name"]: [read(c, what) for what in ("code", "stdout", "stderr")] for c in cases}
+
+
+def swapped(vocab):
+    """Two tokens with each other's ids."""
+    (a, i), (b, j) = list(vocab.items())[-2:]
+    return {a: j, b: i}
 
 
 def listing(directory):
@@ -360,6 +404,7 @@ def test_a_mistake_is_told_in_one_line_and_leaves_nothing(name, refusals, place)
 
 def test_refusals_leave_no_other_files(refusals, place):
     expected = {"cache", "empty", "empty.txt", "parts", "scratch.py", "small_vocab", "source"}
+    expected |= {"added.txt", "added_word", "elsewhere.py", "other_words"}
     expected |= {"text", "whole", f"refused_{list(REFUSED).index('not finite')}"}
     found = {p.name for p in place.iterdir() if not p.name.startswith(("log_", "__pycache__"))}
     assert found == expected

@@ -108,7 +108,8 @@ def apply_lora(x, w, a, b, loop, form: str, dtype) -> jax.Array:
         if form == "merged":
             # A batch axis of one: remat policies that keep products ("dots") keep those without
             # batch axes, and a delta as large as the weight, per loop and layer, is none to keep.
-            delta = (a[loop][None].astype(dtype) @ b[loop][None].astype(dtype))[0]
+            factors = a[loop][None].astype(dtype), b[loop][None].astype(dtype)
+            delta = jax.lax.dot_general(*factors, (((2,), (1,)), ((0,), (0,))))[0]
             merged = checkpoint_name((w + delta.astype(w.dtype)).astype(dtype), "merged_weight")
             return x @ merged
         y = x @ w.astype(dtype)
