@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import sys
@@ -18,6 +19,8 @@ MISTAKES = (ValueError, OSError, FloatingPointError)  # what the rooms raise for
 def run(main: Callable[[], None], required: Sequence[str] = ()) -> None:
     """Parse the command line, then `main()`; --verbosity=1 shows the traceback of an error."""
     flags.mark_flags_as_required(list(required))
+    # transformers would tell everybody that torch is not there
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
     def guarded(argv):
         if len(argv) > 1:
