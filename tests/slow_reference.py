@@ -61,6 +61,26 @@ def _unembed(cfg, params, x):
 _sample = jax.jit(sample)
 
 
+def sample_one(logits, sampling, prompt, text):
+    """The token behind `text` (which begins with `prompt`), its log-probability; logits f32 [V]."""
+    position, scores = len(text), logits.copy()
+    for token in set(text):
+        factor = sampling.repetition_penalty
+        scores[token] *= 1 / factor if scores[token] > 0 else factor
+    for token in text[len(prompt) :]:
+        scores[token] -= sampling.frequency_penalty
+    for token in set(text[len(prompt) :]):
+        scores[token] -= sampling.presence_penalty
+    tokens, _ = _sample(
+        scores[None],
+        SamplingParams.stack([sampling]),
+        np.asarray([sampling.seed], np.uint32),
+        np.asarray([position], np.int32),
+    )
+    raw = logits.astype(np.float64)
+    return int(tokens[0]), raw[tokens[0]] - raw.max() - np.log(np.exp(raw - raw.max()).sum())
+
+
 def answer(
     cfg,
     params,
@@ -106,20 +126,15 @@ def answer(
             rows = np.array(cache.rows)
             rows[exit_loop:, :, 0, position] = rows[exit_loop - 1, :, 0, position]
             cache = KVCache(jnp.asarray(rows))
-        tokens, logprobs = _sample(
-            logits[-1][None],
-            SamplingParams.stack([sampling]),
-            np.asarray([sampling.seed], np.uint32),
-            np.asarray([position + 1], np.int32),
-        )
-        text.append(int(tokens[0]))
-        out.tokens.append(text[-1])
+        token, logprob = sample_one(logits[-1], sampling, prompt, text)
+        text.append(token)
+        out.tokens.append(token)
         out.exit_loops.append(exit_loop)
-        out.logprobs.append(float(logprobs[0]))
+        out.logprobs.append(logprob)
         top = np.sort(logits[-1])[-2:]
         close = top[1] - top[0] < TIE * np.abs(logits[-1]).max()
         out.doubts.append(bool(close or doubt))
-        if text[-1] in stop:
+        if token in stop:
             break
     return out
 

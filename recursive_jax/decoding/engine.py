@@ -1,28 +1,23 @@
 """Continuous depth-wise batching (paper §2.4): many requests, each at its own loop, one block.
 
-    engine = Engine(model, params, num_slots=16, context_length=1024, measure=TopProbability())
-    for event in generate(engine, requests): ...
-
-The engine knows slots, the scheduler knows requests; `Session` stands between them. Verbs of the
-engine: `admit` a request into a slot, `step` a few ticks, `release` a slot. What admit and release
-change reaches the device with the next step, so there are two executables (ticks with and without
-prompt work) and, after `compile`, nothing compiles again.
+The engine knows slots, the scheduler knows requests; `session.Session` stands between them. Verbs
+of the engine: `admit` a request into a slot, `step` a few ticks, `release` a slot. What admit and
+release change reaches the device with the next step, so there are two executables (ticks with and
+without prompt work) and, after `compile`, nothing compiles again.
 """
 
 from __future__ import annotations
 
-import collections
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from recursive_jax.decoding.early_exit import Measure, Recorded
-from recursive_jax.decoding.requests import Event, Request, Sampling, not_numbers
+from recursive_jax.decoding.requests import Request, Sampling
 from recursive_jax.decoding.sampling import SamplingParams
-from recursive_jax.decoding.scheduler import Chunk, Scheduler
+from recursive_jax.decoding.scheduler import Chunk
 from recursive_jax.decoding.state import (
     MAX_TICKS,
     NO_TOKEN,
@@ -56,6 +51,7 @@ class Tick(NamedTuple):
       tokens: new ones, final; the stop token is one of them.
       busy: lanes in use, those of completing tokens too.
       head_rows: lanes that ran the vocabulary head.
+      dropped: lanes given up because a draft was wrong.
     """
 
     lanes: dict[int, int]
@@ -64,6 +60,7 @@ class Tick(NamedTuple):
     tokens: dict[int, NewToken]
     busy: int
     head_rows: int
+    dropped: int
 
 
 class Engine:
@@ -137,6 +134,10 @@ class Engine:
     @property
     def num_loops(self) -> int:
         return self.model.cfg.num_loops
+
+    @property
+    def num_lanes(self) -> int:
+        return self.num_slots * self._ticks.lanes_per_slot
 
     @property
     def can_exit(self) -> bool:
@@ -314,6 +315,7 @@ class Engine:
             tokens=tokens,
             busy=int(found.busy[tick]),
             head_rows=int(found.head_rows[tick]),
+            dropped=int(found.dropped[tick]),
         )
 
     def _new_cache(self) -> KVCache:
@@ -373,102 +375,3 @@ def _wipe(cache: KVCache, slot: jax.Array) -> KVCache:
 def _copied(tree):
     """Host arrays that may change while the device still reads them."""
     return jax.tree.map(np.copy, tree)
-
-
-class Session:
-    """Requests in, events out: one scheduler and one engine, round by round.
-
-    Requests may be submitted and cancelled between rounds; they are known by the order in which
-    they were submitted, from 0 on.
-    """
-
-    def __init__(self, engine: Engine):
-        engine.reset()
-        self._engine = engine
-        self._scheduler = Scheduler(
-            engine.num_slots,
-            engine.num_loops,
-            engine.chunk_length,
-            depthwise=engine.depthwise,
-            can_exit=engine.can_exit,
-        )
-        self._requests: dict[int, Request] = {}  # that are not answered
-        self._counts: collections.Counter[int] = collections.Counter()  # tokens so far
-        self._submitted = 0
-
-    @property
-    def idle(self) -> bool:
-        return self._scheduler.idle
-
-    def submit(self, request: Request) -> int:
-        """Queue a request; returns its index.
-
-        Raises:
-          ValueError: it cannot be answered. Its index is used up all the same.
-        """
-        index, self._submitted = self._submitted, self._submitted + 1
-        self._engine.check(request)
-        self._scheduler.submit(index, len(request.tokens) - 1)
-        self._requests[index] = request
-        return index
-
-    def cancel(self, index: int) -> None:
-        """No more events of this request; no error when it is over."""
-        if self._requests.pop(index, None) is not None:
-            slot = self._scheduler.cancel(index)
-            if slot is not None:
-                self._engine.release(slot)
-
-    def round(self, max_ticks: int = MAX_TICKS) -> tuple[list[Event], list[Tick]]:
-        """Fill free slots, run up to `max_ticks` ticks.
-
-        Returns:
-          an event for every request that has news, and what each tick did.
-        """
-        scheduler, engine = self._scheduler, self._engine
-        for slot, index in scheduler.admit():
-            engine.admit(slot, self._requests[index])
-        chunks = scheduler.chunks(min(max_ticks, MAX_TICKS))
-        ticks = engine.step(chunks, scheduler.tick, until_free=scheduler.num_waiting > 0)
-        news: dict[int, list[NewToken]] = {}
-        finished = set()
-        for tick in ticks:
-            indices = scheduler.slots
-            for slot, token in tick.tokens.items():
-                news.setdefault(indices[slot], []).append(token)
-            finished.update(indices[slot] for slot in tick.finished)
-            scheduler.record(tick.exited, tick.finished)
-        return [self._event(i, tokens, i in finished) for i, tokens in news.items()], ticks
-
-    def _event(self, index: int, tokens: list[NewToken], finished: bool) -> Event:
-        request, reason, error = self._requests[index], None, None
-        self._counts[index] += len(tokens)
-        if finished:
-            del self._requests[index]
-            reason = "length"
-            if math.isnan(tokens[-1].logprob):
-                reason, error = "error", not_numbers(self._counts[index])
-            elif tokens[-1].token in request.stop:
-                reason = "stop"
-            tokens = tokens if reason == "length" else tokens[:-1]
-            del self._counts[index]
-        columns = zip(*tokens, strict=True) if tokens else ((), (), ())
-        return Event(index, *columns, finish_reason=reason, error=error)
-
-
-def generate(
-    engine: Engine, requests: Sequence[Request], max_ticks: int = MAX_TICKS
-) -> Iterator[Event]:
-    """Answer all requests; the last event of each has a `finish_reason`.
-
-    One that cannot be answered ends with 'error' and a reason; the others are untouched.
-    """
-    session = Session(engine)
-    for index, request in enumerate(requests):
-        try:
-            session.submit(request)
-        except ValueError as error:
-            yield Event(index, (), (), (), "error", str(error))
-    while not session.idle:
-        events, _ = session.round(max_ticks)
-        yield from events

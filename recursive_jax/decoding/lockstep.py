@@ -149,6 +149,10 @@ class Lockstep:
             raise ValueError(f"{len(requests)} requests; expected 1..{self.num_rows}")
         for request in requests:
             request.check_fits(self.context_length)
+            if request.sampling.penalises:
+                raise ValueError(
+                    f"request {request.id!r} has penalties; lock step has none, use the engine"
+                )
             if len(request.stop) > self.num_stop:
                 raise ValueError(
                     f"request {request.id!r} has {len(request.stop)} stop ids; "

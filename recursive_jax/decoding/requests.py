@@ -18,7 +18,7 @@ FIELDS = ("id", "prompt", "messages", *OPTIONS)
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; filters apply in the order of the fields.
+    """How the next token is chosen: penalties, temperature, then filters as ordered here.
 
     Attributes:
       temperature: 0 takes the most likely token (the filters then change nothing).
@@ -28,6 +28,10 @@ class Sampling:
       min_p: keep tokens at least this fraction as likely as the most likely one; 0 keeps all.
       seed: with the position, all the randomness there is: a request's tokens do not depend on
         what else is in the batch.
+      repetition_penalty: logits of tokens in prompt or answer are divided by it where positive,
+        else multiplied (CTRL); 1 changes nothing.
+      presence_penalty: taken off the logits of tokens that are in the answer.
+      frequency_penalty: taken off as often as the token is in the answer.
     """
 
     temperature: float = 0.0
@@ -35,6 +39,9 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     def __post_init__(self):
         for name, integer, low, high in (
@@ -43,10 +50,18 @@ class Sampling:
             ("top_p", False, 0, 1),
             ("min_p", False, 0, 1),
             ("seed", True, 0, 2**32 - 1),
+            ("repetition_penalty", False, 0.01, 100),
+            ("presence_penalty", False, -100, 100),
+            ("frequency_penalty", False, -100, 100),
         ):
             check_number(name, getattr(self, name), integer, low, high)
         if self.top_p == 0:
             raise ValueError("top_p=0 keeps no token; expected more than 0 and at most 1")
+
+    @property
+    def penalises(self) -> bool:
+        """Whether what is chosen depends on which tokens there were, not on logits alone."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,9 @@ class SamplingParams:
     top_k: jax.Array  # int32 [B]
     top_p: jax.Array  # f32 [B]
     min_p: jax.Array  # f32 [B]
+    repetition_penalty: jax.Array  # f32 [B]
+    presence_penalty: jax.Array  # f32 [B]
+    frequency_penalty: jax.Array  # f32 [B]
 
     @classmethod
     def stack(cls, rows: Sequence[Sampling]) -> SamplingParams:
@@ -35,11 +38,26 @@ class SamplingParams:
             top_k=column("top_k", np.int32),
             top_p=column("top_p", np.float32),
             min_p=column("min_p", np.float32),
+            repetition_penalty=column("repetition_penalty", np.float32),
+            presence_penalty=column("presence_penalty", np.float32),
+            frequency_penalty=column("frequency_penalty", np.float32),
         )
 
 
+@struct.dataclass
+class History:
+    """The tokens of every row, by position; those at or after the one to draw do not count."""
+
+    text: jax.Array  # int32 [B, N]
+    first: jax.Array  # int32 [B], where the answer begins
+
+
 def sample(
-    logits: jax.Array, params: SamplingParams, seeds: jax.Array, positions: jax.Array
+    logits: jax.Array,
+    params: SamplingParams,
+    seeds: jax.Array,
+    positions: jax.Array,
+    history: History | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """One token per row; rows at temperature 0 take the most likely one.
 
@@ -47,15 +65,17 @@ def sample(
       logits: f32 `[B, V]`.
       seeds: uint32 `[B]`.
       positions: int32 `[B]`, where the drawn token will stand.
+      history: what the penalties are for; without it they do nothing.
 
     Returns:
       tokens int32 `[B]`, and their log-probabilities f32 `[B]` under `logits` as given, before
-      temperature and filters. NaN logits give a NaN log-probability.
+      penalties, temperature and filters. NaN logits give a NaN log-probability.
     """
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    penalised = logits if history is None else penalise(logits, params, positions, history)
+    greedy = jnp.argmax(penalised, axis=-1).astype(jnp.int32)
 
     def draw():
-        scores = filter_logits(logits, params)
+        scores = filter_logits(penalised, params)
         scores += gumbel_noise(seeds, positions, logits.shape[-1])
         drawn = jnp.argmax(scores, axis=-1).astype(jnp.int32)
         return jnp.where(params.temperature > 0, drawn, greedy)
@@ -65,6 +85,30 @@ def sample(
         tokens = jax.lax.cond(jnp.any(params.temperature > 0), draw, lambda: greedy)
         picked = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
         return tokens, picked - jax.nn.logsumexp(logits, axis=-1)
+
+
+def penalise(
+    logits: jax.Array, params: SamplingParams, positions: jax.Array, history: History
+) -> jax.Array:
+    """Logits `[B, V]` with the three penalties of `Sampling` applied to what stands before."""
+    rows = jnp.arange(logits.shape[0])[:, None]
+    at = jnp.arange(history.text.shape[1])[None]
+
+    def apply():
+        def counts(mask):  # f32 [B, V]
+            return jnp.zeros_like(logits).at[rows, history.text].add(mask.astype(logits.dtype))
+
+        before = at < positions[:, None]
+        answer = counts(before & (at >= history.first[:, None]))
+        factor = params.repetition_penalty[:, None]
+        x = jnp.where(logits > 0, logits / factor, logits * factor)
+        x = jnp.where(counts(before) > 0, x, logits)
+        x -= params.presence_penalty[:, None] * (answer > 0)
+        return x - params.frequency_penalty[:, None] * answer
+
+    on = (params.repetition_penalty != 1) | (params.presence_penalty != 0)
+    on |= params.frequency_penalty != 0
+    return jax.lax.cond(jnp.any(on), apply, lambda: logits)
 
 
 def filter_logits(logits: jax.Array, params: SamplingParams) -> jax.Array:

@@ -104,6 +104,7 @@ class Found:
     tainted: jax.Array  # bool [T, S], a state is not finite: the cache may hold NaN
     busy: jax.Array  # int32 [T], lanes in use
     head_rows: jax.Array  # int32 [T], lanes that were looked at through the head
+    dropped: jax.Array  # int32 [T], lanes given up because a draft was wrong
 
     @classmethod
     def empty(cls, num_slots: int) -> Found:
@@ -119,6 +120,7 @@ class Found:
             tainted=per_slot(False, bool),
             busy=jnp.zeros(MAX_TICKS, jnp.int32),
             head_rows=jnp.zeros(MAX_TICKS, jnp.int32),
+            dropped=jnp.zeros(MAX_TICKS, jnp.int32),
         )
 
 

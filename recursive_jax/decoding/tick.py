@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from recursive_jax.decoding.early_exit import Look, Measure
-from recursive_jax.decoding.sampling import sample
+from recursive_jax.decoding.sampling import History, sample
 from recursive_jax.decoding.state import (
     NO_TOKEN,
     Changes,
@@ -185,7 +185,7 @@ class Ticks:
         newest = active & (lanes.position == self._of_lanes(slots.position))
         x, cache = self._pass(params, cache, state, active)
         look = self._what_to_see(settings, lanes, x)
-        seen, leaves, looked = self._look(params, settings, look, lanes, active, newest)
+        seen, leaves, looked = self._look(params, settings, look, state.text, lanes, active, newest)
         guesses = self._remember(lanes, seen, looked)
 
         loops = look.loops
@@ -201,12 +201,10 @@ class Ticks:
         ended = self._any(over)
         slots = slots.replace(waiting=slots.waiting & ~ended)
 
-        goes_on = active & ~self._of_lanes(ended) & (~leaves | self.completes)
-        if self.lossless:  # lanes started from a wrong token
-            wrong = jnp.where(
-                self._any(corrects), self._pick(corrects, following), jnp.int32(2**30)
-            )
-            goes_on &= lanes.position < self._of_lanes(wrong)
+        # Lanes started from a wrong token; only lossless decoding has lanes beyond a commit.
+        wrong = jnp.where(self._any(corrects), self._pick(corrects, following), jnp.int32(2**30))
+        dropped = active & (lanes.position >= self._of_lanes(wrong))
+        goes_on = active & ~dropped & ~self._of_lanes(ended) & (~leaves | self.completes)
         cache, exited = self._left_early(cache, state.exited, lanes, x, leaves & ~over, loops)
         exit_loops = jnp.where(lanes.successor == seen.token, lanes.exit_loops, loops)
         if not self.can_exit and self._reads_logits:  # the oracle's answer
@@ -222,6 +220,7 @@ class Ticks:
             tainted=self._any(active & ~jnp.all(jnp.isfinite(x), axis=1)),
             busy=jnp.sum(active, dtype=jnp.int32),
             head_rows=jnp.sum(looked, dtype=jnp.int32),
+            dropped=jnp.sum(dropped, dtype=jnp.int32),
         )
         written = jnp.where(leaves | commits, following, self.context_length)
         state = state.replace(
@@ -300,7 +299,7 @@ class Ticks:
             recorded = settings.recorded[self._slot_of, lanes.position]
         return Look(lanes.loop + 1, lanes.x, x, recorded, guesses=lanes.guesses)
 
-    def _look(self, params, settings, look: Look, lanes: Lanes, active, newest):
+    def _look(self, params, settings, look: Look, text, lanes: Lanes, active, newest):
         """Who leaves, and what follows.
 
         Returns:
@@ -322,12 +321,12 @@ class Ticks:
             looked = leaves
         if self.lossless:
             looked |= active & (look.loops == self.num_loops)
-        seen = self._head(params, settings, look, lanes.position + 1, looked)
+        seen = self._head(params, settings, look, text, lanes.position + 1, looked)
         if self._reads_logits:
             leaves |= may & (seen.score > threshold)
         return seen, leaves, looked
 
-    def _head(self, params, settings, look: Look, following, looked) -> Seen:
+    def _head(self, params, settings, look: Look, text, following, looked) -> Seen:
         """Vocabulary head, sampling and measure on the lanes to look at, compacted.
 
         Only here is there a branch, by the number of rows: the cache is not in it.
@@ -348,7 +347,8 @@ class Ticks:
             # spare rows must not make the others pay for noise
             temperature = jnp.where(looked[at], sampling.temperature, 0.0)
             sampling = sampling.replace(temperature=temperature)
-            token, logprob = sample(logits, sampling, settings.seeds[slot], following[at])
+            history = History(text[slot], settings.first[slot])
+            token, logprob = sample(logits, sampling, settings.seeds[slot], following[at], history)
             guess, score = token, logprob
             if self._reads_logits:
                 guess = jnp.argmax(logits, axis=-1).astype(jnp.int32)
