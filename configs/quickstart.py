@@ -5,6 +5,10 @@
 
 Source: recursive_jax/assets/tiny (12 layers) -> 2 loops × 6 layers, average + SVD LoRA of rank 16,
 uptrained with distillation on the docstrings of the installed packages.
+
+Hardware: any laptop; on two CPU cores it took 4:48 minutes. Expect a perplexity on held-out
+docstrings of about 13.8 (source), 440 (converted) and 16 (uptrained): 96 % of the gap in nll.
+Arguments, after a colon and separated by commas: loops=N rank=N tokens=N.
 """
 
 from configs import common

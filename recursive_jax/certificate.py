@@ -42,7 +42,7 @@ def warnings(source: DecoderConfig, cfg: DecoderConfig) -> list[str]:
     out = []
     for name, (rank, limit) in tying.costly_projections(cfg).items():
         out.append(
-            f"{name}: rank {rank} stores more than untying it would, and less exactly "
+            f"{name}: rank {rank} stores more than untying the matrix would, which is exact "
             f"(break-even {limit:.0f}); a rank below saves memory"
         )
     counts, before = sizes(source, cfg), parameter_counts(abstract_params(source))["shared"]

@@ -154,8 +154,8 @@ def print_certificate(certificate: Mapping[str, Any], out) -> None:
         c = certificate
         metrics.say(
             f"on {c['text_tokens']:,} tokens of {c['text']}: perplexity "
-            f"{c['source_perplexity']:,.2f} -> {c['perplexity']:,.2f}, KL {c['kl']:.3f} nats, "
-            f"top-1 agreement {c['top1_agreement']:.1%}"
+            f"{c['source_perplexity']:,.2f} -> {c['perplexity']:,.2f}, "
+            f"KL {max(c['kl'], 0):.3f} nats, top-1 agreement {c['top1_agreement']:.1%}"
         )
         identity = c["full_rank_identity"]
         if "max_logit_error" in identity:

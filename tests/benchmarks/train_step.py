@@ -1,16 +1,21 @@
 """Training step against transformers on torch: same shape, weights, batch, threads, in one run.
 
-    python tests/benchmarks/train_step.py [--dtype=float32] [--batch=4] [--length=256] [--rounds=5]
+    python tests/benchmarks/train_step.py [--dtype=float32] [--rounds=5] [--account]
 
 Vanilla SmolLM2-135M shape, random weights, AdamW without clipping on both sides. Prints one JSON
 row: medians of tokens per second, and the ratio of the medians. The two sides take turns, so a
-machine whose speed drifts slows both.
+machine whose speed drifts slows both. --account adds where our step's time goes, by kind of
+operation: seconds by the profiler, whose sum is more than the step's as operations overlap.
 """
 
 import argparse
+import collections
 import json
+import pathlib
 import platform
+import re
 import statistics
+import tempfile
 import time
 
 import jax
@@ -41,6 +46,7 @@ def ours(cfg, params, tokens, dtype, remat, unroll):
     model = Decoder(cfg, dtype=jnp.dtype(dtype), remat_policy=remat, unroll_layers=unroll)
     step = jax.jit(make_train_step(model, tx, Objective(kd=0.0)), donate_argnums=0)
     state = init_state(jax.tree.map(jnp.asarray, params), tx)
+    step = step.lower(state, batch, None).compile()
 
     def run():
         nonlocal state
@@ -50,7 +56,44 @@ def ours(cfg, params, tokens, dtype, remat, unroll):
         jax.block_until_ready(state)
         return time.perf_counter() - began
 
+    run.hlo = step.as_text()
     return run
+
+
+def account(run):
+    """Seconds of one step by kind of operation."""
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            run()
+        trace = next(pathlib.Path(directory).rglob("*.xplane.pb"))
+        planes = list(jax.profiler.ProfileData.from_file(str(trace)).planes)
+    seconds = collections.Counter()
+    for line in (line for plane in planes for line in plane.lines if "python" not in line.name):
+        for event in line.events:
+            seconds[event.name] += event.duration_ns / 1e9
+    kinds = collections.Counter()
+    for name, spent in seconds.items():
+        found = re.search(rf'%?{re.escape(name)} = .*?op_name="([^"]*)"', run.hlo)
+        if found:  # else it is no operation of the step
+            kinds[_kind(name, found[1])] += spent
+    return {kind: round(spent, 3) for kind, spent in kinds.most_common()}
+
+
+def _kind(name, where):
+    product = name.startswith(("ynn", "dot"))
+    if "head_and_loss" in where:
+        return "head: products" if product else "head and loss: the rest"
+    if "optimizer" in where:
+        return "optimizer"
+    if "attend" in where:
+        return "attention between its projections"
+    if product:
+        return "layers: products"
+    if "broadcast" in name:
+        return "zero-filling what the scan keeps"
+    if "slice" in name:
+        return "copies into and out of the scan"
+    return "norms, rope, activations, residuals"
 
 
 def theirs(cfg, params, tokens, dtype):
@@ -92,6 +135,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--remat", default="dots")
     parser.add_argument("--unroll", type=int, default=1)
+    parser.add_argument("--account", action="store_true", help="where the time goes")
     args = parser.parse_args()
     cfg = zoo.preset("smollm2_135m")
     params = checkpoint.as_numpy(jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(0)))
@@ -118,6 +162,7 @@ def main():
                 "first_loss": first,
                 "tokens_per_second": {k: round(v, 1) for k, v in rate.items()},
                 "ratio": round(rate["ours"] / rate["torch"], 3),
+                **({"seconds_by_operation": account(runs["ours"])} if args.account else {}),
             }
         )
     )
