@@ -251,7 +251,7 @@ def test_measures_decide_as_their_definitions(name, thresholds, policy):
     ]
     ours, ticks = serve(engine, requests, seed=6)
     loops = follows(TIED, ours, requests, by_measure(name, thresholds), policy)
-    assert set(loops) == {1, 2, 3}
+    assert set(loops) == ({2, 3} if name == "stable" else {1, 2, 3})
     assert min(ours[3].exit_loops) >= 2
     assert max(ours[4].exit_loops[1:]) <= 2
     assert set(ours[5].exit_loops) == {3}, "nothing is above 1: full depth"

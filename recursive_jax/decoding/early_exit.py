@@ -42,6 +42,7 @@ class Measure:
 
     name: ClassVar[str]
     needs_logits: ClassVar[bool] = False
+    needs_previous: ClassVar[bool] = False  # `guesses` after the loop before, too
     can_exit: ClassVar[bool] = True  # False: only watches, tokens run all loops
     default_threshold: ClassVar[float] = 0.0
     range: ClassVar[tuple[float, float]] = (0.0, 1.0)  # of thresholds that make sense
@@ -105,6 +106,7 @@ class Stable(Measure):
     """1 when the loop has not changed the most likely token, else 0; 0 after the first loop."""
 
     name, needs_logits, default_threshold = "stable", True, 0.5
+    needs_previous = True
 
     def score(self, look):
         earlier = jnp.maximum(look.loops - 2, 0)

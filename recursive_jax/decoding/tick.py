@@ -314,7 +314,8 @@ class Ticks:
         may = fresh & ~leaves & (look.loops >= least)
         threshold = settings.thresholds[self._slot_of, jnp.minimum(lanes.loop, self.num_loops - 1)]
         if self._reads_logits:
-            looked = leaves | may
+            first_look = least - int(self.measure.needs_previous)
+            looked = leaves | (fresh & (look.loops >= first_look))
         else:
             if self.can_exit:
                 leaves |= may & (self.measure.score(look) > threshold)
