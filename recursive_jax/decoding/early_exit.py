@@ -10,6 +10,7 @@ Axes: n rows, D embed, V vocab, L loops.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import json
 import os
@@ -37,7 +38,7 @@ class Look:
     guesses: jax.Array | None = None  # int32 [n, L], most likely token after each earlier loop
 
 
-class Measure:
+class Measure(abc.ABC):
     """`score(look) -> f32 [n]`. Subclasses are frozen dataclasses: part of a compiled tick."""
 
     name: ClassVar[str]
@@ -47,8 +48,9 @@ class Measure:
     default_threshold: ClassVar[float] = 0.0
     range: ClassVar[tuple[float, float]] = (0.0, 1.0)  # of thresholds that make sense
 
+    @abc.abstractmethod
     def score(self, look: Look) -> jax.Array:
-        raise NotImplementedError
+        """How sure each token is, f32 [n]; it leaves above the threshold."""
 
     def check_threshold(self, value: Any) -> None:
         """Raises ValueError unless `value` is a threshold for this measure."""
