@@ -183,6 +183,7 @@ def test_sentencepiece_scores_give_what_sentencepiece_gives(prefix, tmp_path):
     [
         ({"model": "bert"}, ["bert", "gpt2", "llama"]),
         ({"more": {"ggml.pre": "deepseek-llm"}}, ["deepseek-llm", "smollm"]),
+        ({"more": {}}, ["does not say", "tokenizer.ggml.pre", "Hugging Face directory"]),
         ({"model": "llama"}, ["scores"]),
         ({"merges": None}, ["merges"]),
         ({"types": [1, 1]}, ["token types"]),
@@ -190,7 +191,7 @@ def test_sentencepiece_scores_give_what_sentencepiece_gives(prefix, tmp_path):
     ],
 )
 def test_tokenizers_that_cannot_be_rebuilt(change, words, tmp_path):
-    vocabulary = byte_vocabulary(59) | change
+    vocabulary = byte_vocabulary(59) | {"more": {"ggml.pre": "gpt-2"}} | change
     if change.get("model") == "llama" or "merges" in change:
         del vocabulary["merges"]
     if len(vocabulary["tokens"]) == 99:
@@ -208,6 +209,7 @@ def test_the_file_decides_about_bos(tmp_path):
     for flag in (True, False):
         vocabulary = byte_vocabulary(59)
         vocabulary["more"] = {"ggml.bos_token_id": 7, "ggml.add_bos_token": flag}
+        vocabulary["more"]["ggml.pre"] = "gpt-2"
         path = tiny_gguf(tmp_path / f"{flag}", "llama_mqa_tied_biases", vocabulary=vocabulary)
         assert gguf.load_tokenizer(path)("ab")["input_ids"] == ([7, 2] if flag else [2])
 

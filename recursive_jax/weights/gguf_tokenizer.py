@@ -105,7 +105,12 @@ def _stop_ids(metadata: Mapping[str, Any], tokens: Sequence[str], types) -> list
 def _byte_level(tokens: Sequence[str], metadata: Mapping[str, Any]):
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    pre = metadata.get("ggml.pre", "default")
+    pre = metadata.get("ggml.pre")
+    if pre is None:  # early files: GPT-2's rule would be a guess, and wrong for Llama 3
+        raise ValueError(
+            "the file does not say how text is split into words (tokenizer.ggml.pre); use the "
+            "model's Hugging Face directory, or a GGUF converted anew"
+        )
     name = PRE_ALIASES.get(pre, pre)
     if name not in PRE_TOKENIZERS:
         raise ValueError(
