@@ -18,8 +18,12 @@ import numpy as np
 
 from recursive_jax import text
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.decoder import Decoder, abstract_params, parameter_counts
-from recursive_jax.training.evaluation import head_log_probabilities, log_probabilities
+from recursive_jax.models.decoder import (
+    Decoder,
+    abstract_params,
+    head_params,
+    parameter_counts,
+)
 from recursive_jax.weights import names, tying
 from recursive_jax.weights.source import Source
 
@@ -76,15 +80,20 @@ def full_rank_identity(source: Source, recipe, windows: text.Windows) -> dict[st
     layers = source.cfg.depth // loops
     depths = [loop * layers + layer for loop in range(loops) for layer in sorted({0, layers - 1})]
     cfg, block = source.layers(depths)
-    vanilla = on_device(block | source.outer_params())
-    tokens = windows.tokens[:1]
-    want = next(log_probabilities(Decoder(cfg), vanilla, tokens))
+    outer, tokens = on_device(source.outer_params()), windows.tokens[:1]
+    want = next(hidden_states(Decoder(cfg), outer | jax.tree.map(jnp.asarray, block), tokens))
     tied = dict(recipe, lora="svd", lora_ranks="full")
     tied["norms"] = "folded" if recipe["norms"] == "folded" else "per_loop"
-    recursive, cfg = tying.tie(names.flat(vanilla), cfg, **tied)
-    del block, vanilla
-    got = next(log_probabilities(Decoder(cfg), on_device(recursive), tokens))
-    error = float(np.abs(got - want).max() / np.abs(want).max())
+    recursive, cfg = tying.tie(names.flat(block | outer), cfg, **tied)
+    del block
+    recursive = outer | {"block": on_device(recursive["block"])}  # one embedding serves both
+    got = next(hidden_states(Decoder(cfg), recursive, tokens))
+    del recursive
+    score, error, scale = _head(Decoder(cfg)), 0.0, 0.0
+    for rows in _chunks(len(want)):
+        a, b = (np.asarray(score(outer, hidden[rows])) for hidden in (want, got))
+        error, scale = max(error, np.abs(b - a).max()), max(scale, np.abs(a).max())
+    error = float(error / scale)
     if not error <= 1e-4:
         raise ValueError(
             f"the full-rank identity fails for {source.path}: max |Δlogit| is {error:.2e} of the "
@@ -103,7 +112,9 @@ class Reference:
         self._mask = windows.scored[:, 1:]
         shape = (int(self._mask.sum()), source.cfg.vocab_size)
         self._rows = np.memmap(path, np.float32, "w+", shape=shape)
-        for start, rows, _ in self._scan(layerwise_log_probabilities(source, windows.tokens)):
+        outer = on_device(source.outer_params())
+        hidden = layerwise_hidden_states(source, outer, windows.tokens)
+        for start, rows, _ in self._scan(Decoder(source.cfg), outer, hidden):
             self._rows[start : start + len(rows)] = rows
 
     @exact
@@ -111,11 +122,11 @@ class Reference:
         """Perplexity of both, KL(source ‖ model) in nats and top-1 agreement, per scored token."""
         from tqdm import tqdm
 
-        tokens = self._windows.tokens
-        batches = log_probabilities(model, params, tokens)
+        hidden = hidden_states(model, params, self._windows.tokens)
         sums = np.zeros(4)
-        with tqdm(batches, total=len(tokens), desc="result on the text", unit="window") as bar:
-            for start, q, targets in self._scan(bar):
+        bar = tqdm(hidden, total=len(self._mask), desc="result on the text", unit="window")
+        with bar:
+            for start, q, targets in self._scan(model, params, bar):
                 p = np.asarray(self._rows[start : start + len(q)])
                 at = np.arange(len(q))
                 sums += (
@@ -135,37 +146,55 @@ class Reference:
             "text_tokens": len(self._rows),
         }
 
-    def _scan(self, batches: Iterable[np.ndarray]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(first row, rows, their targets) of the scored positions, window by window."""
-        start = 0
-        for tokens, mask, log_p in zip(self._windows.tokens, self._mask, batches, strict=True):
-            rows = log_p[0][mask]
-            yield start, rows, tokens[1:][mask]
-            start += len(rows)
+    def _scan(
+        self, model: Decoder, params: Any, hidden: Iterable[jax.Array]
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(first row, log-probabilities `[n, V]`, targets `[n]`) of the scored positions."""
+        start, score = 0, _head(model)
+        for tokens, mask, states in zip(self._windows.tokens, self._mask, hidden, strict=True):
+            for rows in _chunks(len(states)):
+                log_p = np.asarray(score(params, states[rows]))[mask[rows]]
+                yield start, log_p, tokens[1:][rows][mask[rows]]
+                start += len(log_p)
 
 
-def layerwise_log_probabilities(source: Source, tokens: np.ndarray) -> Iterator[np.ndarray]:
-    """`log_probabilities` of a vanilla model that never has more than a layer of it in memory.
+def _chunks(length: int, size: int = 64) -> Iterator[slice]:
+    """A few positions at a time: a vocabulary has up to 262k columns."""
+    return (slice(start, start + size) for start in range(0, length, size))
 
-    Every window goes through a layer before the next one is read: f32 `[1, T - 1, V]` by window.
+
+def hidden_states(model: Decoder, params: Any, tokens: np.ndarray) -> Iterator[jax.Array]:
+    """What the head reads, `[T - 1, D]` window by window of tokens `[N, T]`."""
+
+    @jax.jit
+    def run(params, row):
+        positions = jnp.arange(len(row), dtype=jnp.int32)[None]
+        return model.apply({"params": params}, row[None], positions)[0][0]
+
+    for row in tokens:
+        yield run(params, jnp.asarray(row[:-1]))
+
+
+def layerwise_hidden_states(
+    source: Source, outer: Mapping[str, Any], tokens: np.ndarray
+) -> list[jax.Array]:
+    """`hidden_states` of a vanilla model of which no more than a layer is ever in memory.
+
+    Every window goes through a layer before the next one is read. `outer`: its outer params.
     """
     from tqdm import trange
 
-    outer = on_device(source.outer_params())
     inputs = jnp.asarray(tokens[:, :-1])
     positions = jnp.arange(inputs.shape[1], dtype=jnp.int32)[None]
-    hidden = [
-        Decoder(source.cfg).apply({"params": outer}, row[None], method="embed") for row in inputs
-    ]
+    embed = functools.partial(Decoder(source.cfg).apply, {"params": outer}, method="embed")
+    hidden = [embed(row[None]) for row in inputs]
     for depth in trange(source.cfg.depth, desc="source on the text", unit="layer"):
         cfg, block = source.layers([depth])
         params = outer | on_device(block)
         hidden = [_layer(Decoder(cfg))(params, x, positions) for x in hidden]
         jax.block_until_ready(hidden)
         del block, params
-    score = head_log_probabilities(Decoder(source.cfg))
-    for x in hidden:
-        yield np.asarray(score(outer, x))
+    return [x[0] for x in hidden]
 
 
 @functools.lru_cache(maxsize=8)  # by config: layers differ in window and rope at most
@@ -175,6 +204,18 @@ def _layer(model: Decoder):
             {"params": params}, x, jnp.int32(0), positions, method="run_loop"
         )[0]
     )
+
+
+@functools.lru_cache(maxsize=8)
+def _head(model: Decoder):
+    """Jitted `(params, hidden [n, D]) -> log-probabilities f32 [n, V]`."""
+
+    def score(params, hidden):
+        logits = model.apply({"params": params}, hidden, method="unembed")
+        return jax.nn.log_softmax(logits, axis=-1)
+
+    jitted = jax.jit(score)
+    return lambda params, hidden: jitted(head_params(params), hidden)
 
 
 def on_device(params: Mapping[str, Any]) -> dict[str, Any]:

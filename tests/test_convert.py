@@ -13,7 +13,7 @@ from recursive_jax import convert as job
 from recursive_jax.models import zoo
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import Decoder, init_params
-from recursive_jax.training.evaluation import log_probabilities
+from recursive_jax.text import Windows
 from recursive_jax.weights import checkpoint, hf, tying
 from recursive_jax.weights.source import ASSETS, open_source
 
@@ -49,6 +49,14 @@ def text_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("It was a bright day in April, and the clocks were striking.\n" * 40)
     return path
+
+
+def log_probabilities(cfg, params, tokens):
+    """[N, T - 1, V], of the whole model at once."""
+    positions = np.broadcast_to(np.arange(tokens.shape[1] - 1), tokens[:, 1:].shape)
+    hidden, _ = Decoder(cfg).apply({"params": params}, tokens[:, :-1], positions)
+    logits = Decoder(cfg).apply({"params": params}, hidden, method="unembed")
+    return np.asarray(jax.nn.log_softmax(logits))
 
 
 def run(*arguments):
@@ -88,7 +96,7 @@ def test_command_line_writes_a_checkpoint_and_an_honest_certificate(
     windows = job.text.eval_windows(tokenizer, [text_file.read_text()], 64, 300)
     mask = windows.scored[:, 1:]
     p, q = (
-        np.concatenate(list(log_probabilities(Decoder(c), w, windows.tokens)))[mask]
+        log_probabilities(c, w, windows.tokens)[mask]
         for c, w in ((source.cfg, source.load_params()), (cfg, params))
     )
     targets = windows.tokens[:, 1:][mask]
@@ -180,6 +188,7 @@ def test_layer_by_layer_is_the_model(tmp_path):
     hf.save_params(params, cfg, tmp_path / "gemma", dtype=np.float32)
     source = open_source(str(tmp_path / "gemma"))
     tokens = np.random.default_rng(0).integers(0, 64, (3, 20)).astype(np.int32)
-    whole = list(log_probabilities(Decoder(cfg), params, tokens))
-    by_layer = list(certificate.layerwise_log_probabilities(source, tokens))
-    np.testing.assert_allclose(np.stack(by_layer), np.stack(whole), atol=1e-5)
+    reference = certificate.Reference(tmp_path / "rows", source, Windows(tokens, tokens >= 0))
+    rows = np.fromfile(tmp_path / "rows", np.float32).reshape(3, 19, 64)
+    np.testing.assert_allclose(rows, log_probabilities(cfg, params, tokens), atol=1e-5)
+    assert reference.compare(Decoder(cfg), params)["kl"] < 1e-6

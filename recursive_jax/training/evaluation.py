@@ -87,28 +87,3 @@ def _scorer(model: Decoder, all_loops: bool):
         return chunked_sum(chunk_nll, head_params(params), hidden, data, chunk)[1]
 
     return score
-
-
-def log_probabilities(
-    model: Decoder, params: Any, tokens: np.ndarray, batch_size: int = 1
-) -> Iterator[np.ndarray]:
-    """Log-probabilities f32 `[B, T - 1, V]` of the next token, batch by batch of windows."""
-    score = head_log_probabilities(model)
-
-    @jax.jit
-    def run(params, tokens):
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        return score(params, model.apply({"params": params}, tokens, positions)[0])
-
-    for start in range(0, len(tokens), batch_size):
-        yield np.asarray(run(params, jnp.asarray(tokens[start : start + batch_size, :-1])))
-
-
-def head_log_probabilities(model: Decoder) -> Callable[[Any, jax.Array], jax.Array]:
-    """Jitted `(params, hidden [B, T, D]) -> f32 [B, T, V]`; reads the params of the head only."""
-
-    def score(params, hidden):
-        head = {"params": head_params(params)}
-        return jax.nn.log_softmax(model.apply(head, hidden, method="unembed"), axis=-1)
-
-    return jax.jit(score)

@@ -3,8 +3,10 @@
     python tests/benchmarks/convert_full_size.py --scratch=DIR [--preset=gemma_2b] [--lora_rank=64]
 
 Writes DIR/source (safetensors in bf16, kept for the next time), converts it to DIR/converted as a
-user would, and removes the result. Prints one JSON row; `allowed_gib` is the converted model in
-float32 plus one stack of a projection in float32, what a conversion may need at most.
+user would, and removes the result. Prints one JSON row. `peak_gib` is the most memory the process
+had of its own; `peak_resident_gib` counts the source's file pages too, which the system maps while
+it reads and takes back when somebody needs them. `allowed_gib` is the converted model in float32
+plus one stack of a projection in float32, what a conversion may need at most. Linux only.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import collections.abc
 import json
 import math
 import pathlib
+import re
 import resource
 import shutil
 import subprocess
@@ -48,6 +51,18 @@ class RandomParams(collections.abc.Mapping):
         return len(self._shapes)
 
 
+def watch(process: subprocess.Popen) -> int:
+    """Wait for the process; the most bytes of anonymous memory it had."""
+    peak, status = 0, pathlib.Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+        found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text())
+        peak = max(peak, int(found[1]) * 1024 if found else 0)
+        time.sleep(0.05)
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    return peak
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--scratch", type=pathlib.Path, required=True)
@@ -64,12 +79,12 @@ def main():
     command = [sys.executable, "-m", "recursive_jax.convert", f"--source={source}", f"--out={out}"]
     command.append(f"--lora_rank={args.lora_rank}")
     began = time.time()
-    subprocess.run(command, check=True)
+    peak = watch(subprocess.Popen(command))
     seconds = time.time() - began
     certificate = json.loads((out / "certificate.json").read_text())
     stack = max(math.prod(s) for p, s in names.leaf_shapes(cfg).items() if p.startswith("block/"))
     total = certificate["parameters"]["total"]
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    resident = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     shutil.rmtree(out)
     print(
         json.dumps(
@@ -80,6 +95,7 @@ def main():
                 "jax": jax.__version__,
                 "seconds": round(seconds),
                 "peak_gib": round(peak / 2**30, 2),
+                "peak_resident_gib": round(resident / 2**30, 2),
                 "allowed_gib": round(4 * (total + stack) / 2**30, 2),
                 "parameters": certificate["parameters"],
                 "full_rank_identity": certificate["full_rank_identity"],
