@@ -12,9 +12,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from recursive_jax.decoding.early_exit import Measure, Recorded
+from recursive_jax.decoding.placement import Placement
 from recursive_jax.decoding.requests import Request, Sampling
 from recursive_jax.decoding.sampling import SamplingParams
 from recursive_jax.decoding.scheduler import Chunk
@@ -25,6 +28,7 @@ from recursive_jax.decoding.state import (
     Chunks,
     Found,
     Settings,
+    Slots,
 )
 from recursive_jax.decoding.tick import Ticks
 from recursive_jax.models.decoder import Decoder
@@ -68,8 +72,8 @@ class Engine:
 
     Args:
       model: its dtype is also the cache's.
-      params: on their device.
-      num_slots: S.
+      params: on their devices.
+      num_slots: S; on a mesh a multiple of the devices that share the batch.
       context_length: cache rows of a slot: prompt and answer together fit into it.
       chunk_length: prompt tokens that run beside the lanes in a tick.
       num_stop: the most stop ids any request has.
@@ -82,6 +86,9 @@ class Engine:
       lossless: a token that leaves only drafts its successor; it is kept if the last loop chooses
         the same, so the tokens are those of full depth. Needs missing_kv='complete'.
       depthwise: False is the sequence-wise baseline: slots start their tokens together.
+      mesh: the mesh `params` are sharded on; None for one device. Devices that share a batch have
+        slots of their own, and run their own ticks without a word to each other.
+      rules: logical axis rules of that mesh.
     """
 
     def __init__(
@@ -98,6 +105,8 @@ class Engine:
         missing_kv: str = "complete",
         lossless: bool = False,
         depthwise: bool = True,
+        mesh: Mesh | None = None,
+        rules: Sequence[tuple[str, Any]] = (),
     ):
         sizes = {"num_slots": num_slots, "context_length": context_length}
         for name, value in (sizes | {"chunk_length": chunk_length}).items():
@@ -114,9 +123,16 @@ class Engine:
         self.context_length, self.chunk_length = context_length, min(chunk_length, context_length)
         self.num_stop, self.measure, self.depthwise = num_stop, measure, depthwise
         self._thresholds = self._threshold_row(thresholds)
+        self._placement = Placement(mesh, rules)
+        shards = self._placement.shards
+        if num_slots % shards:
+            raise ValueError(
+                f"num_slots={num_slots}; expected a multiple of the {shards} devices that share "
+                "the batch"
+            )
         self._ticks = Ticks(
-            model=model,
-            num_slots=num_slots,
+            model=model.clone(data_shards=1),  # it sees one shard's lanes
+            num_slots=num_slots // shards,
             context_length=context_length,
             chunk_length=self.chunk_length,
             num_stop=num_stop,
@@ -125,8 +141,12 @@ class Engine:
             lossless=lossless and self.num_loops > 1,
             depthwise=depthwise,
         )
-        self._run = jax.jit(self._ticks.run, donate_argnames="cache")
-        self._wipe_slot = jax.jit(_wipe, donate_argnums=0)
+        self._run = jax.jit(
+            self._placement.spread(self._ticks.run),
+            donate_argnums=1,
+            out_shardings=self._placement.outputs,
+        )
+        self._wipe_slot = jax.jit(_wipe, donate_argnums=0, out_shardings=self._placement.cache)
         self._executables: dict[str, Any] = {}  # 'tick', 'chunk', 'wipe'
         self._cache: KVCache | None = None
         self.reset()
@@ -155,8 +175,8 @@ class Engine:
     def reset(self) -> None:
         """Forget all requests. Also mends an engine that failed in a step."""
         if self._cache is None:
-            self._cache = jax.jit(self._new_cache)()
-        self._state = jax.device_put(self._ticks.state())
+            self._cache = jax.jit(self._new_cache, out_shardings=self._placement.cache)()
+        self._state = self._placement.put(self._ticks.state(self._placement.shards))
         self._settings = self._no_settings()
         self._changes = self._no_changes()
         self._on_device: dict[str, Any] = {}  # settings and changes that were sent already
@@ -166,12 +186,16 @@ class Engine:
         """Make the executables; `step` does it when it was not done before."""
         if self._executables:
             return
-        zero, chunks = np.int32(0), self._chunk_arrays([])
-        for name, work in (("tick", None), ("chunk", chunks)):
-            arguments = (self._state, self._settings, self._changes, zero, zero, np.bool_(False))
-            lowered = self._run.lower(self.params, self._cache, *arguments, work)
-            self._executables[name] = lowered.compile()
-        self._executables["wipe"] = self._wipe_slot.lower(self._cache, zero).compile()
+        place = self._placement
+        for name, work in (("tick", None), ("chunk", self._chunk_arrays([]))):
+            per_slot = place.put((self._settings, self._changes))
+            numbers = place.everywhere(np.int32(0), np.int32(0), np.bool_(False))
+            arguments = (self._state, *per_slot, *numbers, place.put(work))
+            with place.context():
+                lowered = self._run.lower(self.params, self._cache, *arguments)
+                self._executables[name] = lowered.compile()
+        slot = place.everywhere(np.int32(0))
+        self._executables["wipe"] = self._wipe_slot.lower(self._cache, *slot).compile()
 
     def check(self, request: Request) -> None:
         """Raises ValueError unless this engine can answer the request."""
@@ -221,7 +245,8 @@ class Engine:
             # The mask gives stale rows a weight of zero, but zero times NaN is NaN.
             self.compile()
             cache, self._cache = self._cache, None
-            self._cache = self._executables["wipe"](cache, np.int32(slot))
+            number = self._placement.everywhere(np.int32(slot))
+            self._cache = self._executables["wipe"](cache, *number)
             self._tainted.remove(slot)
         s, n = self._settings, len(request.tokens)
         for name, value in SamplingParams.stack([request.sampling]).__dict__.items():
@@ -265,10 +290,11 @@ class Engine:
         same = [(chunk is not None) == with_chunk for chunk in chunks[:MAX_TICKS]] + [False]
         num_ticks = same.index(False)
         self.compile()
-        work = self._chunk_arrays(chunks[:num_ticks]) if with_chunk else None
+        place = self._placement
+        work = place.put(self._chunk_arrays(chunks[:num_ticks])) if with_chunk else None
         sent = {
-            "settings": lambda: jax.device_put(_copied(self._settings)),
-            "changes": lambda: jax.device_put(_copied(self._changes)),
+            "settings": lambda: place.put(_copied(self._settings)),
+            "changes": lambda: place.put(_copied(self._changes)),
         }
         for name, send in sent.items():
             if name not in self._on_device:
@@ -282,16 +308,20 @@ class Engine:
             self._state,
             self._on_device["settings"],
             self._on_device["changes"],
-            np.int32(first_tick),
-            np.int32(num_ticks),
-            np.bool_(until_free),
+            *place.everywhere(
+                np.int32(first_tick),
+                np.int32(num_ticks),
+                # shards that stopped at different ticks could not go on together
+                np.bool_(until_free and place.shards == 1),
+            ),
             work,
         )
         if self._changes.reset.any():
             self._changes.reset[:] = False
             del self._on_device["changes"]
         found, count = jax.device_get((found, count))
-        return [self._read(found, i) for i in range(count)]
+        # a shard that stopped earlier had nothing left to do
+        return [self._read(found, i) for i in range(count.max())]
 
     def _change(self, slot: int, token: int, position: int, waiting: bool) -> None:
         self._changes.reset[slot] = True
@@ -313,9 +343,9 @@ class Engine:
             exited=slots(found.exited[tick]),
             finished=slots(found.finished[tick]),
             tokens=tokens,
-            busy=int(found.busy[tick]),
-            head_rows=int(found.head_rows[tick]),
-            dropped=int(found.dropped[tick]),
+            busy=int(found.busy[tick].sum()),
+            head_rows=int(found.head_rows[tick].sum()),
+            dropped=int(found.dropped[tick].sum()),
         )
 
     def _new_cache(self) -> KVCache:
@@ -358,18 +388,23 @@ class Engine:
 
     def _no_changes(self) -> Changes:
         text = np.zeros((self.num_slots, self.context_length), np.int32)
-        return Changes(np.zeros(self.num_slots, bool), self._ticks.no_tokens(), text)
+        return Changes(np.zeros(self.num_slots, bool), Slots.empty(self.num_slots), text)
 
     def _chunk_arrays(self, chunks: Sequence[Chunk]) -> Chunks:
-        columns = np.zeros((5, MAX_TICKS), np.int32)
+        """For every shard its own: the slot's shard runs a chunk, the others have none."""
+        columns = np.zeros((5, self._placement.shards, MAX_TICKS), np.int32)
         for i, chunk in enumerate(chunks):
-            columns[:, i] = chunk
-        *columns, ends_prompt = columns
+            shard, slot = divmod(chunk.slot, self._ticks.num_slots)
+            columns[:, shard, i] = chunk._replace(slot=slot)
+        *columns, ends_prompt = columns.reshape(5, -1)
         return Chunks(*columns, ends_prompt.astype(bool))
 
 
 def _wipe(cache: KVCache, slot: jax.Array) -> KVCache:
-    return cache.replace(rows=cache.rows.at[:, :, slot].set(0))
+    """Elementwise, so that it may be on any shard."""
+    here = jnp.arange(cache.num_slots) == slot
+    here = here.reshape(1, 1, -1, *(1,) * (cache.rows.ndim - 3))
+    return cache.replace(rows=jnp.where(here, jnp.zeros_like(cache.rows), cache.rows))
 
 
 def _copied(tree):

@@ -1,12 +1,14 @@
 """What the device keeps and exchanges with the host while it decodes.
 
-Axes: S slots, B lanes, C chunk length, D embed, L loops, W stop ids, T ticks, N cache length.
+Axes: S slots, B lanes, C chunk length, D embed, L loops, W stop ids, T ticks, N cache length. On a
+mesh the shards' slots stand one behind the other, and so do their lanes and chunks.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from recursive_jax.decoding.sampling import SamplingParams
@@ -34,6 +36,11 @@ class Slots:
     token: jax.Array  # int32 [S]
     position: jax.Array  # int32 [S]
     waiting: jax.Array  # bool [S], it has not started
+
+    @classmethod
+    def empty(cls, num_slots: int) -> Slots:
+        zeros = np.zeros(num_slots, np.int32)
+        return cls(zeros, zeros.copy(), np.zeros(num_slots, bool))
 
 
 @struct.dataclass
@@ -82,7 +89,7 @@ class Changes:
 
 @struct.dataclass
 class Chunks:
-    """Prompt work of the coming ticks, `scheduler.Chunk` as arrays."""
+    """Prompt work of the coming ticks, `scheduler.Chunk` as arrays; length 0: nothing to do."""
 
     slot: jax.Array  # int32 [T]
     start: jax.Array  # int32 [T]
@@ -102,9 +109,9 @@ class Found:
     exited: jax.Array  # bool [T, S], another token starts from the next tick on
     finished: jax.Array  # bool [T, S], the request ended
     tainted: jax.Array  # bool [T, S], a state is not finite: the cache may hold NaN
-    busy: jax.Array  # int32 [T], lanes in use
-    head_rows: jax.Array  # int32 [T], lanes that were looked at through the head
-    dropped: jax.Array  # int32 [T], lanes given up because a draft was wrong
+    busy: jax.Array  # int32 [T, S], lanes in use
+    head_rows: jax.Array  # int32 [T, S], lanes that were looked at through the head
+    dropped: jax.Array  # int32 [T, S], lanes given up because a draft was wrong
 
     @classmethod
     def empty(cls, num_slots: int) -> Found:
@@ -118,9 +125,9 @@ class Found:
             exited=per_slot(False, bool),
             finished=per_slot(False, bool),
             tainted=per_slot(False, bool),
-            busy=jnp.zeros(MAX_TICKS, jnp.int32),
-            head_rows=jnp.zeros(MAX_TICKS, jnp.int32),
-            dropped=jnp.zeros(MAX_TICKS, jnp.int32),
+            busy=per_slot(0),
+            head_rows=per_slot(0),
+            dropped=per_slot(0),
         )
 
 

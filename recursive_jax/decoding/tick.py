@@ -96,8 +96,9 @@ class Ticks:
 
     # Empty state, on the host.
 
-    def state(self) -> State:
-        num_slots, num_lanes = self.num_slots, self.num_slots * self.lanes_per_slot
+    def state(self, shards: int = 1) -> State:
+        num_slots = self.num_slots * shards
+        num_lanes = num_slots * self.lanes_per_slot
         dim, dtype = self.model.cfg.embed_dim, self.model.dtype
         ints = lambda n, fill=0: np.full(n, fill, np.int32)  # noqa: E731
         guesses = self.num_loops if self._reads_logits else 0
@@ -110,17 +111,13 @@ class Ticks:
                 exit_loops=ints(num_lanes),
                 guesses=ints((num_lanes, guesses), NO_TOKEN),
             ),
-            slots=self.no_tokens(),
+            slots=Slots.empty(num_slots),
             exited=Exited(
                 np.zeros((num_slots, dim), dtype), ints(num_slots, self.num_loops), ints(num_slots)
             ),
             text=ints((num_slots, self.context_length)),
-            chunk=np.zeros((self.chunk_length, dim), dtype),
+            chunk=np.zeros((shards * self.chunk_length, dim), dtype),
         )
-
-    def no_tokens(self) -> Slots:
-        zeros = np.zeros(self.num_slots, np.int32)
-        return Slots(zeros, zeros.copy(), np.zeros(self.num_slots, bool))
 
     # On the device.
 
@@ -144,7 +141,7 @@ class Ticks:
           chunks: one for each of the ticks; None compiles to a tick without prompt work.
 
         Returns:
-          cache, state, what was found, and how many ticks ran.
+          cache, state, what was found, and int32 [1], how many ticks ran.
         """
 
         def goes_on(carry):
@@ -164,7 +161,7 @@ class Ticks:
 
         start = (jnp.int32(0), cache, self._change(state, changes), Found.empty(self.num_slots))
         count, cache, state, found = jax.lax.while_loop(goes_on, tick, start)
-        return cache, state, found, count
+        return cache, state, found, count[None]
 
     def _change(self, state: State, changes: Changes) -> State:
         reset = changes.reset
@@ -218,9 +215,9 @@ class Ticks:
             exited=ran & slots.waiting,
             finished=ended,
             tainted=self._any(active & ~jnp.all(jnp.isfinite(x), axis=1)),
-            busy=jnp.sum(active, dtype=jnp.int32),
-            head_rows=jnp.sum(looked, dtype=jnp.int32),
-            dropped=jnp.sum(dropped, dtype=jnp.int32),
+            busy=self._count(active),
+            head_rows=self._count(looked),
+            dropped=self._count(dropped),
         )
         written = jnp.where(leaves | commits, following, self.context_length)
         state = state.replace(
@@ -238,8 +235,9 @@ class Ticks:
         )
         if chunk is not None:
             cache, state = self._chunk(params, cache, state, chunk)
-            bad = ~jnp.all(jnp.isfinite(state.chunk)) & (jnp.arange(self.num_slots) == chunk.slot)
-            now = now.replace(tainted=now.tainted | bad)
+            bad = ~jnp.all(jnp.isfinite(state.chunk)) & (chunk.length > 0)
+            here = jnp.arange(self.num_slots) == chunk.slot
+            now = now.replace(tainted=now.tainted | (bad & here))
         return cache, state, now
 
     def _start(self, params, state: State, gate_tick) -> State:
@@ -418,6 +416,10 @@ class Ticks:
     def _any(self, mask):
         """bool [B] -> bool [S]."""
         return jnp.any(mask.reshape(self.num_slots, -1), axis=1)
+
+    def _count(self, mask):
+        """bool [B] -> int32 [S]."""
+        return jnp.sum(mask.reshape(self.num_slots, -1), axis=1, dtype=jnp.int32)
 
     def _pick(self, mask, values):
         """The value of each slot's one lane in `mask`, 0 if there is none: [B] -> [S]."""
