@@ -1,0 +1,197 @@
+"""The engine on meshes of eight fake devices: one request at a time decodes the same tokens."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_engine import CONTEXT, GEMMA, RELAXED, as_recorded, follows, params_of, requests_of, serve
+
+from recursive_jax import sharding
+from recursive_jax.decoding.early_exit import Recorded
+from recursive_jax.decoding.engine import Engine
+from recursive_jax.models.decoder import Decoder, logical_axes
+
+WIDE = RELAXED.replace(num_heads=8, num_kv_heads=4, vocab_size=64)
+MODES = {
+    "full_depth": {},
+    "complete": dict(measure=Recorded()),
+    "propagate": dict(measure=Recorded(), missing_kv="propagate"),
+    "copy": dict(measure=Recorded(), missing_kv="copy"),
+    "lossless": dict(measure=Recorded(), lossless=True),
+}
+COLLECTIVE = re.compile(
+    r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast"
+    r"|ragged-all-to-all|send|recv)(-start)?\("
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """What is compiled here runs a few times, so XLA need not optimise it; partitioning stays."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@functools.cache
+def engine_on(cfg, mode, data, tensor):
+    """Eight slots on `data` x `tensor` devices."""
+    mesh = sharding.make_mesh(data, 1, tensor, devices=jax.devices()[: data * tensor])
+    rules = sharding.rules_for(mesh, cfg)
+    where = sharding.shardings(logical_axes(cfg), mesh, rules)
+    model = Decoder(cfg, data_shards=sharding.data_shards(mesh))
+    options = dict(chunk_length=4, mesh=mesh, rules=rules, **MODES[mode])
+    return Engine(model, sharding.put_global(params_of(cfg), where), 8, CONTEXT, **options)
+
+
+def groups_of(line: str) -> list[list[int]]:
+    """Devices that exchange something in one line of compiled text."""
+    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
+        return [[int(n) for n in re.findall(r"\d+", pair)] for pair in pairs[1].split("},{")]
+    if groups := re.search(r"replica_groups=\{\{(.*?)\}\}", line):
+        return [[int(n) for n in group.split(",")] for group in groups[1].split("},{")]
+    numbers = lambda text: [int(n) for n in re.findall(r"\d+", text or "")]  # noqa: E731
+    iota = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+
+    def devices(source, order):
+        ids = np.arange(np.prod(source)).reshape(source)
+        return ids.transpose(order) if order else ids
+
+    if listed := re.search(rf"replica_groups=\[([\d,]+)\]<={iota}", line):
+        shape, source, order = map(numbers, listed.groups())
+        return devices(source, order).reshape(shape).tolist()
+    mesh = re.search(
+        rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({iota}\))? \{{([^}}]*)\}}", line
+    )
+    assert mesh, f"collective among unknown devices: {line}"
+    axes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+    sizes, over = [int(n) for n in axes.values()], re.findall(r"'(\w+)'(?!:)", mesh[4])
+    assert over, f"collective among unknown devices: {line}"
+    ids = devices(numbers(mesh[2]) or sizes, numbers(mesh[3])).reshape(sizes)
+    last = [list(axes).index(name) for name in over]
+    ids = np.moveaxis(ids, last, range(-len(last), 0))
+    return ids.reshape(-1, np.prod([sizes[i] for i in last])).tolist()
+
+
+def collectives(text: str, tensor: int) -> tuple[int, int]:
+    """(all collectives, those between data shards) in the text of a data x tensor program."""
+    lines = [line for line in text.splitlines() if COLLECTIVE.search(line)]
+    crossing = [
+        line for line in lines if any(len({n // tensor for n in g}) > 1 for g in groups_of(line))
+    ]
+    return len(lines), len(crossing)
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("mode", "data", "tensor"),
+    [
+        pytest.param("full_depth", 8, 1, marks=slow),
+        pytest.param("full_depth", 4, 2, marks=slow),
+        pytest.param("full_depth", 1, 8, marks=slow),  # kv heads do not divide: replicated
+        ("full_depth", 2, 4),
+        pytest.param("complete", 4, 2, marks=slow),
+        ("propagate", 4, 2),
+        pytest.param("propagate", 8, 1, marks=slow),
+        pytest.param("copy", 4, 2, marks=slow),
+        ("lossless", 8, 1),
+        pytest.param("lossless", 4, 2, marks=slow),
+    ],
+)
+def test_any_mesh_decodes_like_one_request_at_a_time(mode, data, tensor):
+    """Token for token, and no data shard ever hears of another."""
+    engine = engine_on(WIDE, mode, data, tensor)
+    requests = requests_of(WIDE, 14, seed=1, recorded="measure" in MODES[mode])
+    ours, ticks = serve(engine, requests, seed=2)
+    leaves_of, policy = as_recorded, MODES[mode].get("missing_kv", "complete")
+    if mode in ("full_depth", "lossless"):
+        leaves_of = lambda request: lambda look: False  # noqa: E731
+    if mode == "lossless":
+        assert sum(tick.dropped for tick in ticks) > 0
+        whole = [[WIDE.num_loops] * len(mine.tokens) for mine in ours]
+        ours = [
+            dataclasses.replace(mine, exit_loops=n) for mine, n in zip(ours, whole, strict=True)
+        ]
+    loops = follows(WIDE, ours, requests, leaves_of, policy)
+    if mode == "full_depth":
+        assert sum(tick.busy for tick in ticks) == len(loops) * WIDE.num_loops
+        assert sum(tick.head_rows for tick in ticks) == len(loops)
+
+    for name in ("tick", "chunk", "wipe"):
+        count, crossing = collectives(engine._executables[name].as_text(), tensor)
+        assert crossing == 0
+        assert (count > 0) == (tensor > 1 and name != "wipe")
+    rows = engine._cache.rows
+    shard = rows.addressable_shards[0].data.shape
+    split = 1 if WIDE.num_kv_heads % tensor else tensor
+    assert (shard[2], shard[4]) == (8 // data, WIDE.num_kv_heads // split)
+    memory = engine.memory()["tick"]  # of one device
+    assert memory.alias_size_in_bytes >= rows.nbytes // (data * split)
+
+
+@pytest.mark.slow
+def test_windows_and_one_kv_head_on_a_mesh():
+    cfg = GEMMA.replace(vocab_size=68)
+    engine = engine_on(cfg, "complete", 4, 2)
+    requests = requests_of(cfg, 10, seed=3, recorded=True)
+    ours, _ = serve(engine, requests, seed=4)
+    follows(cfg, ours, requests, as_recorded)
+
+
+def test_a_slot_that_held_nan_is_wiped_on_its_shard():
+    engine = engine_on(WIDE, "propagate", 4, 2)
+    requests = requests_of(WIDE, 8, seed=5, recorded=True)
+    expected, _ = serve(engine, requests, seed=6)
+    engine._cache = jax.jit(
+        lambda cache: jax.tree.map(lambda x: jnp.full_like(x, np.nan), cache),
+        out_shardings=engine._placement.cache,
+    )(engine._cache)
+    marked, reset = set(range(8)), engine.reset
+    engine.reset = lambda: (reset(), engine._tainted.update(marked))
+    try:
+        ours, _ = serve(engine, requests, seed=6)
+    finally:
+        del engine.reset
+    assert [c.tokens for c in ours] == [c.tokens for c in expected]
+    assert all(c.finish_reason == "length" for c in ours)
+
+
+def test_a_collective_between_data_shards_would_be_seen():
+    mesh = sharding.make_mesh(4, 1, 2)
+
+    def text(function, spec):
+        x = jax.device_put(np.ones((8, 8), np.float32), NamedSharding(mesh, spec))
+        return jax.jit(function, out_shardings=NamedSharding(mesh, P())).lower(x).compile()
+
+    total = lambda x: x.sum()  # noqa: E731
+    assert collectives(text(total, P("tensor")).as_text(), 2) == (1, 0)
+    count, crossing = collectives(text(total, P("data")).as_text(), 2)
+    assert count == crossing > 0
+    permute = "%p = f32[2] collective-permute(%x), source_target_pairs={{0,1},{2,3}}"
+    assert collectives(permute, 2) == (1, 0) and collectives(permute, 1) == (1, 1)
+    listed = "%a = f32[2] all-reduce-start(%x), replica_groups={{0,2},{1,3}}, to_apply=%add"
+    assert collectives(listed, 2) == (1, 1) and collectives(listed, 4) == (1, 0)
+    assert groups_of("replica_groups=[2,4]<=[4,2]T(1,0)") == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    named = "replica_groups=mesh['x'=2,'y'=1,'z'=4]"
+    assert groups_of(named + " {'z'}") == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    transposed = named + ", device_ids=([4,2]T(1,0)) {'x'}"
+    assert groups_of(transposed) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_meshes_that_cannot_be_are_refused():
+    mesh = sharding.make_mesh(4, 1, 2)
+    build = lambda slots, mesh: Engine(  # noqa: E731
+        Decoder(WIDE), {}, slots, CONTEXT, mesh=mesh, rules=sharding.rules_for(mesh, WIDE)
+    )
+    with pytest.raises(ValueError, match="num_slots=6; expected a multiple of the 4 devices"):
+        build(6, mesh)
+    with pytest.raises(ValueError, match=r"fsdp=2 splits both slots and weights \(embed\)"):
+        build(8, sharding.make_mesh(2, 2, 2))
