@@ -47,6 +47,7 @@ class Measure(abc.ABC):
     can_exit: ClassVar[bool] = True  # False: only watches, tokens run all loops
     default_threshold: ClassVar[float] = 0.0
     range: ClassVar[tuple[float, float]] = (0.0, 1.0)  # of thresholds that make sense
+    least_loops: ClassVar[int] = 2  # of a model in which it can tell anything
 
     @abc.abstractmethod
     def score(self, look: Look) -> jax.Array:
@@ -55,6 +56,15 @@ class Measure(abc.ABC):
     def check_threshold(self, value: Any) -> None:
         """Raises ValueError unless `value` is a threshold for this measure."""
         check_number(f"exit threshold of {self.name}", value, False, *self.range)
+
+    def check_loops(self, num_loops: int) -> None:
+        """Raises ValueError when no token of a model with so many loops could leave early."""
+        if num_loops < self.least_loops:
+            raise ValueError(
+                f"exit measure {self.name!r} needs a model of at least {self.least_loops} loops, "
+                f"this one has {num_loops}; make one with python -m recursive_jax.convert "
+                f"--num_loops={self.least_loops}, or use --exit_measure=none"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +76,14 @@ class Static(Measure):
 
     def __post_init__(self):
         check_number("loops of the static exit", self.loops, True, 1, 2**31 - 1)
+
+    def check_loops(self, num_loops):
+        super().check_loops(num_loops)
+        if self.loops > num_loops:
+            raise ValueError(
+                f"exit measure static:{self.loops}: the model has {num_loops} loops; expected "
+                f"1 … {num_loops}"
+            )
 
     def score(self, look):
         return jnp.where(look.loops >= self.loops, jnp.inf, -jnp.inf)
@@ -108,7 +126,7 @@ class Stable(Measure):
     """1 when the loop has not changed the most likely token, else 0; 0 after the first loop."""
 
     name, needs_logits, default_threshold = "stable", True, 0.5
-    needs_previous = True
+    needs_previous, least_loops = True, 3  # two to compare, and one to save
 
     def score(self, look):
         earlier = jnp.maximum(look.loops - 2, 0)

@@ -8,6 +8,7 @@ without prompt work) and, after `compile`, nothing compiles again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -55,6 +56,7 @@ class Tick(NamedTuple):
       tokens: new ones, final; the stop token is one of them.
       busy: lanes in use, those of completing tokens too.
       head_rows: lanes that ran the vocabulary head.
+      drafted: tokens of this tick whose own successor had been drafted (`lossless`).
       dropped: lanes given up because a draft was wrong.
     """
 
@@ -64,6 +66,7 @@ class Tick(NamedTuple):
     tokens: dict[int, NewToken]
     busy: int
     head_rows: int
+    drafted: int
     dropped: int
 
 
@@ -89,6 +92,9 @@ class Engine:
       mesh: the mesh `params` are sharded on; None for one device. Devices that share a batch have
         slots of their own, and run their own ticks without a word to each other.
       rules: logical axis rules of that mesh.
+
+    A mesh of devices that are only described (`jax.experimental.topologies`), with params that are
+    `jax.ShapeDtypeStruct`s, makes an engine that can `compile` and tell its `memory`, no more.
     """
 
     def __init__(
@@ -166,7 +172,7 @@ class Engine:
 
     @property
     def cache_bytes(self) -> int:
-        return self._cache.rows.nbytes
+        return math.prod(self._cache.rows.shape) * self._cache.rows.dtype.itemsize
 
     def memory(self) -> dict[str, Any]:
         """The compiler's memory analysis of every executable."""
@@ -175,7 +181,7 @@ class Engine:
     def reset(self) -> None:
         """Forget all requests. Also mends an engine that failed in a step."""
         if self._cache is None:
-            self._cache = jax.jit(self._new_cache, out_shardings=self._placement.cache)()
+            self._cache = self._placement.make(self._new_cache, self._placement.cache)
         self._state = self._placement.put(self._ticks.state(self._placement.shards))
         self._settings = self._no_settings()
         self._changes = self._no_changes()
@@ -186,16 +192,13 @@ class Engine:
         """Make the executables; `step` does it when it was not done before."""
         if self._executables:
             return
-        place = self._placement
-        for name, work in (("tick", None), ("chunk", self._chunk_arrays([]))):
-            per_slot = place.put((self._settings, self._changes))
-            numbers = place.everywhere(np.int32(0), np.int32(0), np.bool_(False))
-            arguments = (self._state, *per_slot, *numbers, place.put(work))
-            with place.context():
-                lowered = self._run.lower(self.params, self._cache, *arguments)
-                self._executables[name] = lowered.compile()
-        slot = place.everywhere(np.int32(0))
-        self._executables["wipe"] = self._wipe_slot.lower(self._cache, *slot).compile()
+        place, run, wipe = self._placement, self._run, self._wipe_slot
+        fixed = place.put((self._settings, self._changes))
+        fixed += place.everywhere(np.int32(0), np.int32(0), np.bool_(False))
+        for name, work in (("tick", None), ("chunk", place.put(self._chunk_arrays([])))):
+            arguments = (self.params, self._cache, self._state, *fixed, work)
+            self._executables[name] = place.compile(run, *arguments)
+        self._executables["wipe"] = place.compile(wipe, self._cache, *place.everywhere(np.int32(0)))
 
     def check(self, request: Request) -> None:
         """Raises ValueError unless this engine can answer the request."""
@@ -345,6 +348,7 @@ class Engine:
             tokens=tokens,
             busy=int(found.busy[tick].sum()),
             head_rows=int(found.head_rows[tick].sum()),
+            drafted=int(found.drafted[tick].sum()),
             dropped=int(found.dropped[tick].sum()),
         )
 

@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
-import os
-import pathlib
 import sys
-from collections.abc import Mapping
 from typing import Any
-
-OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
-FIELDS = ("id", "prompt", "messages", *OPTIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +69,9 @@ class Request:
       max_loops: loops after which every token's successor is chosen at the latest; None means all.
       exit_threshold: of the engine's exit measure, after every loop; None means the engine's own.
       recorded_loops: for the measure 'recorded': loops after which each new token is chosen.
+      stop_strings: texts that end the answer; neither they nor what follows is part of it. Found by
+        who knows the tokenizer: `text_session.TextSession`.
+      logprobs: whether the answer's record tells them.
     """
 
     id: str | int
@@ -88,16 +83,21 @@ class Request:
     max_loops: int | None = None
     exit_threshold: float | None = None
     recorded_loops: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    logprobs: bool = False
 
     def __post_init__(self):
         for name in ("tokens", "stop", "recorded_loops"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "stop_strings", _strings(self.stop_strings))
         if not self.tokens:
             raise ValueError("the prompt has no tokens; expected at least one")
         check_number("max_new_tokens", self.max_new_tokens, True, 1, 2**31 - 1)
         check_number("min_loops", self.min_loops, True, 1, 2**31 - 1)
         if self.max_loops is not None:
             check_number("max_loops", self.max_loops, True, self.min_loops, 2**31 - 1)
+        if not isinstance(self.logprobs, bool):
+            raise ValueError(f"logprobs={self.logprobs!r}; expected true or false")
 
     def check_fits(self, context_length: int) -> None:
         """Raises ValueError when prompt and answer do not fit into the context together."""
@@ -111,6 +111,13 @@ class Request:
                 f"{len(self.tokens)} prompt tokens + max_new_tokens={self.max_new_tokens} do not "
                 f"fit into context_length={context_length}; lower the one or raise the other"
             )
+
+
+def _strings(stop: Any) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(strings, list | tuple) or not all(isinstance(s, str) and s for s in strings):
+        raise ValueError(f"stop={stop!r}; expected a text, or a list of texts, none of them empty")
+    return tuple(strings)
 
 
 def not_numbers(count: int) -> str:
@@ -160,12 +167,21 @@ class Completion:
         self.logprobs.extend(event.logprobs)
         self.finish_reason, self.error = event.finish_reason, event.error
 
-    def to_json(self) -> dict[str, Any]:
-        """`id, text, tokens, exit_loops, finish_reason`, and `error` where there is one."""
-        record = {
-            name: getattr(self, name)
-            for name in ("id", "text", "tokens", "exit_loops", "finish_reason")
-        }
+    def cut(self, count: int) -> None:
+        """A stop string came: its first `count` tokens are the answer."""
+        for column in (self.tokens, self.exit_loops, self.logprobs):
+            del column[count:]
+        self.finish_reason, self.error = "stop", None
+
+    def to_json(self, logprobs: bool = False) -> dict[str, Any]:
+        """`id, text, tokens, exit_loops, finish_reason`, and `error` where there is one.
+
+        With `logprobs` also these, nats with six decimals (they were computed in float32).
+        """
+        record = {name: getattr(self, name) for name in ("id", "text", "tokens", "exit_loops")}
+        if logprobs:
+            record["logprobs"] = [round(x, 6) for x in self.logprobs]
+        record["finish_reason"] = self.finish_reason
         return record | ({"error": self.error} if self.error else {})
 
 
@@ -180,138 +196,3 @@ def check_number(name: str, value: Any, integer: bool, low: float, high: float) 
             f"{name}={value!r}; expected {'an integer' if integer else 'a number'}, "
             f"at least {low}{most}"
         )
-
-
-@dataclasses.dataclass
-class Prompt:
-    """A line of a prompts file, before there is a tokenizer.
-
-    Attributes:
-      content: a text to continue, or a conversation `{"role": ..., "content": ...}` to go on with.
-      options: a value for each of `OPTIONS`, not checked yet.
-      where: "FILE:LINE: " to begin errors with.
-      error: why this line cannot be answered.
-    """
-
-    id: str | int
-    content: str | list[dict[str, str]] = ""
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    where: str = ""
-    error: str | None = None
-
-
-def read_prompts(path: str | os.PathLike, defaults: Mapping[str, Any]) -> list[Prompt]:
-    """Prompts of a text file, one a line, or of a .jsonl file; empty lines are skipped.
-
-    A line of a .jsonl file holds `prompt` or `messages`, and may hold `id` and `OPTIONS`. Without
-    an id it gets its line number; without a seed one made of `defaults['seed']` and the line
-    number, so that equal prompts get different samples. A bad line comes back with its `error`.
-
-    Raises:
-      FileNotFoundError: no such file.
-      ValueError: not text, or no prompt in it.
-    """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}; expected prompts, one a line, or .jsonl")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
-    prompts, lines_of = [], {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        options = {**defaults, "seed": _line_seed(defaults["seed"], number)}
-        prompt = Prompt(number, line.rstrip("\r"), options, f"{path}:{number}: ")
-        try:
-            if path.suffix == ".jsonl":
-                _read_record(prompt, line)
-            if prompt.id in lines_of:
-                raise ValueError(f"id {prompt.id!r} is taken by line {lines_of[prompt.id]}")
-        except ValueError as error:
-            prompt.error = f"{prompt.where}{error}"
-        lines_of.setdefault(prompt.id, number)
-        prompts.append(prompt)
-    if not prompts:
-        raise ValueError(f"{path} holds no prompts; expected one a line")
-    return prompts
-
-
-def _line_seed(seed: int, number: int) -> int:
-    digest = hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little")
-
-
-def _read_record(prompt: Prompt, line: str) -> None:
-    try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"expected an object with prompt or messages, got {line[:40]}")
-    name = record.get("id", prompt.id)
-    if not isinstance(name, str | int) or isinstance(name, bool):
-        raise ValueError(f"id={name!r}; expected a string or an integer")
-    prompt.id = name
-    unknown = sorted(set(record) - set(FIELDS))
-    if unknown:
-        raise ValueError(f"unknown fields {unknown}; expected some of {', '.join(FIELDS)}")
-    if ("prompt" in record) == ("messages" in record):
-        raise ValueError("expected either prompt or messages")
-    if "prompt" in record:
-        prompt.content = record["prompt"]
-        if not isinstance(prompt.content, str):
-            raise ValueError(f"prompt={prompt.content!r}; expected a string")
-    else:
-        prompt.content = record["messages"]
-        if not _is_conversation(prompt.content):
-            raise ValueError('messages: expected a list of {"role": "...", "content": "..."}')
-    prompt.options = {**prompt.options, **{n: record[n] for n in OPTIONS if n in record}}
-
-
-def _is_conversation(messages: Any) -> bool:
-    return (
-        isinstance(messages, list)
-        and len(messages) > 0
-        and all(isinstance(m, dict) and set(m) == {"role", "content"} for m in messages)
-        and all(isinstance(value, str) for m in messages for value in m.values())
-    )
-
-
-class Answers:
-    """A file of answers: FILE.part grows as they finish, FILE is written in order at the end.
-
-    Args:
-      path: FILE; its directory is made.
-      write: False on all processes but one.
-    """
-
-    def __init__(self, path: str | os.PathLike, write: bool = True):
-        self.path, self._write = pathlib.Path(path), write
-        self._lines: dict[int, str] = {}
-        self._file = None
-        if write:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.is_dir() or not os.access(self.path.parent, os.W_OK):
-                raise ValueError(f"cannot write {path}; expected a file in a writable directory")
-
-    def add(self, index: int, completion: Completion) -> None:
-        """`index` is its place in the file. On disk when this returns."""
-        self._lines[index] = json.dumps(completion.to_json(), ensure_ascii=False) + "\n"
-        if self._write:
-            self._file = self._file or self._open(".part")
-            self._file.write(self._lines[index])
-            self._file.flush()
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            with self._open(".sorted") as f:
-                f.writelines(self._lines[index] for index in sorted(self._lines))
-            os.replace(f.name, self.path)
-            os.unlink(f"{self.path}.part")
-
-    def _open(self, suffix: str):
-        # What UTF-8 cannot hold (half a surrogate pair in an id) becomes a JSON escape.
-        return open(f"{self.path}{suffix}", "w", encoding="utf-8", errors="backslashreplace")

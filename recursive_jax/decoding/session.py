@@ -27,6 +27,8 @@ class Stats:
       busy: lanes in use, summed over ticks.
       head_rows: lanes that ran the vocabulary head.
       dropped: lanes given up because a draft was wrong.
+      drafted: tokens whose successor started before it was certain.
+      slot_ticks: slots in which a token ran, summed over ticks.
       exit_loops: tokens by loops executed before their successor could start; where nothing is
         lost, those below num_loops are the accepted drafts.
     """
@@ -36,13 +38,17 @@ class Stats:
     busy: int = 0
     head_rows: int = 0
     dropped: int = 0
+    drafted: int = 0
+    slot_ticks: int = 0
     exit_loops: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
 
     def add(self, tick: Tick) -> None:
         self.ticks += 1
         self.busy += tick.busy
         self.head_rows += tick.head_rows
+        self.drafted += tick.drafted
         self.dropped += tick.dropped
+        self.slot_ticks += len(tick.lanes)
         self.exit_loops.update(new.exit_loops for new in tick.tokens.values())
 
     @property
@@ -53,6 +59,11 @@ class Stats:
     @property
     def mean_loops(self) -> float:
         return sum(n * count for n, count in self.exit_loops.items()) / max(self.tokens, 1)
+
+    @property
+    def ticks_per_token(self) -> float:
+        """Of a slot that decodes; prompts and waiting are left out."""
+        return self.slot_ticks / max(self.tokens, 1)
 
     @property
     def occupancy(self) -> float:
@@ -111,6 +122,7 @@ class Session:
     def cancel(self, index: int) -> None:
         """No more events of this request; no error when it is over."""
         if self._requests.pop(index, None) is not None:
+            self._counts.pop(index, None)
             slot = self._scheduler.cancel(index)
             if slot is not None:
                 self._engine.release(slot)

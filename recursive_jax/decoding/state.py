@@ -111,6 +111,7 @@ class Found:
     tainted: jax.Array  # bool [T, S], a state is not finite: the cache may hold NaN
     busy: jax.Array  # int32 [T, S], lanes in use
     head_rows: jax.Array  # int32 [T, S], lanes that were looked at through the head
+    drafted: jax.Array  # int32 [T, S], committed tokens whose successor had been drafted
     dropped: jax.Array  # int32 [T, S], lanes given up because a draft was wrong
 
     @classmethod
@@ -127,6 +128,7 @@ class Found:
             tainted=per_slot(False, bool),
             busy=per_slot(0),
             head_rows=per_slot(0),
+            drafted=per_slot(0),
             dropped=per_slot(0),
         )
 

@@ -217,6 +217,7 @@ class Ticks:
             tainted=self._any(active & ~jnp.all(jnp.isfinite(x), axis=1)),
             busy=self._count(active),
             head_rows=self._count(looked),
+            drafted=self._count(commits & (lanes.successor != NO_TOKEN)),
             dropped=self._count(dropped),
         )
         written = jnp.where(leaves | commits, following, self.context_length)

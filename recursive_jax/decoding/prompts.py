@@ -1,0 +1,180 @@
+"""Files of prompts in, files of answers out. Standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from recursive_jax.decoding.requests import Completion, Request, Sampling
+
+SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
+# What a line may set, as flags do for all lines.
+OPTIONS = (
+    "max_new_tokens",
+    *SAMPLING,
+    "stop",
+    "min_loops",
+    "max_loops",
+    "exit_threshold",
+    "logprobs",
+)
+FIELDS = ("id", "prompt", "messages", *OPTIONS, "recorded_loops")
+
+
+@dataclasses.dataclass
+class Prompt:
+    """A line of a prompts file, before there is a tokenizer.
+
+    Attributes:
+      content: a text to continue, or a conversation `{"role": ..., "content": ...}` to go on with.
+      options: a value for each of `OPTIONS`, and perhaps `recorded_loops`; not checked yet.
+      where: "FILE:LINE: " to begin errors with.
+      error: why this line cannot be answered.
+    """
+
+    id: str | int
+    content: str | list[dict[str, str]] = ""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    where: str = ""
+    error: str | None = None
+
+
+def make_request(
+    name: str | int, tokens: Sequence[int], stop_ids: Sequence[int], options: Mapping[str, Any]
+) -> Request:
+    """A prompt that has become tokens, with the options of its line.
+
+    Raises:
+      ValueError: an option that is out of range.
+    """
+    options = dict(options)
+    sampling = Sampling(**{n: options.pop(n) for n in SAMPLING if n in options})
+    strings = options.pop("stop", ())
+    return Request(name, tokens, stop=stop_ids, sampling=sampling, stop_strings=strings, **options)
+
+
+def read_prompts(path: str | os.PathLike, defaults: Mapping[str, Any]) -> list[Prompt]:
+    """Prompts of a text file, one a line, or of a .jsonl file; empty lines are skipped.
+
+    A line of a .jsonl file holds `prompt` or `messages`, and may hold the rest of `FIELDS`. Without
+    an id it gets its line number; without a seed one made of `defaults['seed']` and the line
+    number, so that equal prompts get different samples. A bad line comes back with its `error`.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: not text, or no prompt in it.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}; expected prompts, one a line, or .jsonl")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+    prompts, lines_of = [], {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        options = {**defaults, "seed": _line_seed(defaults["seed"], number)}
+        prompt = Prompt(number, line.rstrip("\r"), options, f"{path}:{number}: ")
+        try:
+            if path.suffix == ".jsonl":
+                _read_record(prompt, line)
+            if prompt.id in lines_of:
+                raise ValueError(f"id {prompt.id!r} is taken by line {lines_of[prompt.id]}")
+        except ValueError as error:
+            prompt.error = f"{prompt.where}{error}"
+        lines_of.setdefault(prompt.id, number)
+        prompts.append(prompt)
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts; expected one a line")
+    return prompts
+
+
+def _line_seed(seed: int, number: int) -> int:
+    digest = hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _read_record(prompt: Prompt, line: str) -> None:
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object with prompt or messages, got {line[:40]}")
+    name = record.get("id", prompt.id)
+    if not isinstance(name, str | int) or isinstance(name, bool):
+        raise ValueError(f"id={name!r}; expected a string or an integer")
+    prompt.id = name
+    unknown = sorted(set(record) - set(FIELDS))
+    if unknown:
+        raise ValueError(f"unknown fields {unknown}; expected some of {', '.join(FIELDS)}")
+    if ("prompt" in record) == ("messages" in record):
+        raise ValueError("expected either prompt or messages")
+    if "prompt" in record:
+        prompt.content = record["prompt"]
+        if not isinstance(prompt.content, str):
+            raise ValueError(f"prompt={prompt.content!r}; expected a string")
+    else:
+        prompt.content = record["messages"]
+        if not _is_conversation(prompt.content):
+            raise ValueError('messages: expected a list of {"role": "...", "content": "..."}')
+    loops = record.get("recorded_loops", [])
+    if not isinstance(loops, list) or not all(type(n) is int for n in loops):
+        raise ValueError(f"recorded_loops={loops!r}; expected a list of integers")
+    given = {n: record[n] for n in (*OPTIONS, "recorded_loops") if n in record}
+    prompt.options = {**prompt.options, **given}
+
+
+def _is_conversation(messages: Any) -> bool:
+    return (
+        isinstance(messages, list)
+        and len(messages) > 0
+        and all(isinstance(m, dict) and set(m) == {"role", "content"} for m in messages)
+        and all(isinstance(value, str) for m in messages for value in m.values())
+    )
+
+
+class Answers:
+    """A file of answers: FILE.part grows as they finish, FILE is written in order at the end.
+
+    Args:
+      path: FILE; its directory is made.
+      write: False on all processes but one.
+    """
+
+    def __init__(self, path: str | os.PathLike, write: bool = True):
+        self.path, self._write = pathlib.Path(path), write
+        self._lines: dict[int, str] = {}
+        self._file = None
+        if write:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.is_dir() or not os.access(self.path.parent, os.W_OK):
+                raise ValueError(f"cannot write {path}; expected a file in a writable directory")
+
+    def add(self, index: int, completion: Completion, logprobs: bool = False) -> None:
+        """`index` is its place in the file. On disk when this returns."""
+        record = completion.to_json(logprobs)
+        self._lines[index] = json.dumps(record, ensure_ascii=False) + "\n"
+        if self._write:
+            self._file = self._file or self._open(".part")
+            self._file.write(self._lines[index])
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            with self._open(".sorted") as f:
+                f.writelines(self._lines[index] for index in sorted(self._lines))
+            os.replace(f.name, self.path)
+            os.unlink(f"{self.path}.part")
+
+    def _open(self, suffix: str):
+        # What UTF-8 cannot hold (half a surrogate pair in an id) becomes a JSON escape.
+        return open(f"{self.path}{suffix}", "w", encoding="utf-8", errors="backslashreplace")

@@ -1,0 +1,184 @@
+"""How long the parts of a tick take when each runs alone, and the throughput they allow.
+
+The bound of an engine: if nothing but the block, the head and the embedding took time, and no lane
+were ever idle, `slots` tokens would need `E[loops]` ticks, in each of which `slots / E[loops]`
+tokens leave:
+
+    tokens/s = slots / (E[loops] · (t_tick + t_head(slots / E[loops])) + t_embed)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from recursive_jax.decoding.engine import Engine
+from recursive_jax.decoding.requests import Sampling
+from recursive_jax.decoding.sampling import SamplingParams, sample
+from recursive_jax.models.decoder import head_params
+from recursive_jax.models.kv_cache import KVCache
+
+REPEATS = 7  # medians of so many
+SECONDS = 0.05  # a repeat takes at least so long, that the host's share does not count
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Seconds, medians, on the device without the way to the host.
+
+    Attributes:
+      tick: one pass of the block over all lanes of the engine, at mixed loops.
+      tick_of_slots: the same with one lane per slot, which is `tick` unless tokens complete.
+      embed: embedding one token of every slot.
+      head: final norm, vocabulary head and greedy choice, by rows; ascending.
+    """
+
+    tick: float
+    tick_of_slots: float
+    embed: float
+    head: tuple[tuple[int, float], ...]
+
+    def head_of(self, rows: float) -> float:
+        """Linear between the measured numbers of rows."""
+        return float(np.interp(rows, *zip(*self.head, strict=True)))
+
+    def bound(self, num_slots: int, mean_loops: float) -> float:
+        """Tokens per second at best, see above."""
+        in_ticks = mean_loops * (self.tick + self.head_of(num_slots / mean_loops))
+        return num_slots / (in_ticks + self.embed)
+
+    def lossless_gain(
+        self, num_slots: int, num_loops: int, ticks_per_token: float, head_rows: float
+    ) -> float:
+        """Speed of lossless decoding over full depth: a token's time there over that here.
+
+        Args:
+          ticks_per_token: of a slot.
+          head_rows: lanes that run the head in a tick, on average.
+        """
+        full = num_loops * self.tick_of_slots + self.head_of(num_slots)
+        return full / (ticks_per_token * (self.tick + self.head_of(head_rows)))
+
+    def to_json(self) -> dict[str, Any]:
+        seconds = dataclasses.asdict(self)
+        return seconds | {"head": {str(rows): t for rows, t in self.head}}
+
+
+def measure(engine: Engine) -> Times:
+    """Times of an engine's model, lanes and cache; takes a few seconds, on one device.
+
+    The engine forgets its requests: its cache is used, since two might not fit into memory.
+    """
+    model, params, slots = engine.model, engine.params, engine.num_slots
+    cache, engine._cache = engine._cache, None
+    try:
+        ticks = {}
+        for lanes in sorted({engine.num_lanes, slots}):
+            ticks[lanes], cache = _time_block(model, params, cache, slots, lanes)
+        rows = sorted({max(1, slots * n // 8) for n in (1, 2, 4, 8)} | {2 * slots})
+        heads = tuple((n, _time_head(model, head_params(params), n)) for n in rows)
+        embed = _time_embed(model, head_params(params), slots)
+    finally:
+        del cache
+        engine.reset()
+    return Times(ticks[engine.num_lanes], ticks[slots], embed, heads)
+
+
+def _time_block(model, params, cache: KVCache, slots: int, lanes: int):
+    cfg = model.cfg
+    lane, per_slot = np.arange(lanes, dtype=np.int32), lanes // slots
+    at = lane % per_slot
+    loop = at if per_slot > 1 else lane % cfg.num_loops
+    # Lanes of a slot are at different positions, as they would be.
+    positions = np.minimum(cache.length // 2 + at, cache.length - 1)
+    run_loop = functools.partial(model.apply, method="run_loop")
+
+    def passes(params, cache, count, x):
+        def one(_, carry):
+            x, cache = carry
+            x, cache = run_loop(
+                {"params": params}, x, loop, positions[:, None], cache=cache, slots=lane // per_slot
+            )
+            return _unit(x), cache
+
+        x, cache = jax.lax.fori_loop(0, count, one, (x, cache))
+        return cache, x
+
+    x = _noise(lanes, 1, cfg.embed_dim).astype(model.dtype)
+    run = jax.jit(passes, donate_argnums=1).lower(params, cache, np.int32(1), x).compile()
+    box = [cache]
+    del cache
+
+    def call(count):
+        box[0], out = run(params, box[0], np.int32(count), x)
+        jax.block_until_ready(out)
+
+    return _median(call), box[0]
+
+
+def _time_head(model, params, rows: int) -> float:
+    sampling = SamplingParams.stack([Sampling()] * rows)
+    seeds, positions = np.zeros(rows, np.uint32), np.zeros(rows, np.int32)
+
+    def heads(params, count, x):
+        def one(_, x):
+            logits = model.apply({"params": params}, x, method="unembed")
+            _, logprob = sample(logits, sampling, seeds, positions)
+            return _unit(x + logprob[:, None].astype(x.dtype))  # each waits for the one before
+
+        return jax.lax.fori_loop(0, count, one, x)
+
+    return _time(heads, params, _noise(rows, model.cfg.embed_dim).astype(model.dtype))
+
+
+def _time_embed(model, params, slots: int) -> float:
+    def embeds(params, count, tokens):
+        def one(_, tokens):
+            x = model.apply({"params": params}, tokens, method="embed")
+            moved = jnp.sum(jnp.abs(x), axis=-1).astype(jnp.int32) + 1
+            return (tokens + moved) % model.cfg.vocab_size
+
+        return jax.lax.fori_loop(0, count, one, tokens)
+
+    return _time(embeds, params, np.arange(slots, dtype=np.int32)[:, None])
+
+
+def _time(function: Callable, params, x) -> float:
+    run = jax.jit(function).lower(params, np.int32(1), x).compile()
+    return _median(lambda count: jax.block_until_ready(run(params, np.int32(count), x)))
+
+
+def _median(call: Callable[[int], Any]) -> float:
+    """Seconds of one of `count` in a row."""
+    call(1)
+    count = 1
+    while True:
+        start = time.perf_counter()
+        call(count)
+        if (seconds := time.perf_counter() - start) > SECONDS:
+            break
+        count = max(2 * count, min(int(count * SECONDS / seconds), 100 * count))
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        call(count)
+        times.append((time.perf_counter() - start) / count)
+    return statistics.median(times)
+
+
+def _unit(x):
+    """Keeps the size of a state that goes round and round."""
+    scale = jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True) + 1e-6)
+    return (x / scale).astype(x.dtype)
+
+
+def _noise(*shape) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)

@@ -1,0 +1,126 @@
+"""A picture of answers: every token in a box, coloured by the loop after which it left."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+import pathlib
+import textwrap
+import unicodedata
+import warnings
+from collections.abc import Sequence
+
+COLUMNS = 100  # characters of a line
+MAX_LINES = 240  # of the picture; what is beyond is left out, and it says so
+LINE, CHARACTER = 0.235, 0.0836  # inches, of DejaVu Sans Mono at 10 points
+SHOWN = str.maketrans({"\n": "↵", "\t": "→", "\r": "␍"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One answer.
+
+    Attributes:
+      title: what was asked.
+      pieces: text of every token; '' where a token only begins a character.
+      exit_loops: of every token, 1 … num_loops.
+    """
+
+    title: str
+    pieces: Sequence[str]
+    exit_loops: Sequence[int]
+
+
+def check(path: str | pathlib.Path) -> None:
+    """Raises ValueError when `save` could not draw into this file; for before the work."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ImportError as error:
+        raise ValueError(
+            "a heat map needs matplotlib, which is not installed; pip install 'recursive_jax[plot]'"
+        ) from error
+    path, kinds = pathlib.Path(path), sorted(FigureCanvasAgg.get_supported_filetypes())
+    if path.suffix[1:].lower() not in kinds:
+        raise ValueError(f"{path} is no picture; expected a name that ends in .{', .'.join(kinds)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"cannot write {path}; expected a file in a writable directory")
+
+
+def save(path: str | pathlib.Path, rows: Sequence[Row], num_loops: int, title: str) -> None:
+    """Draw answers into a file that passes `check`; its ending says the kind of picture."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch, Rectangle
+
+    lines, left_out = _lines(rows)
+    width = COLUMNS * CHARACTER + 0.4
+    top = 1.0  # inches, for title and legend
+    height = len(lines) * LINE + top + 0.2
+    figure = Figure(figsize=(width, height), dpi=110)
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.axis("off")
+    # From pale to strong, all pale enough for black letters: the more loops, the stronger.
+    shades = matplotlib.colormaps["YlOrRd"]
+    colour = {n: shades(0.05 + 0.5 * (n - 1) / max(num_loops - 1, 1)) for n in range(num_loops + 1)}
+    words = {"family": "DejaVu Sans Mono", "size": 10, "va": "center", "parse_math": False}
+    for i, line in enumerate(lines):
+        y = top + (i + 0.5) * LINE
+        if isinstance(line, str):
+            axes.text(0.2, y, line, weight="bold", **words)
+            continue
+        for column, piece, loops in line:
+            x, length = 0.2 + column * CHARACTER, _width(piece) * CHARACTER
+            box = (x, y - 0.44 * LINE), length, 0.88 * LINE
+            axes.add_patch(Rectangle(*box, fc=colour[loops], ec="white", lw=0.8))
+            axes.text(x, y, piece, **words)
+    counts = collections.Counter(n for row in rows for n in row.exit_loops)
+    total = max(counts.total(), 1)
+    axes.legend(
+        [Patch(fc=colour[n], ec="grey") for n in range(1, num_loops + 1)],
+        [
+            f"{n} loop{'s' * (n > 1)}: {counts[n] / total:.0%} of {total:,} tokens"
+            for n in range(1, num_loops + 1)
+        ],
+        loc="upper left",
+        bbox_to_anchor=(0.1 / width, 1 - 0.3 / height),
+        ncols=min(num_loops, 3),
+        frameon=False,
+    )
+    axes.text(0.2, 0.2, title + (f"; {left_out}" if left_out else ""), va="center", size=11)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for the character
+        figure.savefig(path)
+
+
+def _lines(rows: Sequence[Row]) -> tuple[list[str | list[tuple[int, str, int]]], str]:
+    """Titles, and lines of (column, piece, loops); what was left out, in words."""
+    lines: list[str | list[tuple[int, str, int]]] = []
+    for shown, row in enumerate(rows):
+        block: list[str | list[tuple[int, str, int]]] = [
+            textwrap.shorten(row.title, COLUMNS, placeholder=" …") or "(empty prompt)", []
+        ]  # fmt: skip
+        column = 0
+        for piece, loops in zip(row.pieces, row.exit_loops, strict=True):
+            piece = piece.translate(SHOWN) or "·"
+            piece = piece if len(piece) <= COLUMNS else piece[: COLUMNS - 1] + "…"
+            if column + _width(piece) > COLUMNS:
+                block.append([])
+                column = 0
+            block[-1].append((column, piece, loops))
+            column += _width(piece)
+        if lines and len(lines) + len(block) > MAX_LINES:
+            return lines, f"the first {shown} of {len(rows)} answers"
+        lines += [*block[:MAX_LINES], ""]
+        if len(block) > MAX_LINES:
+            return lines, f"the beginning of answer 1 of {len(rows)}"
+    return lines, ""
+
+
+def _width(piece: str) -> int:
+    """Columns: Chinese characters and the like take two."""
+    return len(piece) + sum(unicodedata.east_asian_width(c) in "WF" for c in piece)

@@ -1,0 +1,163 @@
+"""What a person sees of decoding: what is about to happen, how far it is, how it went."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from recursive_jax import metrics
+from recursive_jax.decoding.engine import Engine
+from recursive_jax.decoding.session import Stats
+from recursive_jax.decoding.timing import Times
+
+
+class Progress:
+    """A bar on standard error: prompts done, tokens per second, time left.
+
+    How far a request is: its tokens over its limit; one that ends before its limit jumps.
+    """
+
+    def __init__(self, limits: Mapping[int, int]):
+        """limits: `max_new_tokens` of every request."""
+        from tqdm import tqdm
+
+        self._limits, self._counts = limits, dict.fromkeys(limits, 0)
+        self._share = 0.0  # requests done, parts of them too
+        self._tokens, self._start, self._shown = 0, time.perf_counter(), 0.0
+        self._bar = tqdm(
+            total=len(limits),
+            disable=jax.process_index() != 0,
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} prompts [{elapsed}{postfix}]",
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._bar.close()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    def add(self, request: int, count: int, over: bool) -> None:
+        """A request now has `count` tokens."""
+        before = self._counts[request] / self._limits[request]
+        self._tokens += count - self._counts[request]
+        self._counts[request] = count
+        self._share += (1.0 if over else count / self._limits[request]) - before
+        if over:
+            self._bar.update()
+        if self.seconds - self._shown > 0.2 or self._share == len(self._limits):
+            self._refresh()
+
+    def _refresh(self) -> None:
+        self._shown = self.seconds
+        seconds, total = self.seconds, len(self._limits)
+        words = f"{self._tokens / seconds:,.1f} tok/s"
+        if self._share:
+            left = seconds * max(total - self._share, 0.0) / self._share
+            words += f", {metrics.clock(left)} left"
+        self._bar.set_postfix_str(words, refresh=False)
+        self._bar.refresh()
+
+
+def summary(
+    engine: Engine,
+    stats: Stats,
+    *,
+    prompts: int,
+    errors: int,
+    tokens: int,
+    seconds: float,
+    lossless: bool = False,
+    times: Times | None = None,
+) -> dict[str, Any]:
+    """A run in numbers, for --stats.
+
+    Args:
+      tokens: of the answers. `stats` also counts stop tokens, and what was decoded behind a stop
+        string before anybody knew.
+      times: adds the bound, and lossless the gain over full depth as these times predict it.
+    """
+    record = {
+        "prompts": prompts,
+        "errors": errors,
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+    }
+    record |= {f"engine_{k}" if k == "tokens" else k: v for k, v in stats.to_json().items()}
+    if lossless:
+        # a draft is right when its token needed no more than the loops before it
+        accepted = sum(n for loops, n in stats.exit_loops.items() if loops < engine.num_loops)
+        record |= {
+            "drafted": stats.drafted,
+            "accepted": accepted,
+            "agreement": accepted / max(stats.drafted, 1),
+            "ticks_per_token": stats.ticks_per_token,
+        }
+    if times is not None and stats.tokens:
+        bound = times.bound(engine.num_slots, stats.mean_loops)
+        record |= {
+            "times": times.to_json(),
+            "bound_tokens_per_second": bound,
+            "share_of_bound": stats.tokens / seconds / bound,
+        }
+        if lossless:
+            record["gain_over_full_depth"] = times.lossless_gain(
+                engine.num_slots,
+                engine.num_loops,
+                stats.ticks_per_token,
+                stats.head_rows / stats.ticks,
+            )
+    return record
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """`summary` for people."""
+    rows = [("prompts", f"{record['prompts']:,}")]
+    if record["errors"]:
+        rows.append(("errors", f"{record['errors']:,}"))
+    rows += [
+        ("tokens", f"{record['tokens']:,}"),
+        ("seconds", f"{record['seconds']:,.1f}"),
+        ("tokens/s", f"{record['tokens_per_second']:,.1f}"),
+        ("ticks", f"{record['ticks']:,}"),
+        ("mean loops per token", f"{record['mean_loops']:.2f}"),
+    ]
+    total = max(record["engine_tokens"], 1)
+    for loops, count in record["exit_loops"].items():
+        share = count / total
+        bar = "█" * round(20 * share)
+        rows.append((f"  {loops} loop{'s' * (loops != '1')}", f"{share:4.0%}  {bar}".rstrip()))
+    rows.append(("lane occupancy", f"{record['occupancy']:.0%}"))
+    if "drafted" in record:
+        rows += [
+            ("drafts accepted", f"{record['accepted']:,} of {record['drafted']:,}"),
+            ("agreement", f"{record['agreement']:.0%}"),
+            ("ticks per token", f"{record['ticks_per_token']:.2f}"),
+            ("lanes dropped", f"{record['dropped']:,}"),
+        ]
+    if "gain_over_full_depth" in record:
+        rows.append(("gain over full depth", f"{record['gain_over_full_depth']:.2f}× (predicted)"))
+    if "times" in record:
+        rows += [
+            ("tick alone", f"{1e3 * record['times']['tick']:.3g} ms"),
+            ("bound", f"{record['bound_tokens_per_second']:,.1f} tok/s"),
+            ("share of the bound", f"{record['share_of_bound']:.0%}"),
+        ]
+    return metrics.table(rows)
+
+
+def write(path: str | pathlib.Path, record: Mapping[str, Any]) -> None:
+    """JSON, by process 0."""
+    if jax.process_index() == 0:
+        path = pathlib.Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
