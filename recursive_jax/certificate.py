@@ -80,13 +80,13 @@ def full_rank_identity(source: Source, recipe, windows: text.Windows) -> dict[st
     layers = source.cfg.depth // loops
     depths = [loop * layers + layer for loop in range(loops) for layer in sorted({0, layers - 1})]
     cfg, block = source.layers(depths)
-    outer, tokens = on_device(source.outer_params()), windows.tokens[:1]
+    outer, tokens = jax.tree.map(on_device, source.outer_params()), windows.tokens[:1]
     want = next(hidden_states(Decoder(cfg), outer | jax.tree.map(jnp.asarray, block), tokens))
     tied = dict(recipe, lora="svd", lora_ranks="full")
     tied["norms"] = "folded" if recipe["norms"] == "folded" else "per_loop"
-    recursive, cfg = tying.tie(names.flat(block | outer), cfg, **tied)
+    recursive, cfg = tying.tie(names.flat(block | outer), cfg, place=on_device, **tied)
+    recursive = outer | {"block": recursive["block"]}  # one embedding serves both
     del block
-    recursive = outer | {"block": on_device(recursive["block"])}  # one embedding serves both
     got = next(hidden_states(Decoder(cfg), recursive, tokens))
     del recursive
     score, error, scale = _head(Decoder(cfg)), 0.0, 0.0
@@ -112,7 +112,7 @@ class Reference:
         self._mask = windows.scored[:, 1:]
         shape = (int(self._mask.sum()), source.cfg.vocab_size)
         self._rows = np.memmap(path, np.float32, "w+", shape=shape)
-        outer = on_device(source.outer_params())
+        outer = jax.tree.map(on_device, source.outer_params())
         hidden = layerwise_hidden_states(source, outer, windows.tokens)
         for start, rows, _ in self._scan(Decoder(source.cfg), outer, hidden):
             self._rows[start : start + len(rows)] = rows
@@ -190,7 +190,7 @@ def layerwise_hidden_states(
     hidden = [embed(row[None]) for row in inputs]
     for depth in trange(source.cfg.depth, desc="source on the text", unit="layer"):
         cfg, block = source.layers([depth])
-        params = outer | on_device(block)
+        params = outer | jax.tree.map(on_device, block)
         hidden = [_layer(Decoder(cfg))(params, x, positions) for x in hidden]
         jax.block_until_ready(hidden)
         del block, params
@@ -218,14 +218,6 @@ def _head(model: Decoder):
     return lambda params, hidden: jitted(head_params(params), hidden)
 
 
-def on_device(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Params as float32 arrays of the device; takes the host's out of `params` one by one.
-
-    So a model is never in memory twice.
-    """
-    out = {}
-    for name in list(params):
-        value = params.pop(name)
-        out[name] = on_device(value) if isinstance(value, dict) else jnp.asarray(value, jnp.float32)
-        del value
-    return out
+def on_device(leaf: Any) -> jax.Array:
+    """In float32, where it is going to be used; the host's array can go when this returns."""
+    return jax.block_until_ready(jnp.asarray(leaf, jnp.float32))

@@ -80,9 +80,9 @@ def convert(
             reference = certify.Reference(rows, source, windows)
         energy: dict[str, float] = {}
         params, cfg = tie_with_progress(source, recipe, energy)
-        params = certify.on_device(params)
         certificate = {
             "source": str(source.path),
+            "family": cfg.family,
             "recipe": dict(recipe),
             "tensors_consumed": len(source.params),
             "parameters": certify.sizes(source.cfg, cfg),
@@ -130,7 +130,13 @@ def tie_with_progress(source: Source, recipe, energy: dict[str, float]):
             bar.set_postfix_str(f"{name} keeps {kept:.1%}")
             bar.update()
 
-        return tying.tie(source.params, source.cfg, on_projection=on_projection, **recipe)
+        return tying.tie(
+            source.params,
+            source.cfg,
+            on_projection=on_projection,
+            place=certify.on_device,
+            **recipe,
+        )
 
 
 def print_certificate(certificate: Mapping[str, Any], out) -> None:
@@ -166,9 +172,13 @@ def print_certificate(certificate: Mapping[str, Any], out) -> None:
             metrics.say("expected: a converted model has to be uptrained before it is of use")
     for warning in certificate["warnings"]:
         metrics.say(f"warning: {warning}")
+    family = certificate["family"]
+    config = (
+        "gemma" if family.startswith("gemma") else "pythia" if family == "gpt_neox" else "llama"
+    )
     metrics.say(
         f"wrote {out} ({certificate['seconds']:.0f} s); next: python -m recursive_jax.train "
-        f"--config=configs/llama_rrt.py --workdir=DIR --config.init_from={out} "
+        f"--config=configs/{config}_rrt.py --workdir=DIR --config.init_from={out} "
         f"--config.source={certificate['source']}"
     )
 

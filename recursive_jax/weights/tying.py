@@ -45,6 +45,7 @@ def tie(
     norm_start: str | None = None,
     seed: int = 0,
     on_projection: Callable[[str, float], None] | None = None,
+    place: Callable[[Any], Any] = lambda leaf: _float32(leaf),
 ) -> tuple[dict[str, Any], DecoderConfig]:
     """Fold a vanilla model into a block that runs `num_loops` times.
 
@@ -77,9 +78,11 @@ def tie(
       on_projection: called after each projection with its name and the share of the squared
         residual ‖W - shared‖² that the LoRAs keep, over all layers and loops (under 'split' the
         residual is that of the mean). Not called by 'random'.
+      place: puts a finished leaf where it is wanted, in float32, such as on a device: so the result
+        is never in memory twice. By default they are numpy arrays.
 
     Returns:
-      Nested params of float32 numpy arrays, and their config.
+      Nested params of float32 arrays, and their config.
 
     Raises:
       ValueError: an impossible loop count, rank or combination; leaves missing, misshapen or
@@ -88,13 +91,13 @@ def tie(
     recipe = _recipe(cfg, num_loops, method, lora, lora_ranks, norms, rounding, norm_start)
     if recipe.method == "random":
         fresh = jax.jit(init_params, static_argnums=0)(recipe.cfg, jax.random.key(seed))
-        return jax.tree.map(lambda x: np.asarray(x, np.float32), fresh), recipe.cfg
+        return jax.tree.map(place, fresh), recipe.cfg
 
     source = _Source(params, cfg)
     out, vectors, stacks = {}, {}, []
     for path in source.shapes:
         if not path.startswith("block/"):
-            out[path] = source(path)
+            out[path] = place(source.stored(path))
         elif path.endswith("/w"):
             stacks.append(path)
         else:
@@ -108,16 +111,16 @@ def tie(
 
     for path in stacks:
         prefix, name = path[:-1], path.split("/")[-2]
-        stack, fold = source.stored(path), folds.get(name, _NO_FOLD)
+        stack, fold = np.asarray(source.stored(path)), folds.get(name, _NO_FOLD)
         if fold.bias is not None:
             through = [fold.bias[d] @ _float32(stack[d]) for d in range(cfg.depth)]
             vectors[prefix + "b"] = vectors[prefix + "b"] + np.stack(through)
         leaves, kept = _tie_projection(name, stack, fold.scale, recipe, seed)
         del stack
-        out |= {prefix + leaf: value for leaf, value in leaves.items()}
+        out |= {prefix + leaf: place(leaves.pop(leaf)) for leaf in list(leaves)}
         if on_projection:
             on_projection(name, kept)
-    out |= {path: _tie_vector(path, table, recipe) for path, table in vectors.items()}
+    out |= {path: place(_tie_vector(path, table, recipe)) for path, table in vectors.items()}
     return names.nested(out), recipe.cfg
 
 
@@ -417,9 +420,9 @@ class _Source:
                 f"missing {missing}, left over {unexpected}"
             )
 
-    def stored(self, path: str) -> np.ndarray:
-        """A leaf in the dtype it is stored in."""
-        leaf = np.asarray(self._leaves[path])
+    def stored(self, path: str) -> Any:
+        """A leaf as it is stored."""
+        leaf = self._leaves[path]
         if leaf.shape != self.shapes[path]:
             raise ValueError(
                 f"parameter {path} has shape {leaf.shape}; its config asks for {self.shapes[path]}"

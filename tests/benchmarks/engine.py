@@ -1,0 +1,322 @@
+"""The depth-wise engine against its own bound, the sequence-wise baseline, and torch.
+
+    python tests/benchmarks/engine.py PART --model=DIR
+
+bound: engine / bound, and depth-wise / sequence-wise; arrivals: time to first token under Poisson
+arrivals; torch: full depth against transformers' generate; memory: what executables and process
+need; lora: LoRA per tick, Gemma-2B-shaped layers; growth: slots, context and loops.
+
+DIR is a Hugging Face directory (SmolLM2-135M in docs/results). Every row of output is JSON for
+docs/results.jsonl; what is compared takes turns in one run, and medians are compared. Speeds do not
+depend on which tokens come out, so answers have a fixed length and exits are recorded ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import re
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from recursive_jax.decoding import timing
+from recursive_jax.decoding.early_exit import Recorded
+from recursive_jax.decoding.engine import Engine
+from recursive_jax.decoding.requests import Request
+from recursive_jax.decoding.session import Session
+from recursive_jax.models import zoo
+from recursive_jax.models.decoder import Decoder, init_params
+from recursive_jax.weights import tying
+from recursive_jax.weights.source import open_source
+
+
+def recursive(model: str, num_loops: int, rank: int):
+    """(decoder, params) of a source folded into `num_loops` loops; 1 loop: the source itself."""
+    source = open_source(model)
+    params, cfg = source.params, source.cfg
+    if num_loops > 1:
+        # a Gaussian LoRA: what it holds does not change the speed, and an SVD takes a minute
+        lora = "zero" if rank else None
+        params, cfg = tying.tie(params, cfg, num_loops, "average", lora, rank)
+    else:
+        params = source.load_params()
+    return Decoder(cfg), jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+
+
+def requests(count: int, prompt: int, new: int, vocab: int, loops=None) -> list[Request]:
+    """`loops`: recorded exits int [count, new]; None for full depth."""
+    tokens = np.random.default_rng(1).integers(0, vocab, (count, prompt))
+    exits = lambda i: () if loops is None else tuple(int(n) for n in loops[i])  # noqa: E731
+    return [Request(i, tokens[i].tolist(), new, recorded_loops=exits(i)) for i in range(count)]
+
+
+def trace(count: int, new: int, shares: list[float]) -> np.ndarray:
+    """Exits int [count, new] with these shares of tokens leaving after loop 1, 2, …"""
+    rng = np.random.default_rng(2)
+    total = count * new
+    exits = np.repeat(np.arange(1, len(shares) + 1), np.round(np.array(shares) * total).astype(int))
+    exits = np.resize(exits, total)
+    rng.shuffle(exits)
+    return exits.reshape(count, new)
+
+
+def serve(engine: Engine, todo: list[Request]):
+    """Answer all; (tokens/s, stats)."""
+    session = Session(engine)
+    for request in todo:
+        session.submit(request)
+    began, tokens = time.perf_counter(), 0
+    while not session.idle:
+        events, _ = session.round()
+        tokens += sum(len(e.tokens) for e in events)
+    seconds = time.perf_counter() - began
+    assert tokens == sum(r.max_new_tokens for r in todo)
+    return tokens / seconds, session.stats
+
+
+def make(model, params, args, loops=None, missing_kv="propagate", depthwise=True) -> Engine:
+    engine = Engine(
+        model,
+        params,
+        args.slots,
+        args.context,
+        chunk_length=args.chunk,
+        measure=None if loops is None else Recorded(),
+        missing_kv=missing_kv,
+        depthwise=depthwise,
+    )
+    engine.compile()
+    return engine
+
+
+def bound(args):
+    """Benchmarks 1 and 2: share of the bound, and depth-wise against sequence-wise."""
+    for num_loops, name, shares in (
+        (2, "full depth", None),
+        (2, "80 % leave after loop 1", [0.8, 0.2]),
+        (3, "3 loops, E[loops] 1.75", [0.5, 0.25, 0.25]),
+    ):
+        model, params = recursive(args.model, num_loops, args.rank)
+        loops = None if shares is None else trace(args.requests, args.new, shares)
+        todo = requests(args.requests, args.prompt, args.new, model.cfg.vocab_size, loops)
+        ways = {
+            "depthwise": make(model, params, args, loops),
+            "sequencewise": make(model, params, args, loops, depthwise=False),
+        }
+        if loops is not None:
+            ways["complete"] = make(model, params, args, loops, missing_kv="complete")
+        # tokens of a batch start together, so each takes as long as the slowest of them
+        waves = None if loops is None else loops.reshape(-1, args.slots, args.new).max(axis=1)
+        mean = num_loops if loops is None else float(loops.mean())
+        slowest = num_loops if loops is None else float(waves.mean())
+        rates, bounds = {w: [] for w in ways}, {w: [] for w in ways}
+        for _ in range(args.rounds):
+            for way, engine in ways.items():
+                times = timing.measure(engine)
+                rate, stats = serve(engine, todo)
+                rates[way].append(rate)
+                bounds[way].append(times.bound(args.slots, slowest if way[0] == "s" else mean))
+        rate = {w: statistics.median(r) for w, r in rates.items()}
+        limit = {w: statistics.median(b) for w, b in bounds.items()}
+        shares_of = [r / b for r, b in zip(rates["depthwise"], bounds["depthwise"], strict=True)]
+        ratio = rate["depthwise"] / rate["sequencewise"]
+        predicted = limit["depthwise"] / limit["sequencewise"]
+        row(
+            args,
+            "engine bound",
+            trace=name,
+            num_loops=num_loops,
+            mean_loops={"depthwise": mean, "sequencewise": slowest},
+            tokens_per_second={w: round(r, 1) for w, r in rate.items()},
+            bound={w: round(b, 1) for w, b in limit.items()},
+            share_of_bound=round(statistics.median(shares_of), 3),
+            depthwise_over_sequencewise=round(ratio, 3),
+            predicted=round(predicted, 3),
+            share_of_predicted=round(ratio / predicted, 3),
+            times=times.to_json(),
+        )
+
+
+def arrivals(args):
+    """Requests come one by one, below what the sequence-wise engine can take."""
+    model, params = recursive(args.model, 2, args.rank)
+    loops = trace(args.requests, args.new, [0.8, 0.2])
+    todo = requests(args.requests, args.prompt, args.new, model.cfg.vocab_size, loops)
+    ways = {w: make(model, params, args, loops, depthwise=w == "depthwise") for w in WAYS}
+    capacity = serve(ways["sequencewise"], todo)[0] / args.new  # requests per second
+    gaps = np.random.default_rng(3).exponential(1 / (args.load * capacity), args.requests)
+    due = np.cumsum(gaps) - gaps[0]
+    waits = {w: [] for w in ways}
+    for _ in range(args.rounds):
+        for way, engine in ways.items():
+            waits[way].append(first_token(engine, todo, due).mean())
+    seconds = {w: statistics.median(x) for w, x in waits.items()}
+    row(
+        args,
+        "engine arrivals",
+        load=args.load,
+        requests_per_second=round(args.load * capacity, 2),
+        seconds_to_first_token={w: round(s, 3) for w, s in seconds.items()},
+        ratio=round(seconds["depthwise"] / seconds["sequencewise"], 3),
+    )
+
+
+def first_token(engine: Engine, todo: list[Request], due: np.ndarray) -> np.ndarray:
+    """Seconds from each request's arrival to its first token."""
+    session, began, came = Session(engine), time.perf_counter(), 0
+    first = np.full(len(todo), np.nan)
+    while came < len(todo) or not session.idle:
+        while came < len(todo) and due[came] <= time.perf_counter() - began:
+            session.submit(todo[came])
+            came += 1
+        if session.idle:
+            time.sleep(max(due[came] - (time.perf_counter() - began), 0))
+            continue
+        events, _ = session.round(max_ticks=2)  # so that arrivals do not wait for long
+        for event in events:
+            if np.isnan(first[event.index]):
+                first[event.index] = time.perf_counter() - began - due[event.index]
+    return first
+
+
+def against_torch(args):
+    """Benchmark 3: the source itself, all layers, equal prompts and lengths."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model, params = recursive(args.model, 1, 0)
+    todo = requests(args.slots, args.prompt, args.new, model.cfg.vocab_size)
+    engine = make(model, params, args)
+    theirs = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    ids = torch.tensor([r.tokens for r in todo])
+    options = dict(do_sample=False, min_new_tokens=args.new, max_new_tokens=args.new)
+
+    def torch_rate():
+        began = time.perf_counter()
+        with torch.inference_mode():
+            out = theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        assert out.shape[1] == args.prompt + args.new
+        return args.slots * args.new / (time.perf_counter() - began)
+
+    rates = {"ours": [], "torch": []}
+    for _ in range(args.rounds + 1):
+        rates["ours"].append(serve(engine, todo)[0])
+        rates["torch"].append(torch_rate())
+    rate = {w: round(statistics.median(r[1:]), 1) for w, r in rates.items()}  # the first warms up
+    ratio = round(rate["ours"] / rate["torch"], 3)
+    row(args, "engine against torch", tokens_per_second=rate, ratio=ratio)
+
+
+def memory(args):
+    """Benchmark 6: what is allocated beside the weights and the cache."""
+    for num_loops in (2, 3):
+        model, params = recursive(args.model, num_loops, args.rank)
+        loops = trace(args.requests, args.new, [1 / num_loops] * num_loops)
+        todo = requests(args.requests, args.prompt, args.new, model.cfg.vocab_size, loops)
+        engine = make(model, params, args, loops)
+        serve(engine, todo)
+        weights = sum(x.nbytes for x in jax.tree.leaves(params))
+        temporaries = {n: m.temp_size_in_bytes for n, m in engine.memory().items()}
+        most = max(temporaries.values())
+        status = pathlib.Path("/proc/self/status").read_text()
+        row(
+            args,
+            "engine memory",
+            num_loops=num_loops,
+            mib={
+                "weights": weights >> 20,
+                "cache": engine.cache_bytes >> 20,
+                "temporaries": {n: round(t / 2**20, 1) for n, t in temporaries.items()},
+                "process": int(re.search(r"RssAnon:\s+(\d+)", status)[1]) >> 10,
+            },
+            over=round(most / (weights + engine.cache_bytes), 4),
+        )
+        del engine, params
+
+
+def lora(args):
+    """Benchmark 5: what the LoRAs of mixed loops add to a tick."""
+    cfg = zoo.preset("gemma_2b").replace(num_layers=2, num_loops=2, vocab_size=1024)
+    ticks: dict[int, list[float]] = {}
+    engines = {}
+    for rank in (0, 64, 512):
+        ranks = {n: min(rank, *shape) for n, shape in cfg.projections.items()} if rank else {}
+        relaxed = cfg.replace(lora_ranks=ranks)
+        params = jax.jit(init_params, static_argnums=0)(relaxed, jax.random.key(0))
+        engines[rank] = make(Decoder(relaxed), params, args)
+        ticks[rank] = []
+    for _ in range(args.rounds):
+        for rank, engine in engines.items():
+            ticks[rank].append(timing.measure(engine).tick)
+    seconds = {rank: statistics.median(t) for rank, t in ticks.items()}
+    row(
+        args,
+        "engine lora",
+        tick_ms={str(r): round(1e3 * s, 2) for r, s in seconds.items()},
+        added={str(r): round(seconds[r] / seconds[0] - 1, 3) for r in (64, 512)},
+    )
+
+
+def growth(args):
+    """A tick and the head alone as slots, context and loops grow; one at a time."""
+    base = {"slots": args.slots, "context": args.context, "num_loops": 2}
+    wanted = [base | {"slots": n} for n in (1, 2, 4, 8, 16, 32, 64)]
+    wanted += [base | {"context": n} for n in (128, 512, 1024, 2048, 4096)]
+    wanted += [base | {"num_loops": n} for n in (2, 3)]  # 30 layers: 5 is the next divisor
+    models = {n: recursive(args.model, n, args.rank) for n in (2, 3)}
+    for sizes in wanted:
+        model, params = models[sizes["num_loops"]]
+        args.slots, args.context = sizes["slots"], sizes["context"]
+        times = timing.measure(make(model, params, args))
+        depth = sizes["num_loops"]
+        row(
+            args,
+            "engine growth",
+            **sizes,
+            tick_ms=round(1e3 * times.tick, 2),
+            head_ms=round(1e3 * times.head_of(sizes["slots"]), 2),
+            full_depth_bound=round(times.bound(sizes["slots"], depth), 1),
+        )
+
+
+def row(args, result: str, **facts) -> None:
+    setting = {n: getattr(args, n) for n in ("slots", "requests", "prompt", "new", "context")}
+    facts = {"result": result, "rank": args.rank, **setting, "jax": jax.__version__} | facts
+    print(json.dumps(facts), flush=True)
+
+
+WAYS = ("depthwise", "sequencewise")
+PARTS = {
+    "bound": bound,
+    "arrivals": arrivals,
+    "torch": against_torch,
+    "memory": memory,
+    "lora": lora,
+    "growth": growth,
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--model", help="Hugging Face directory")
+    parser.add_argument("--slots", type=int, default=16)
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=16, help="tokens")
+    parser.add_argument("--new", type=int, default=64, help="tokens of every answer")
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--chunk", type=int, default=16)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--load", type=float, default=0.7, help="share of the capacity")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    PARTS[args.part](args)
+
+
+if __name__ == "__main__":
+    main()
