@@ -32,6 +32,7 @@ from recursive_jax.decoding.state import (
     Slots,
 )
 from recursive_jax.decoding.tick import Ticks
+from recursive_jax.models import paged
 from recursive_jax.models.decoder import Decoder
 from recursive_jax.models.kv_cache import KVCache
 
@@ -136,8 +137,10 @@ class Engine:
                 f"num_slots={num_slots}; expected a multiple of the {shards} devices that share "
                 "the batch"
             )
+        self._no_kernel = self._kernel_refusal()
         self._ticks = Ticks(
-            model=model.clone(data_shards=1),  # it sees one shard's lanes
+            # it sees one shard's lanes
+            model=model.clone(data_shards=1, paged=self._no_kernel is None),
             num_slots=num_slots // shards,
             context_length=context_length,
             chunk_length=self.chunk_length,
@@ -169,6 +172,13 @@ class Engine:
     def can_exit(self) -> bool:
         """Whether a token may start before its predecessor has run all loops."""
         return self._ticks.can_exit
+
+    @property
+    def attention(self) -> str:
+        """How lanes attend, and why."""
+        if self._no_kernel is None:
+            return "ragged paged attention kernel"
+        return f"XLA ({self._no_kernel})"
 
     @property
     def cache_bytes(self) -> int:
@@ -325,6 +335,14 @@ class Engine:
         found, count = jax.device_get((found, count))
         # a shard that stopped earlier had nothing left to do
         return [self._read(found, i) for i in range(count.max())]
+
+    def _kernel_refusal(self) -> str | None:
+        """Why lanes do not attend through the TPU's kernel; None: they do."""
+        if self._placement.platform != "tpu":
+            return "the ragged paged attention kernel is for TPUs"
+        model, shards = self.model, self._placement.head_shards
+        reason = paged.refusal(model.cfg, model.dtype, self.context_length, shards)
+        return reason and f"ragged paged attention: {reason}"
 
     def _change(self, slot: int, token: int, position: int, waiting: bool) -> None:
         self._changes.reset[slot] = True

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from recursive_jax.decoding.state import Changes, Chunks, Settings, State
@@ -25,6 +26,8 @@ class Placement:
 
     Attributes:
       shards: how many parts the slots are in.
+      described: the mesh is of devices that are not here (`jax.experimental.topologies`): arrays
+        are shapes only, and programs can be compiled but not run.
 
     Raises:
       ValueError: the rules split weights over an axis that slots are spread over.
@@ -42,6 +45,7 @@ class Placement:
                     f"({name}); an engine keeps whole weights on every shard of its slots: use "
                     "data and tensor"
                 )
+        self.described = mesh is not None and mesh.devices.flat[0] not in jax.devices()
         self.shards = math.prod(mesh.shape[a] for a in self._slot_axes) if mesh else 1
         # What the model may say about its activations within a shard.
         self._rules = [
@@ -72,9 +76,25 @@ class Placement:
         return spread
 
     @property
-    def cache(self) -> NamedSharding | None:
-        """Of `KVCache.rows`: slots apart, and kv heads as the rules say."""
-        return self._sharding(None, None, self._slot_axes, None, self._kv_axes)
+    def platform(self) -> str:
+        """'cpu', 'gpu' or 'tpu'."""
+        return jax.default_backend() if self._mesh is None else self._mesh.devices.flat[0].platform
+
+    @property
+    def head_shards(self) -> int:
+        """Devices that attention heads are split over."""
+        axes = dict(self._rules).get("heads") or ()
+        return math.prod(self._mesh.shape[a] for a in axes)
+
+    @property
+    def cache(self) -> Format | None:
+        """Of `KVCache.rows`: slots apart, and kv heads as the rules say.
+
+        Row by row, as ticks write it and attention kernels read it: TPUs would rather keep it in
+        another order between calls, and copy all of it at the beginning and the end of each.
+        """
+        where = self._sharding(None, None, self._slot_axes, None, self._kv_axes, None, None)
+        return where and Format(Layout(major_to_minor=tuple(range(7))), where)
 
     @property
     def slots(self) -> NamedSharding | None:
@@ -88,15 +108,32 @@ class Placement:
 
     def put(self, tree: State | Settings | Changes | Chunks | None):
         """Host arrays that begin with an axis of slots (or of shards) -> their devices."""
-        return jax.device_put(tree, self.slots)
+        return self._put(tree, self.slots)
 
     def everywhere(self, *values):
         """Host values that all devices need."""
-        return values if self._mesh is None else jax.device_put(values, self._sharding())
+        return values if self._mesh is None else self._put(values, self._sharding())
 
-    def context(self) -> contextlib.AbstractContextManager:
-        """While a program for this mesh is traced."""
-        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+    def make(self, function: Callable, sharding: NamedSharding | Format | None):
+        """What `function()` returns, made where it belongs."""
+        if not self.described:
+            return jax.jit(function, out_shardings=sharding)()
+        return self._put(jax.eval_shape(function), sharding)
+
+    def compile(self, jitted, *arguments):
+        """An executable of a jitted function for these devices."""
+        with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
+            if not self.described:
+                return jitted.lower(*arguments).compile()
+            lowered = jitted.trace(*arguments).lower(lowering_platforms=(self.platform,))
+            return lowered.compile()
+
+    def _put(self, tree, sharding):
+        if not self.described:
+            return jax.device_put(tree, sharding)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
 
     def _sharding(self, *spec) -> NamedSharding | None:
         return None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec(*spec))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
+from recursive_jax.models import paged
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.kv_cache import KVCache
 from recursive_jax.models.layers import Linear, Norm
@@ -61,12 +62,13 @@ class Attention(nn.Module):
     """`x [B, T, D] -> [B, T, D]`, and the cache with this layer's rows written.
 
     The last rows of x and loop may be `context.missing`: they have keys and values but no queries,
-    and are not in the result.
+    and are not in the result. `paged`: lanes attend through the kernel of `models.paged`.
     """
 
     cfg: DecoderConfig
     dtype: jnp.dtype = jnp.float32
     data_shards: int = 1
+    paged: bool = False
 
     @nn.compact
     def __call__(
@@ -94,16 +96,21 @@ class Attention(nn.Module):
         q, k = rotate(q, cos[:batch], sin[:batch]), rotate(k, cos, sin)
 
         positions = context.positions[:batch]
-        if cache is None:
-            key_positions = positions
-        else:
+        if cache is not None:
             cache = cache.write(k, v, row_loop, tables.index, context.slots, context.positions)
-            k, v = cache.read(loop, tables.index, context.slots[:batch])
-            key_positions = jnp.arange(cache.length, dtype=jnp.int32)[None]
-        window = None if tables.window is None else tables.window[loop]
-        mask = attention_mask(positions, key_positions, context.segment_ids, window)
-        with jax.named_scope("attend"):
-            y = attend(q, k, v, mask, cfg.attention_scale, cfg.attn_softcap)
+        if self.paged and cache is not None and length == 1 and jnp.ndim(loop):
+            with jax.named_scope("attend"):
+                rows = loop, tables.index, context.slots[:batch], positions[:, 0]
+                y = paged.attend(cfg, q[:, 0], cache, *rows)[:, None]
+        else:
+            key_positions = positions
+            if cache is not None:
+                k, v = cache.read(loop, tables.index, context.slots[:batch])
+                key_positions = jnp.arange(cache.length, dtype=jnp.int32)[None]
+            window = None if tables.window is None else tables.window[loop]
+            mask = attention_mask(positions, key_positions, context.segment_ids, window)
+            with jax.named_scope("attend"):
+                y = attend(q, k, v, mask, cfg.attention_scale, cfg.attn_softcap)
         y = nn.with_logical_constraint(y.reshape(batch, length, -1), ("batch", "seq", "heads"))
         return self._linear("o", ("heads", "embed"), cfg.o_bias, 0.02 * (2 * cfg.depth) ** -0.5)(
             y, loop

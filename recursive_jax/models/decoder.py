@@ -45,6 +45,7 @@ class Layer(nn.Module):
     cfg: DecoderConfig
     dtype: jnp.dtype = jnp.float32
     data_shards: int = 1
+    paged: bool = False
 
     @nn.compact
     def __call__(self, carry, loop, context: Context, tables: LayerTables):
@@ -59,7 +60,7 @@ class Layer(nn.Module):
             if cfg.post_norms
             else y
         )
-        attention = Attention(cfg, self.dtype, self.data_shards, name="attention")
+        attention = Attention(cfg, self.dtype, self.data_shards, self.paged, name="attention")
         mlp = Mlp(cfg, self.dtype, self.data_shards, name="mlp")
 
         with jax.named_scope("attention"):
@@ -86,6 +87,7 @@ class Decoder(nn.Module):
       remat_policy: one of `REMAT_CHOICES`.
       data_shards: devices the batch is spread over (only LoRA's cheapest form depends on it).
       unroll_layers: how many layers of the scan are unrolled; trades compile time for speed.
+      paged: lanes attend through the TPU's kernel (`models.paged`), which must not refuse `cfg`.
     """
 
     cfg: DecoderConfig
@@ -93,6 +95,7 @@ class Decoder(nn.Module):
     remat_policy: str = "none"
     data_shards: int = 1
     unroll_layers: int = 1
+    paged: bool = False
 
     def setup(self):
         cfg = self.cfg
@@ -120,7 +123,7 @@ class Decoder(nn.Module):
             length=cfg.num_layers,
             unroll=self.unroll_layers,
             metadata_params={nn.PARTITION_NAME: "layer"},
-        )(cfg, self.dtype, self.data_shards)
+        )(cfg, self.dtype, self.data_shards, self.paged)
 
     def __call__(
         self,

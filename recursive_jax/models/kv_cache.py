@@ -49,7 +49,16 @@ class KVCache:
     def read(self, loop, layer, slots) -> tuple[jax.Array, jax.Array]:
         """All rows of the given slots `[B]` at `loop` (scalar or `[B]`): k, v `[B, S, K, H]`."""
         loop, slots = jnp.broadcast_arrays(loop, slots)
-        rows = self.rows[loop, layer, slots]  # [B, S, K, 2, H]
+
+        def gathered(rows):
+            return rows[loop, layer, slots]  # [B, S, K, 2, H]
+
+        def sliced(rows):  # a TPU's gather of pieces this large goes through all of the cache
+            at = [(loop[i], layer, slots[i], 0, 0, 0, 0) for i in range(slots.shape[0])]
+            sizes = (1, 1, 1, *rows.shape[3:])
+            return jnp.concatenate([jax.lax.dynamic_slice(rows, i, sizes)[0, 0] for i in at])
+
+        rows = jax.lax.platform_dependent(self.rows, tpu=sliced, default=gathered)
         return rows[..., 0, :], rows[..., 1, :]
 
     def copy_deeper(self, loops, slots, positions) -> KVCache:
