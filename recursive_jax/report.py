@@ -134,8 +134,8 @@ def table(record: Mapping[str, Any]) -> str:
     total = max(record["engine_tokens"], 1)
     for loops, count in record["exit_loops"].items():
         share = count / total
-        bar = "█" * round(20 * share)
-        rows.append((f"  {loops} loop{'s' * (loops != '1')}", f"{share:4.0%}  {bar}".rstrip()))
+        bar = ("█" * round(20 * share)).ljust(20, "░")
+        rows.append((f"  {loops} loop{'s' * (loops != '1')}", f"{share:.0%} {bar}"))
     rows.append(("lane occupancy", f"{record['occupancy']:.0%}"))
     if "drafted" in record:
         rows += [

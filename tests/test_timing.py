@@ -1,0 +1,50 @@
+"""Times of the parts of a tick, and the bounds made of them."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from recursive_jax.decoding import timing
+from recursive_jax.decoding.early_exit import Static
+from recursive_jax.decoding.engine import Engine
+from recursive_jax.decoding.requests import Request
+from recursive_jax.decoding.session import generate
+from recursive_jax.models.config import DecoderConfig
+from recursive_jax.models.decoder import Decoder, abstract_params
+
+CFG = DecoderConfig(
+    family="llama", vocab_size=61, embed_dim=32, mlp_dim=48, num_heads=4, num_kv_heads=2,
+    head_dim=8, num_layers=2, num_loops=2, norms="per_loop", lora_ranks=dict(q=3, down=2),
+    tied_head=False, max_length=32,
+)  # fmt: skip
+
+
+def test_bounds_by_hand():
+    """Four slots at E = 2: 2 ticks of 10 ms, each with a head of 2 rows, 3 ms; embedding 1 ms."""
+    times = timing.Times(0.010, 0.008, 0.001, ((1, 0.002), (4, 0.005), (8, 0.007)))
+    assert times.head_of(2) == pytest.approx(0.003)
+    assert times.bound(4, 2.0) == pytest.approx(4 / 0.027)
+    # full depth 3 · 8 + 5 ms a token, here 1.5 ticks of 10 + 6 ms
+    assert times.lossless_gain(4, 3, 1.5, 6.0) == pytest.approx(29 / 24)
+    assert times.to_json()["head"] == {"1": 0.002, "4": 0.005, "8": 0.007}
+
+
+def test_an_engine_is_as_before_when_it_was_measured(monkeypatch):
+    monkeypatch.setattr(timing, "SECONDS", 0.002)
+    rng = np.random.default_rng(0)
+    draw = lambda leaf: (rng.normal(size=leaf.shape) * 0.4).astype(np.float32)  # noqa: E731
+    params = jax.device_put(jax.tree.map(draw, abstract_params(CFG)))
+    engine = Engine(Decoder(CFG), params, 3, 32, measure=Static(1), chunk_length=4)
+    requests = [Request(i, (i + 1, 5), 6) for i in range(4)]
+    answer = functools.partial(lambda: [e.tokens for e in generate(engine, requests)])
+    before, caches = answer(), []
+    start = timing._time_block
+    monkeypatch.setattr(timing, "_time_block", lambda *a: caches.append(engine._cache) or start(*a))
+    times = timing.measure(engine)
+    assert caches == [None, None], "the engine's own cache is used, for six lanes and for three"
+    assert 0 < times.embed and 0 < times.tick and 0 < times.tick_of_slots
+    assert [rows for rows, _ in times.head] == [1, 3, 6] and all(t > 0 for _, t in times.head)
+    assert times.bound(3, 1.5) > 0
+    assert answer() == before
