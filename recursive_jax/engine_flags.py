@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
+import jax
 from absl import flags
 
 from recursive_jax import sharding
@@ -192,10 +193,13 @@ def describe(engine: Engine, options: flags.FlagValues, exits: Exits) -> dict[st
         "prompt chunk": f"{engine.chunk_length} tokens",
         "cache": f"{engine.cache_bytes / 2**20:,.0f} MiB",
     }
+    if jax.default_backend() == "tpu":
+        words["attention"] = engine.attention
     measure = exits.measure
     if measure is None:
         bounded = "where a request's max_loops says" if engine.can_exit else "none"
-        words["exits"] = f"{bounded} ({engine.num_loops} loops)"
+        loops = f"{engine.num_loops} loop" + "s" * (engine.num_loops > 1)
+        words["exits"] = f"{bounded} ({loops})"
     else:
         name = f"static:{measure.loops}" if isinstance(measure, Static) else measure.name
         words["exits"] = f"{name} of {engine.num_loops} loops"

@@ -262,6 +262,8 @@ def run(options: flags.FlagValues) -> None:
     if answers is not None:
         answers.close()
     measured = bool(options.stats) and mesh.size == 1
+    if options.stats and not measured:
+        note("the bound is measured on one device only, so the statistics lack it")
     if measured:
         note("measuring the parts of a tick alone …")
     record = job.summary(options.lossless, measured)

@@ -106,13 +106,14 @@ def _lines(rows: Sequence[Row]) -> tuple[list[str | list[tuple[int, str, int]]],
         ]  # fmt: skip
         column = 0
         for piece, loops in zip(row.pieces, row.exit_loops, strict=True):
+            ends_line = "\n" in piece
             piece = piece.translate(SHOWN) or "·"
             piece = piece if len(piece) <= COLUMNS else piece[: COLUMNS - 1] + "…"
             if column + _width(piece) > COLUMNS:
                 block.append([])
                 column = 0
             block[-1].append((column, piece, loops))
-            column += _width(piece)
+            column = COLUMNS if ends_line else column + _width(piece)
         if lines and len(lines) + len(block) > MAX_LINES:
             return lines, f"the first {shown} of {len(rows)} answers"
         lines += [*block[:MAX_LINES], ""]

@@ -35,6 +35,8 @@ def test_long_answers_are_wrapped_and_many_left_out():
     boxes = [box for line in lines if not isinstance(line, str) for box in line]
     assert len(boxes) == 50
     assert all(column + len(piece) <= heatmap.COLUMNS for column, piece, _ in boxes)
+    lines, rest = heatmap._lines([heatmap.Row("t", ["a\n", "b", "c"], [1, 2, 1])])
+    assert lines[1:] == [[(0, "a↵", 1)], [(0, "b", 2), (1, "c", 1)], ""]
     lines, rest = heatmap._lines([heatmap.Row("t", ["a\n"], [1])] * 300)
     assert len(lines) <= heatmap.MAX_LINES and rest == "the first 80 of 300 answers"
     assert lines[1] == [(0, "a↵", 1)]

@@ -77,7 +77,8 @@ def measure(engine: Engine) -> Times:
 
     The engine forgets its requests: its cache is used, since two might not fit into memory.
     """
-    model, params, slots = engine.model, engine.params, engine.num_slots
+    model = engine._ticks.model  # with the attention that its ticks use
+    params, slots = engine.params, engine.num_slots
     cache, engine._cache = engine._cache, None
     try:
         ticks = {}
