@@ -157,6 +157,9 @@ class Writer:
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )
+        # zstd takes a copy of an array and most of the time to save the twelfth part of its size
+        self._context = ocp.Context()
+        self._context.array.saving.use_compression = False
         self._pending = None
 
     def save(
@@ -176,9 +179,10 @@ class Writer:
         progress = json.loads(json.dumps(dict(progress or {})))  # a copy: the caller's goes on
         sums = checksums(arrays) | {"progress": _json_checksum(progress)}
         metadata = {"checksums": sums, "progress": progress}
-        self._pending = self._manager.save_checkpointables_async(
-            step, arrays, force=True, overwrite=True, custom_metadata=metadata
-        )
+        with self._context:
+            self._pending = self._manager.save_checkpointables_async(
+                step, arrays, force=True, overwrite=True, custom_metadata=metadata
+            )
         if wait:
             self.wait()
 
