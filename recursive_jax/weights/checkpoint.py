@@ -157,7 +157,7 @@ class Writer:
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )
-        # zstd takes a copy of an array and most of the time to save the twelfth part of its size
+        # zstd would hold a copy of an array while it shortens float32 weights by a twelfth
         self._context = ocp.Context()
         self._context.array.saving.use_compression = False
         self._pending = None
