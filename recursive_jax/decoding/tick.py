@@ -2,7 +2,7 @@
 
 A tick is one pass of the block over all lanes, each at its own loop (paper §2.4), and at most one
 chunk of one prompt. The cache is carried from tick to tick and never enters a branch; the
-vocabulary head runs in one, on the few lanes that may bring a token.
+vocabulary head runs in one (`exits`), on the few lanes that may bring a token.
 
 A token runs in a lane of its slot. After some loop its *successor* is known (early exit, or the
 last loop), and starts in the next tick whose gate is open. Where keys and values of deeper loops
@@ -25,8 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from recursive_jax.decoding.early_exit import Look, Measure
-from recursive_jax.decoding.sampling import History, sample
+from recursive_jax.decoding.early_exit import Measure
+from recursive_jax.decoding.exits import Exits
+from recursive_jax.decoding.layout import Layout
 from recursive_jax.decoding.state import (
     NO_TOKEN,
     Changes,
@@ -34,16 +35,13 @@ from recursive_jax.decoding.state import (
     Exited,
     Found,
     Lanes,
-    Seen,
     Settings,
     Slots,
     State,
 )
 from recursive_jax.models.attention import Missing
-from recursive_jax.models.decoder import Decoder, head_params
+from recursive_jax.models.decoder import Decoder
 from recursive_jax.models.kv_cache import KVCache
-
-SMALL = 8  # rows of the head: fewer cost the same, reading its weights is what takes time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +88,13 @@ class Ticks:
         """Tokens and prompts start at ticks that are a multiple of it."""
         return self.num_loops if self.depthwise and not self.can_exit else 1
 
-    @property
-    def _reads_logits(self) -> bool:
-        return self.measure is not None and self.measure.needs_logits
+    @functools.cached_property
+    def _layout(self) -> Layout:
+        return Layout(self.num_slots, self.lanes_per_slot)
+
+    @functools.cached_property
+    def _exits(self) -> Exits:
+        return Exits(self.model, self._layout, self.measure, self.can_exit, self.lossless)
 
     # Empty state, on the host.
 
@@ -101,7 +103,7 @@ class Ticks:
         num_lanes = num_slots * self.lanes_per_slot
         dim, dtype = self.model.cfg.embed_dim, self.model.dtype
         ints = lambda n, fill=0: np.full(n, fill, np.int32)  # noqa: E731
-        guesses = self.num_loops if self._reads_logits else 0
+        guesses = self.num_loops if self._exits.reads_logits else 0
         return State(
             lanes=Lanes(
                 x=np.zeros((num_lanes, dim), dtype),
@@ -166,7 +168,7 @@ class Ticks:
     def _change(self, state: State, changes: Changes) -> State:
         reset = changes.reset
         exited = jnp.where(reset, self.num_loops, state.exited.loops)
-        idle = jnp.where(self._of_lanes(reset), self.num_loops, state.lanes.loop)
+        idle = jnp.where(self._layout.of_lanes(reset), self.num_loops, state.lanes.loop)
         return state.replace(
             lanes=state.lanes.replace(loop=idle),
             slots=jax.tree.map(lambda n, o: jnp.where(reset, n, o), changes.slots, state.slots),
@@ -179,46 +181,49 @@ class Ticks:
         state = self._start(params, state, gate_tick)
         lanes, slots = state.lanes, state.slots
         active = lanes.loop < self.num_loops
-        newest = active & (lanes.position == self._of_lanes(slots.position))
+        newest = active & (lanes.position == self._layout.of_lanes(slots.position))
         x, cache = self._pass(params, cache, state, active)
-        look = self._what_to_see(settings, lanes, x)
-        seen, leaves, looked = self._look(params, settings, look, state.text, lanes, active, newest)
-        guesses = self._remember(lanes, seen, looked)
+        look = self._exits.what_to_see(settings, lanes, x)
+        seen, leaves, looked = self._exits.look(
+            params, settings, look, state.text, lanes, active, newest
+        )
+        guesses = self._exits.remember(lanes, seen, looked)
 
         loops = look.loops
         following = lanes.position + 1  # where the successor stands
-        stops = jnp.any(seen.token[:, None] == self._of_lanes(settings.stop), axis=1)
-        ends = stops | (following >= self._of_lanes(settings.last))
+        stops = jnp.any(seen.token[:, None] == self._layout.of_lanes(settings.stop), axis=1)
+        ends = stops | (following >= self._layout.of_lanes(settings.last))
         commits = active & (loops == self.num_loops) if self.lossless else leaves
         over = commits & (ends | jnp.isnan(seen.logprob))
         corrects = commits & ~over & (lanes.successor != seen.token)
         # Nothing starts from a drafted token that would end the answer: if it is right, it does.
         slots = self._hand_on(slots, leaves & ~commits & ~ends, seen.token, following)
         slots = self._hand_on(slots, corrects, seen.token, following)
-        ended = self._any(over)
+        ended = self._layout.any(over)
         slots = slots.replace(waiting=slots.waiting & ~ended)
 
         # Lanes started from a wrong token; only lossless decoding has lanes beyond a commit.
-        wrong = jnp.where(self._any(corrects), self._pick(corrects, following), jnp.int32(2**30))
-        dropped = active & (lanes.position >= self._of_lanes(wrong))
-        goes_on = active & ~dropped & ~self._of_lanes(ended) & (~leaves | self.completes)
+        wrong = self._layout.pick(corrects, following)
+        wrong = jnp.where(self._layout.any(corrects), wrong, jnp.int32(2**30))
+        dropped = active & (lanes.position >= self._layout.of_lanes(wrong))
+        goes_on = active & ~dropped & ~self._layout.of_lanes(ended) & (~leaves | self.completes)
         cache, exited = self._left_early(cache, state.exited, lanes, x, leaves & ~over, loops)
         exit_loops = jnp.where(lanes.successor == seen.token, lanes.exit_loops, loops)
-        if not self.can_exit and self._reads_logits:  # the oracle's answer
+        if not self.can_exit and self._exits.reads_logits:  # the oracle's answer
             exit_loops = 1 + jnp.argmax(guesses == seen.guess[:, None], axis=1).astype(jnp.int32)
-        committed, ran = self._any(commits), self._any(newest)
+        committed, ran = self._layout.any(commits), self._layout.any(newest)
         now = Found(
-            token=jnp.where(committed, self._pick(commits, seen.token), NO_TOKEN),
-            logprob=self._pick(commits, seen.logprob),
-            exit_loops=self._pick(commits, exit_loops),
-            newest=jnp.where(ran, self._pick(newest, lanes.loop), -1),
+            token=jnp.where(committed, self._layout.pick(commits, seen.token), NO_TOKEN),
+            logprob=self._layout.pick(commits, seen.logprob),
+            exit_loops=self._layout.pick(commits, exit_loops),
+            newest=jnp.where(ran, self._layout.pick(newest, lanes.loop), -1),
             exited=ran & slots.waiting,
             finished=ended,
-            tainted=self._any(active & ~jnp.all(jnp.isfinite(x), axis=1)),
-            busy=self._count(active),
-            head_rows=self._count(looked),
-            drafted=self._count(commits & (lanes.successor != NO_TOKEN)),
-            dropped=self._count(dropped),
+            tainted=self._layout.any(active & ~jnp.all(jnp.isfinite(x), axis=1)),
+            busy=self._layout.count(active),
+            head_rows=self._layout.count(looked),
+            drafted=self._layout.count(commits & (lanes.successor != NO_TOKEN)),
+            dropped=self._layout.count(dropped),
         )
         written = jnp.where(leaves | commits, following, self.context_length)
         state = state.replace(
@@ -232,7 +237,7 @@ class Ticks:
             ),
             slots=slots,
             exited=exited,
-            text=state.text.at[self._slot_of, written].set(seen.token, mode="drop"),
+            text=state.text.at[self._layout.slot_of, written].set(seen.token, mode="drop"),
         )
         if chunk is not None:
             cache, state = self._chunk(params, cache, state, chunk)
@@ -247,14 +252,15 @@ class Ticks:
         gate = gate_tick
         if not self.depthwise:
             midway = (lanes.loop > 0) & (lanes.loop < self.num_loops)
-            gate &= ~jnp.any(midway & (lanes.position == self._of_lanes(slots.position)))
+            gate &= ~jnp.any(midway & (lanes.position == self._layout.of_lanes(slots.position)))
         starting = slots.waiting & gate
         embedded = self._apply(params, slots.token[:, None], method="embed")[:, 0]
-        position = self._of_lanes(slots.position)
-        here = self._of_lanes(starting) & (position % self.lanes_per_slot == self._lane_of_slot)
+        position = self._layout.of_lanes(slots.position)
+        here = self._layout.lane_of_slot == position % self.lanes_per_slot
+        here &= self._layout.of_lanes(starting)
         return state.replace(
             lanes=Lanes(
-                x=jnp.where(here[:, None], self._of_lanes(embedded), lanes.x),
+                x=jnp.where(here[:, None], self._layout.of_lanes(embedded), lanes.x),
                 loop=jnp.where(here, 0, lanes.loop),
                 position=jnp.where(here, position, lanes.position),
                 successor=jnp.where(here, NO_TOKEN, lanes.successor),
@@ -268,7 +274,8 @@ class Ticks:
         """The block over all lanes, and the keys and values that exited tokens lack."""
         lanes, exited, missing = state.lanes, state.exited, None
         # Idle lanes write beyond the cache, each elsewhere: scatters assume unique rows.
-        positions = jnp.where(active, lanes.position, self.context_length + self._lane_of_slot)
+        beyond = self.context_length + self._layout.lane_of_slot
+        positions = jnp.where(active, lanes.position, beyond)
         if self.can_exit and self.missing_kv == "propagate":
             deeper = jnp.arange(1, self.num_loops, dtype=jnp.int32)
             lacks = deeper[:, None] >= exited.loops[None]  # [L - 1, S]
@@ -286,85 +293,11 @@ class Ticks:
             jnp.minimum(lanes.loop, self.num_loops - 1),
             positions[:, None],
             cache=cache,
-            slots=self._slot_of,
+            slots=self._layout.slot_of,
             missing=missing,
             method="run_loop",
         )
         return x[:, 0], cache
-
-    def _what_to_see(self, settings, lanes: Lanes, x) -> Look:
-        recorded = jnp.zeros_like(lanes.loop)
-        if settings.recorded.shape[1]:
-            recorded = settings.recorded[self._slot_of, lanes.position]
-        return Look(lanes.loop + 1, lanes.x, x, recorded, guesses=lanes.guesses)
-
-    def _look(self, params, settings, look: Look, text, lanes: Lanes, active, newest):
-        """Who leaves, and what follows.
-
-        Returns:
-          seen; bool [B] whose successor is now known; bool [B] the lanes that ran the head.
-        """
-        fresh = newest & (lanes.successor == NO_TOKEN)
-        least, most = self._of_lanes(settings.min_loops), self._of_lanes(settings.max_loops)
-        if not self.lossless:  # prompt tokens run all loops, the last one too
-            in_prompt = lanes.position + 1 == self._of_lanes(settings.first)
-            least, most = (jnp.where(in_prompt, self.num_loops, n) for n in (least, most))
-        leaves = fresh & (look.loops >= most)
-        may = fresh & ~leaves & (look.loops >= least)
-        threshold = settings.thresholds[self._slot_of, jnp.minimum(lanes.loop, self.num_loops - 1)]
-        if self._reads_logits:
-            first_look = least - int(self.measure.needs_previous)
-            looked = leaves | (fresh & (look.loops >= first_look))
-        else:
-            if self.can_exit:
-                leaves |= may & (self.measure.score(look) > threshold)
-            looked = leaves
-        if self.lossless:
-            looked |= active & (look.loops == self.num_loops)
-        seen = self._head(params, settings, look, text, lanes.position + 1, looked)
-        if self._reads_logits:
-            leaves |= may & (seen.score > threshold)
-        return seen, leaves, looked
-
-    def _head(self, params, settings, look: Look, text, following, looked) -> Seen:
-        """Vocabulary head, sampling and measure on the lanes to look at, compacted.
-
-        Only here is there a branch, by the number of rows: the cache is not in it.
-        """
-        num_lanes = looked.shape[0]
-        capacity = min(num_lanes, self.num_slots * (2 if self.lossless else 1))
-        order = jnp.argsort(~looked, stable=True)[:capacity]
-
-        def rows(size, order):
-            at = order[:size]
-            spread = lambda values: jnp.zeros(num_lanes, values.dtype).at[at].set(values)  # noqa: E731
-            if not size:
-                nothing = jnp.zeros(num_lanes, jnp.int32)
-                return Seen(nothing, nothing * 0.0, nothing, nothing * 0.0)
-            mine, slot = jax.tree.map(lambda a: a[at], look), self._slot_of[at]
-            logits = self.model.apply({"params": head_params(params)}, mine.after, method="unembed")
-            sampling = jax.tree.map(lambda a: a[slot], settings.sampling)
-            # spare rows must not make the others pay for noise
-            temperature = jnp.where(looked[at], sampling.temperature, 0.0)
-            sampling = sampling.replace(temperature=temperature)
-            history = History(text[slot], settings.first[slot])
-            token, logprob = sample(logits, sampling, settings.seeds[slot], following[at], history)
-            guess, score = token, logprob
-            if self._reads_logits:
-                guess = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-                score = self.measure.score(mine.replace(logits=logits))
-            return jax.tree.map(spread, Seen(token, logprob, guess, score))
-
-        sizes = sorted({0, capacity, *(n for n in (capacity // 2, capacity // 4) if n >= SMALL)})
-        branch = jnp.searchsorted(jnp.asarray(sizes), jnp.sum(looked))
-        with jax.named_scope("exit"):
-            return jax.lax.switch(branch, [functools.partial(rows, n) for n in sizes], order)
-
-    def _remember(self, lanes: Lanes, seen: Seen, looked):
-        if not self._reads_logits:
-            return lanes.guesses
-        at = looked[:, None] & (lanes.loop[:, None] == jnp.arange(self.num_loops)[None])
-        return jnp.where(at, seen.guess[:, None], lanes.guesses)
 
     def _left_early(self, cache, exited: Exited, lanes: Lanes, x, leaves, loops):
         """See to the keys and values of tokens that leave and go no further."""
@@ -372,7 +305,7 @@ class Ticks:
             return cache, exited
         if self.missing_kv == "copy":
             at = jnp.where(leaves, lanes.position, self.context_length)
-            return cache.copy_deeper(loops, self._slot_of, at), exited
+            return cache.copy_deeper(loops, self._layout.slot_of, at), exited
         left = jnp.where(leaves, loops, self.num_loops)  # a lane is a slot here
         return cache, Exited(x, left, lanes.position)
 
@@ -400,34 +333,8 @@ class Ticks:
     def _apply(self, params, *arguments, **options):
         return self.model.apply({"params": params}, *arguments, **options)
 
-    # Slots and their lanes.
-
-    @property
-    def _slot_of(self) -> jax.Array:
-        return self._of_lanes(jnp.arange(self.num_slots, dtype=jnp.int32))
-
-    @property
-    def _lane_of_slot(self) -> jax.Array:
-        return jnp.tile(jnp.arange(self.lanes_per_slot, dtype=jnp.int32), self.num_slots)
-
-    def _of_lanes(self, per_slot):
-        """[S, ...] -> [B, ...]."""
-        return jnp.repeat(per_slot, self.lanes_per_slot, axis=0)
-
-    def _any(self, mask):
-        """bool [B] -> bool [S]."""
-        return jnp.any(mask.reshape(self.num_slots, -1), axis=1)
-
-    def _count(self, mask):
-        """bool [B] -> int32 [S]."""
-        return jnp.sum(mask.reshape(self.num_slots, -1), axis=1, dtype=jnp.int32)
-
-    def _pick(self, mask, values):
-        """The value of each slot's one lane in `mask`, 0 if there is none: [B] -> [S]."""
-        picked = jnp.where(mask, values, jnp.zeros_like(values))
-        return jnp.sum(picked.reshape(self.num_slots, -1), axis=1, dtype=values.dtype)
-
     def _hand_on(self, slots: Slots, mask, token, position) -> Slots:
         """A new newest token in the slots of the lanes in `mask`."""
-        new = Slots(self._pick(mask, token), self._pick(mask, position), self._any(mask))
+        pick = self._layout.pick
+        new = Slots(pick(mask, token), pick(mask, position), self._layout.any(mask))
         return jax.tree.map(lambda n, o: jnp.where(new.waiting, n, o), new, slots)

@@ -1,0 +1,115 @@
+"""After every pass: which lanes' tokens leave, and which tokens follow them.
+
+The vocabulary head runs here, on the few lanes that may bring a token; axes as in `tick`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from recursive_jax.decoding.early_exit import Look, Measure
+from recursive_jax.decoding.layout import Layout
+from recursive_jax.decoding.sampling import History, sample
+from recursive_jax.decoding.state import NO_TOKEN, Lanes, Seen
+from recursive_jax.models.decoder import Decoder, head_params
+
+SMALL = 8  # rows of the head: fewer cost the same, reading its weights is what takes time
+
+
+@dataclasses.dataclass(frozen=True)
+class Exits:
+    """How an engine decides; the attributes are those of `tick.Ticks`."""
+
+    model: Decoder
+    layout: Layout
+    measure: Measure | None
+    can_exit: bool
+    lossless: bool
+
+    @property
+    def num_loops(self) -> int:
+        return self.model.cfg.num_loops
+
+    @property
+    def reads_logits(self) -> bool:
+        return self.measure is not None and self.measure.needs_logits
+
+    def what_to_see(self, settings, lanes: Lanes, x) -> Look:
+        recorded = jnp.zeros_like(lanes.loop)
+        if settings.recorded.shape[1]:
+            recorded = settings.recorded[self.layout.slot_of, lanes.position]
+        return Look(lanes.loop + 1, lanes.x, x, recorded, guesses=lanes.guesses)
+
+    def look(self, params, settings, look: Look, text, lanes: Lanes, active, newest):
+        """Who leaves, and what follows.
+
+        Returns:
+          seen; bool [B] whose successor is now known; bool [B] the lanes that ran the head.
+        """
+        fresh = newest & (lanes.successor == NO_TOKEN)
+        of_lanes = self.layout.of_lanes
+        least, most = of_lanes(settings.min_loops), of_lanes(settings.max_loops)
+        if not self.lossless:  # prompt tokens run all loops, the last one too
+            in_prompt = lanes.position + 1 == of_lanes(settings.first)
+            least, most = (jnp.where(in_prompt, self.num_loops, n) for n in (least, most))
+        leaves = fresh & (look.loops >= most)
+        may = fresh & ~leaves & (look.loops >= least)
+        not_after = jnp.minimum(lanes.loop, self.num_loops - 1)
+        threshold = settings.thresholds[self.layout.slot_of, not_after]
+        if self.reads_logits:
+            first_look = least - int(self.measure.needs_previous)
+            looked = leaves | (fresh & (look.loops >= first_look))
+        else:
+            if self.can_exit:
+                leaves |= may & (self.measure.score(look) > threshold)
+            looked = leaves
+        if self.lossless:
+            looked |= active & (look.loops == self.num_loops)
+        seen = self._head(params, settings, look, text, lanes.position + 1, looked)
+        if self.reads_logits:
+            leaves |= may & (seen.score > threshold)
+        return seen, leaves, looked
+
+    def _head(self, params, settings, look: Look, text, following, looked) -> Seen:
+        """Vocabulary head, sampling and measure on the lanes to look at, compacted.
+
+        Only here is there a branch, by the number of rows: the cache is not in it.
+        """
+        num_lanes = self.layout.num_lanes
+        capacity = min(num_lanes, self.layout.num_slots * (2 if self.lossless else 1))
+        order = jnp.argsort(~looked, stable=True)[:capacity]
+
+        def rows(size, order):
+            at = order[:size]
+            spread = lambda values: jnp.zeros(num_lanes, values.dtype).at[at].set(values)  # noqa: E731
+            if not size:
+                nothing = jnp.zeros(num_lanes, jnp.int32)
+                return Seen(nothing, nothing * 0.0, nothing, nothing * 0.0)
+            mine, slot = jax.tree.map(lambda a: a[at], look), self.layout.slot_of[at]
+            logits = self.model.apply({"params": head_params(params)}, mine.after, method="unembed")
+            sampling = jax.tree.map(lambda a: a[slot], settings.sampling)
+            # spare rows must not make the others pay for noise
+            temperature = jnp.where(looked[at], sampling.temperature, 0.0)
+            sampling = sampling.replace(temperature=temperature)
+            history = History(text[slot], settings.first[slot])
+            token, logprob = sample(logits, sampling, settings.seeds[slot], following[at], history)
+            guess, score = token, logprob
+            if self.reads_logits:
+                guess = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+                score = self.measure.score(mine.replace(logits=logits))
+            return jax.tree.map(spread, Seen(token, logprob, guess, score))
+
+        sizes = sorted({0, capacity, *(n for n in (capacity // 2, capacity // 4) if n >= SMALL)})
+        branch = jnp.searchsorted(jnp.asarray(sizes), jnp.sum(looked))
+        with jax.named_scope("exit"):
+            return jax.lax.switch(branch, [functools.partial(rows, n) for n in sizes], order)
+
+    def remember(self, lanes: Lanes, seen: Seen, looked):
+        if not self.reads_logits:
+            return lanes.guesses
+        at = looked[:, None] & (lanes.loop[:, None] == jnp.arange(self.num_loops)[None])
+        return jnp.where(at, seen.guess[:, None], lanes.guesses)
