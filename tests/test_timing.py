@@ -40,8 +40,8 @@ def test_an_engine_is_as_before_when_it_was_measured(monkeypatch):
     requests = [Request(i, (i + 1, 5), 6) for i in range(4)]
     answer = functools.partial(lambda: [e.tokens for e in generate(engine, requests)])
     before, caches = answer(), []
-    start = timing._time_block
-    monkeypatch.setattr(timing, "_time_block", lambda *a: caches.append(engine._cache) or start(*a))
+    start = timing._block
+    monkeypatch.setattr(timing, "_block", lambda *a: caches.append(engine._cache) or start(*a))
     times = timing.measure(engine)
     assert caches == [None, None], "the engine's own cache is used, for six lanes and for three"
     assert 0 < times.embed and 0 < times.tick and 0 < times.tick_of_slots

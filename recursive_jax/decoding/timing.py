@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -79,27 +79,34 @@ def measure(engine: Engine) -> Times:
     """
     model = engine._ticks.model  # with the attention that its ticks use
     params, slots = engine.params, engine.num_slots
-    cache, engine._cache = engine._cache, None
+    box, engine._cache = [engine._cache], None
+    rows = sorted({max(1, slots * n // 8) for n in (1, 2, 4, 8)} | {2 * slots})
+    calls: dict[Any, Callable[[int], Any]] = {"embed": _embed(model, head_params(params), slots)}
     try:
-        ticks = {}
         for lanes in sorted({engine.num_lanes, slots}):
-            ticks[lanes], cache = _time_block(model, params, cache, slots, lanes)
-        rows = sorted({max(1, slots * n // 8) for n in (1, 2, 4, 8)} | {2 * slots})
-        heads = tuple((n, _time_head(model, head_params(params), n)) for n in rows)
-        embed = _time_embed(model, head_params(params), slots)
+            calls["lanes", lanes] = _block(model, params, box, slots, lanes)
+        for n in rows:
+            calls["head", n] = _head(model, head_params(params), n)
+        seconds = _medians(calls)
     finally:
-        del cache
+        box.clear()
         engine.reset()
-    return Times(ticks[engine.num_lanes], ticks[slots], embed, heads)
+    return Times(
+        tick=seconds["lanes", engine.num_lanes],
+        tick_of_slots=seconds["lanes", slots],
+        embed=seconds["embed"],
+        head=tuple((n, seconds["head", n]) for n in rows),
+    )
 
 
-def _time_block(model, params, cache: KVCache, slots: int, lanes: int):
-    cfg = model.cfg
+def _block(model, params, box: list[KVCache], slots: int, lanes: int) -> Callable[[int], Any]:
+    """Passes of the block; the cache in `box` is donated and put back."""
+    cfg, length = model.cfg, box[0].length
     lane, per_slot = np.arange(lanes, dtype=np.int32), lanes // slots
     at = lane % per_slot
     loop = at if per_slot > 1 else lane % cfg.num_loops
     # Lanes of a slot are at different positions, as they would be.
-    positions = np.minimum(cache.length // 2 + at, cache.length - 1)
+    positions = np.minimum(length // 2 + at, length - 1)
     run_loop = functools.partial(model.apply, method="run_loop")
 
     def passes(params, cache, count, x):
@@ -114,18 +121,16 @@ def _time_block(model, params, cache: KVCache, slots: int, lanes: int):
         return cache, x
 
     x = _noise(lanes, 1, cfg.embed_dim).astype(model.dtype)
-    run = jax.jit(passes, donate_argnums=1).lower(params, cache, np.int32(1), x).compile()
-    box = [cache]
-    del cache
+    run = jax.jit(passes, donate_argnums=1).lower(params, box[0], np.int32(1), x).compile()
 
     def call(count):
         box[0], out = run(params, box[0], np.int32(count), x)
         jax.block_until_ready(out)
 
-    return _median(call), box[0]
+    return call
 
 
-def _time_head(model, params, rows: int) -> float:
+def _head(model, params, rows: int) -> Callable[[int], Any]:
     sampling = SamplingParams.stack([Sampling()] * rows)
     seeds, positions = np.zeros(rows, np.uint32), np.zeros(rows, np.int32)
 
@@ -137,10 +142,10 @@ def _time_head(model, params, rows: int) -> float:
 
         return jax.lax.fori_loop(0, count, one, x)
 
-    return _time(heads, params, _noise(rows, model.cfg.embed_dim).astype(model.dtype))
+    return _compiled(heads, params, _noise(rows, model.cfg.embed_dim).astype(model.dtype))
 
 
-def _time_embed(model, params, slots: int) -> float:
+def _embed(model, params, slots: int) -> Callable[[int], Any]:
     def embeds(params, count, tokens):
         def one(_, tokens):
             x = model.apply({"params": params}, tokens, method="embed")
@@ -149,30 +154,39 @@ def _time_embed(model, params, slots: int) -> float:
 
         return jax.lax.fori_loop(0, count, one, tokens)
 
-    return _time(embeds, params, np.arange(slots, dtype=np.int32)[:, None])
+    return _compiled(embeds, params, np.arange(slots, dtype=np.int32)[:, None])
 
 
-def _time(function: Callable, params, x) -> float:
+def _compiled(function: Callable, params, x) -> Callable[[int], Any]:
     run = jax.jit(function).lower(params, np.int32(1), x).compile()
-    return _median(lambda count: jax.block_until_ready(run(params, np.int32(count), x)))
+    return lambda count: jax.block_until_ready(run(params, np.int32(count), x))
 
 
-def _median(call: Callable[[int], Any]) -> float:
-    """Seconds of one of `count` in a row."""
+def _medians(calls: Mapping[Any, Callable[[int], Any]]) -> dict[Any, float]:
+    """Seconds of one of `count` in a row, by name.
+
+    All in turn, again and again: when the machine is busy for a while, all are.
+    """
+    counts = {name: _count(call) for name, call in calls.items()}
+    times: dict[Any, list[float]] = {name: [] for name in calls}
+    for _ in range(REPEATS):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call(counts[name])
+            times[name].append((time.perf_counter() - start) / counts[name])
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def _count(call: Callable[[int], Any]) -> int:
+    """So many in a row that they take `SECONDS`."""
     call(1)
     count = 1
     while True:
         start = time.perf_counter()
         call(count)
         if (seconds := time.perf_counter() - start) > SECONDS:
-            break
+            return count
         count = max(2 * count, min(int(count * SECONDS / seconds), 100 * count))
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        call(count)
-        times.append((time.perf_counter() - start) / count)
-    return statistics.median(times)
 
 
 def _unit(x):
