@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from recursive_jax.decoding import admission
 from recursive_jax.decoding.early_exit import Measure, Recorded
 from recursive_jax.decoding.placement import Placement
 from recursive_jax.decoding.requests import Request, Sampling
@@ -129,7 +130,7 @@ class Engine:
         self.model, self.params, self.num_slots = model, params, num_slots
         self.context_length, self.chunk_length = context_length, min(chunk_length, context_length)
         self.num_stop, self.measure, self.depthwise = num_stop, measure, depthwise
-        self._thresholds = self._threshold_row(thresholds)
+        self._thresholds = admission.threshold_row(measure, thresholds, self.num_loops)
         self._placement = Placement(mesh, rules)
         shards = self._placement.shards
         if num_slots % shards:
@@ -212,41 +213,7 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raises ValueError unless this engine can answer the request."""
-        request.check_fits(self.context_length)
-        if len(request.stop) > self.num_stop:
-            raise ValueError(
-                f"request {request.id!r} has {len(request.stop)} stop ids; this engine was made "
-                f"for {self.num_stop}"
-            )
-        outside = [t for t in request.tokens if not 0 <= t < self.model.cfg.vocab_size]
-        if outside:
-            raise ValueError(
-                f"request {request.id!r} has token {outside[0]}; expected 0 … "
-                f"{self.model.cfg.vocab_size - 1}"
-            )
-        for name in ("min_loops", "max_loops"):
-            if (getattr(request, name) or 1) > self.num_loops:
-                raise ValueError(
-                    f"request {request.id!r} has {name}={getattr(request, name)}; the model has "
-                    f"{self.num_loops} loops"
-                )
-        leaves = (request.max_loops or self.num_loops) < self.num_loops
-        if (leaves or request.exit_threshold is not None) and not self.can_exit:
-            raise ValueError(
-                f"request {request.id!r} asks for early exits, this engine runs all loops; make "
-                "it with an exit measure"
-            )
-        if request.exit_threshold is not None:
-            self.measure.check_threshold(request.exit_threshold)
-        if isinstance(self.measure, Recorded):
-            loops = request.recorded_loops
-            if len(loops) != request.max_new_tokens or not all(
-                1 <= n <= self.num_loops for n in loops
-            ):
-                raise ValueError(
-                    f"request {request.id!r} has {len(loops)} recorded_loops; expected one in "
-                    f"1 … {self.num_loops} for each of {request.max_new_tokens} new tokens"
-                )
+        admission.check(request, self)
 
     def admit(self, slot: int, request: Request) -> None:
         """Put a request that passes `check` into a free slot.
@@ -373,24 +340,6 @@ class Engine:
     def _new_cache(self) -> KVCache:
         model = self.model
         return KVCache.zeros(model.cfg, self.num_slots, self.context_length, model.dtype)
-
-    def _threshold_row(self, thresholds) -> np.ndarray:
-        """f32 [L], the last entry unused."""
-        row = np.zeros(self.num_loops, np.float32)
-        if thresholds is None:
-            thresholds = self.measure.default_threshold if self.measure else 0.0
-        elif self.measure is None:
-            raise ValueError("exit thresholds without an exit measure; name one")
-        per_loop = np.atleast_1d(np.asarray(thresholds, np.float64)).tolist()
-        if len(per_loop) not in (1, self.num_loops - 1):
-            raise ValueError(
-                f"{len(per_loop)} exit thresholds; expected one, or one after each of the first "
-                f"{self.num_loops - 1} loops"
-            )
-        for value in per_loop if self.measure else ():
-            self.measure.check_threshold(value)
-        row[:-1] = per_loop
-        return row
 
     def _no_settings(self) -> Settings:
         num_slots, loops = self.num_slots, self.num_loops
