@@ -1,0 +1,72 @@
+"""What an engine must know before it starts: whether a request and thresholds suit it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from recursive_jax.decoding.early_exit import Measure, Recorded
+from recursive_jax.decoding.requests import Request
+
+if TYPE_CHECKING:
+    from recursive_jax.decoding.engine import Engine
+
+
+def check(request: Request, engine: Engine) -> None:
+    """Raises ValueError unless the engine can answer the request."""
+    num_loops, vocab_size = engine.num_loops, engine.model.cfg.vocab_size
+    request.check_fits(engine.context_length)
+    if len(request.stop) > engine.num_stop:
+        raise ValueError(
+            f"request {request.id!r} has {len(request.stop)} stop ids; this engine was made "
+            f"for {engine.num_stop}"
+        )
+    outside = [t for t in request.tokens if not 0 <= t < vocab_size]
+    if outside:
+        raise ValueError(
+            f"request {request.id!r} has token {outside[0]}; expected 0 … {vocab_size - 1}"
+        )
+    for name in ("min_loops", "max_loops"):
+        if (getattr(request, name) or 1) > num_loops:
+            raise ValueError(
+                f"request {request.id!r} has {name}={getattr(request, name)}; the model has "
+                f"{num_loops} loops"
+            )
+    leaves = (request.max_loops or num_loops) < num_loops
+    if (leaves or request.exit_threshold is not None) and not engine.can_exit:
+        raise ValueError(
+            f"request {request.id!r} asks for early exits, this engine runs all loops; make "
+            "it with an exit measure"
+        )
+    if request.exit_threshold is not None:
+        engine.measure.check_threshold(request.exit_threshold)
+    if isinstance(engine.measure, Recorded):
+        loops = request.recorded_loops
+        if len(loops) != request.max_new_tokens or not all(1 <= n <= num_loops for n in loops):
+            raise ValueError(
+                f"request {request.id!r} has {len(loops)} recorded_loops; expected one in "
+                f"1 … {num_loops} for each of {request.max_new_tokens} new tokens"
+            )
+
+
+def threshold_row(
+    measure: Measure | None, thresholds: Sequence[float] | float | None, num_loops: int
+) -> np.ndarray:
+    """Thresholds as `Engine` takes them -> f32 `[L]`, the last entry unused; ValueError if bad."""
+    row = np.zeros(num_loops, np.float32)
+    if thresholds is None:
+        thresholds = measure.default_threshold if measure else 0.0
+    elif measure is None:
+        raise ValueError("exit thresholds without an exit measure; name one")
+    per_loop = np.atleast_1d(np.asarray(thresholds, np.float64)).tolist()
+    if len(per_loop) not in (1, num_loops - 1):
+        raise ValueError(
+            f"{len(per_loop)} exit thresholds; expected one, or one after each of the first "
+            f"{num_loops - 1} loops"
+        )
+    for value in per_loop if measure else ():
+        measure.check_threshold(value)
+    row[:-1] = per_loop
+    return row
