@@ -41,10 +41,18 @@ def test_an_engine_is_as_before_when_it_was_measured(monkeypatch):
     answer = functools.partial(lambda: [e.tokens for e in generate(engine, requests)])
     before, caches = answer(), []
     start = timing._block
-    monkeypatch.setattr(timing, "_block", lambda *a: caches.append(engine._cache) or start(*a))
+    monkeypatch.setattr(
+        timing, "_block", lambda *a, **k: caches.append(engine._cache) or start(*a, **k)
+    )
     times = timing.measure(engine)
-    assert caches == [None, None], "the engine's own cache is used, for six lanes and for three"
-    assert 0 < times.embed and 0 < times.tick and 0 < times.tick_of_slots
+    assert caches == [None] * 3, "the engine's own cache is used: six lanes, three, a chunk"
+    assert (
+        0 < times.chunk
+        and times.fill == 0
+        and 0 < times.embed
+        and 0 < times.tick
+        and 0 < times.tick_of_slots
+    )
     assert [rows for rows, _ in times.head] == [1, 3, 6] and all(t > 0 for _, t in times.head)
     assert times.bound(3, 1.5) > 0
     assert answer() == before

@@ -10,7 +10,6 @@ tokens leave:
 from __future__ import annotations
 
 import dataclasses
-import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +22,8 @@ import numpy as np
 from recursive_jax.decoding.engine import Engine
 from recursive_jax.decoding.requests import Sampling
 from recursive_jax.decoding.sampling import SamplingParams, sample
-from recursive_jax.models.decoder import head_params
+from recursive_jax.models.attention import Missing
+from recursive_jax.models.decoder import Decoder, head_params
 from recursive_jax.models.kv_cache import KVCache
 
 REPEATS = 7  # medians of so many
@@ -39,12 +39,17 @@ class Times:
       tick_of_slots: the same with one lane per slot, which is `tick` unless tokens complete.
       embed: embedding one token of every slot.
       head: final norm, vocabulary head and greedy choice, by rows; ascending.
+      chunk: a whole chunk of a prompt through one loop.
+      fill: what the keys and values that exited tokens lack add to a tick; 0 unless they are
+        propagated.
     """
 
     tick: float
     tick_of_slots: float
     embed: float
     head: tuple[tuple[int, float], ...]
+    chunk: float = 0.0
+    fill: float = 0.0
 
     def head_of(self, rows: float) -> float:
         """Linear between the measured numbers of rows."""
@@ -80,11 +85,17 @@ def measure(engine: Engine) -> Times:
     model = engine._ticks.model  # with the attention that its ticks use
     params, slots = engine.params, engine.num_slots
     box, engine._cache = [engine._cache], None
+    propagates = engine.can_exit and engine._ticks.missing_kv == "propagate"
     rows = sorted({max(1, slots * n // 8) for n in (1, 2, 4, 8)} | {2 * slots})
     calls: dict[Any, Callable[[int], Any]] = {"embed": _embed(model, head_params(params), slots)}
     try:
         for lanes in sorted({engine.num_lanes, slots}):
-            calls["lanes", lanes] = _block(model, params, box, slots, lanes)
+            calls["lanes", lanes] = _block(model, params, box, **_lanes(model.cfg, slots, lanes))
+        if propagates:
+            missing = _missing(model, slots)
+            filled = _lanes(model.cfg, slots, slots) | {"missing": missing}
+            calls["filled"] = _block(model, params, box, **filled)
+        calls["chunk"] = _block(model, params, box, **_chunk(engine.chunk_length))
         for n in rows:
             calls["head", n] = _head(model, head_params(params), n)
         seconds = _medians(calls)
@@ -96,35 +107,64 @@ def measure(engine: Engine) -> Times:
         tick_of_slots=seconds["lanes", slots],
         embed=seconds["embed"],
         head=tuple((n, seconds["head", n]) for n in rows),
+        chunk=seconds["chunk"],
+        fill=max(seconds["filled"] - seconds["lanes", slots], 0.0) if propagates else 0.0,
     )
 
 
-def _block(model, params, box: list[KVCache], slots: int, lanes: int) -> Callable[[int], Any]:
-    """Passes of the block; the cache in `box` is donated and put back."""
-    cfg, length = model.cfg, box[0].length
+def _lanes(cfg, slots: int, lanes: int) -> dict[str, Any]:
+    """Lanes at mixed loops; those of a slot are at different positions, as they would be."""
     lane, per_slot = np.arange(lanes, dtype=np.int32), lanes // slots
     at = lane % per_slot
-    loop = at if per_slot > 1 else lane % cfg.num_loops
-    # Lanes of a slot are at different positions, as they would be.
-    positions = np.minimum(length // 2 + at, length - 1)
-    run_loop = functools.partial(model.apply, method="run_loop")
+    return {
+        "loop": at if per_slot > 1 else lane % cfg.num_loops,
+        "positions": at[:, None] + 1,
+        "slots": lane // per_slot,
+    }
 
-    def passes(params, cache, count, x):
+
+def _missing(model: Decoder, slots: int) -> Missing:
+    deeper = np.arange(1, model.cfg.num_loops, dtype=np.int32)
+    rows = len(deeper) * slots
+    return Missing(
+        x=_noise(rows, 1, model.cfg.embed_dim).astype(model.dtype),
+        loop=np.repeat(deeper, slots),
+        positions=np.zeros((rows, 1), np.int32),
+        slots=np.tile(np.arange(slots, dtype=np.int32), len(deeper)),
+    )
+
+
+def _chunk(length: int) -> dict[str, Any]:
+    positions = np.arange(length, dtype=np.int32)[None]
+    return {"loop": np.int32(0), "positions": positions, "slots": np.zeros(1, np.int32)}
+
+
+def _block(model, params, box: list[KVCache], positions, missing=None, **where):
+    """Passes of the block; the cache in `box` is donated and put back."""
+    positions = np.minimum(positions, box[0].length - 1)
+
+    def passes(params, cache, count, x, missing):
         def one(_, carry):
             x, cache = carry
-            x, cache = run_loop(
-                {"params": params}, x, loop, positions[:, None], cache=cache, slots=lane // per_slot
+            x, cache = model.apply(
+                {"params": params},
+                x,
+                positions=positions,
+                cache=cache,
+                missing=missing,
+                **where,
+                method="run_loop",
             )
             return _unit(x), cache
 
         x, cache = jax.lax.fori_loop(0, count, one, (x, cache))
         return cache, x
 
-    x = _noise(lanes, 1, cfg.embed_dim).astype(model.dtype)
-    run = jax.jit(passes, donate_argnums=1).lower(params, box[0], np.int32(1), x).compile()
+    x = _noise(*positions.shape, model.cfg.embed_dim).astype(model.dtype)
+    run = jax.jit(passes, donate_argnums=1).lower(params, box[0], np.int32(1), x, missing).compile()
 
     def call(count):
-        box[0], out = run(params, box[0], np.int32(count), x)
+        box[0], out = run(params, box[0], np.int32(count), x, missing)
         jax.block_until_ready(out)
 
     return call

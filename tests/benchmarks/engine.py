@@ -4,7 +4,8 @@
 
 bound: engine / bound, and depth-wise / sequence-wise; arrivals: time to first token under Poisson
 arrivals; torch: full depth against transformers' generate; memory: what executables and process
-need; lora: LoRA per tick, Gemma-2B-shaped layers; growth: slots, context and loops.
+need; lora: LoRA per tick, Gemma-2B-shaped layers; growth: slots, context and loops; lossless:
+against full depth, --checkpoint=CKPT for one of ours, else --model made to agree (see `agreeing`).
 
 DIR is a Hugging Face directory (SmolLM2-135M in docs/results). Every row of output is JSON for
 docs/results.jsonl; what is compared takes turns in one run, and medians are compared. Speeds do not
@@ -14,6 +15,7 @@ depend on which tokens come out, so answers have a fixed length and exits are re
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import re
@@ -24,14 +26,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from recursive_jax.decoding import timing
-from recursive_jax.decoding.early_exit import Recorded
+from recursive_jax.decoding import simulation, timing
+from recursive_jax.decoding.early_exit import Recorded, Static
 from recursive_jax.decoding.engine import Engine
-from recursive_jax.decoding.requests import Request
+from recursive_jax.decoding.requests import Request, Sampling
+from recursive_jax.decoding.scheduler import Scheduler
 from recursive_jax.decoding.session import Session
 from recursive_jax.models import zoo
 from recursive_jax.models.decoder import Decoder, init_params
-from recursive_jax.weights import tying
+from recursive_jax.weights import checkpoint, tying
 from recursive_jax.weights.source import open_source
 
 
@@ -62,7 +65,9 @@ def trace(count: int, new: int, shares: list[float]) -> np.ndarray:
     exits = np.repeat(np.arange(1, len(shares) + 1), np.round(np.array(shares) * total).astype(int))
     exits = np.resize(exits, total)
     rng.shuffle(exits)
-    return exits.reshape(count, new)
+    exits = exits.reshape(count, new)
+    exits[:, 0] = len(shares)  # the last prompt token runs all loops
+    return exits
 
 
 def serve(engine: Engine, todo: list[Request]):
@@ -79,16 +84,15 @@ def serve(engine: Engine, todo: list[Request]):
     return tokens / seconds, session.stats
 
 
-def make(model, params, args, loops=None, missing_kv="propagate", depthwise=True) -> Engine:
+def make(model, params, args, loops=None, missing_kv="propagate", **options) -> Engine:
+    """`loops`: recorded exits; without them no token leaves early, unless `options` say so."""
+    if loops is not None:
+        options["measure"] = Recorded()
+    if options.get("lossless"):
+        missing_kv = "complete"
+    sizes = (args.slots, args.context)
     engine = Engine(
-        model,
-        params,
-        args.slots,
-        args.context,
-        chunk_length=args.chunk,
-        measure=None if loops is None else Recorded(),
-        missing_kv=missing_kv,
-        depthwise=depthwise,
+        model, params, *sizes, chunk_length=args.chunk, missing_kv=missing_kv, **options
     )
     engine.compile()
     return engine
@@ -114,13 +118,13 @@ def bound(args):
         waves = None if loops is None else loops.reshape(-1, args.slots, args.new).max(axis=1)
         mean = num_loops if loops is None else float(loops.mean())
         slowest = num_loops if loops is None else float(waves.mean())
-        rates, bounds = {w: [] for w in ways}, {w: [] for w in ways}
+        rates, bounds, last = {w: [] for w in ways}, {w: [] for w in ways}, {}
         for _ in range(args.rounds):
             for way, engine in ways.items():
-                times = timing.measure(engine)
-                rate, stats = serve(engine, todo)
-                rates[way].append(rate)
-                bounds[way].append(times.bound(args.slots, slowest if way[0] == "s" else mean))
+                last[way] = timing.measure(engine)
+                rates[way].append(serve(engine, todo)[0])
+                loops_of = slowest if way == "sequencewise" else mean
+                bounds[way].append(last[way].bound(args.slots, loops_of))
         rate = {w: statistics.median(r) for w, r in rates.items()}
         limit = {w: statistics.median(b) for w, b in bounds.items()}
         shares_of = [r / b for r, b in zip(rates["depthwise"], bounds["depthwise"], strict=True)]
@@ -138,8 +142,30 @@ def bound(args):
             depthwise_over_sequencewise=round(ratio, 3),
             predicted=round(predicted, 3),
             share_of_predicted=round(ratio / predicted, 3),
-            times=times.to_json(),
+            simulated=simulate(args, model.cfg.num_loops, loops, last["depthwise"]),
+            times=last["depthwise"].to_json(),
         )
+
+
+def simulate(args, num_loops: int, loops, times) -> dict[str, float]:
+    """Tokens/s of the same trace by the paper's simulation, and with all that it leaves out."""
+    exits = np.full((args.requests, args.new), num_loops) if loops is None else loops
+    recordings = [simulation.Recording(row.tolist(), args.prompt - 1) for row in exits]
+    whole = simulation.TickTime(
+        block=times.tick + times.fill,
+        chunk=times.chunk,
+        embed=lambda rows: times.embed * rows / args.slots,
+        head=lambda rows: times.head_of(rows) if rows else 0.0,
+    )
+    out = {}
+    for name, tick_time in (
+        ("block_alone", simulation.TickTime(block=times.tick)),
+        ("embedding_head_kv_and_prompts_too", whole),
+    ):
+        scheduler = Scheduler(args.slots, num_loops, args.chunk, can_exit=loops is not None)
+        ticks = simulation.replay(scheduler, recordings, tick_time)
+        out[name] = round(simulation.Totals.of(ticks, tick_time).throughput, 1)
+    return out
 
 
 def arrivals(args):
@@ -284,6 +310,94 @@ def growth(args):
         )
 
 
+def lossless(args):
+    """Benchmark 4: drafts from loop 1, verified by the last, against full depth."""
+    if args.checkpoint:
+        params, cfg = checkpoint.load_params(args.checkpoint)
+        cases = [(Decoder(cfg), params, args.checkpoint)]
+    else:
+        cases = [(*agreeing(args.model, n, 0.8), args.model) for n in (2, 3)]
+    for model, params, name in cases:
+        for slots in (1, 4, 16):
+            args.slots = slots
+            todo = sampled(4 * slots, args, model.cfg.vocab_size)
+            exact = make(model, params, args)
+            drafting = make(model, params, args, measure=Static(1), lossless=True)
+            serve(exact, todo[:slots]), serve(drafting, todo[:slots])  # warm up
+            gains, shares = [], []
+            for _ in range(args.rounds):
+                full, _ = serve(exact, todo)
+                rate, stats = serve(drafting, todo)
+                head_rows = stats.head_rows / stats.ticks
+                times = timing.measure(drafting)
+                predicted = times.lossless_gain(
+                    slots, model.cfg.num_loops, stats.ticks_per_token, head_rows
+                )
+                gains.append(rate / full)
+                shares.append(rate / full / predicted)
+            row(
+                args,
+                "engine lossless",
+                source=pathlib.Path(name).name,
+                num_loops=model.cfg.num_loops,
+                agreement=round(sum_below(stats) / max(stats.drafted, 1), 3),
+                ticks_per_token=round(stats.ticks_per_token, 3),
+                tokens_per_second={"lossless": round(rate, 1), "full": round(full, 1)},
+                gain=round(statistics.median(gains), 3),
+                share_of_predicted=round(statistics.median(shares), 3),
+            )
+
+
+def sampled(count: int, args, vocab: int) -> list[Request]:
+    """At temperature 1, as greedy answers of such models repeat themselves."""
+    return [
+        dataclasses.replace(r, sampling=Sampling(temperature=1.0, seed=i))
+        for i, r in enumerate(requests(count, args.prompt, args.new, vocab))
+    ]
+
+
+def sum_below(stats) -> int:
+    return sum(n for loops, n in stats.exit_loops.items() if loops < max(stats.exit_loops))
+
+
+def agreeing(source: str, num_loops: int, wanted: float):
+    """A source folded so that this share of tokens is the same after loop 1 and after all.
+
+    What loops 2, 3, … add is scaled through their o and down projections, by full-rank LoRA:
+    the smaller the scale, the more often the loops agree. Bisected on measured agreement.
+    """
+    opened = open_source(source)
+    full = {"o": "full", "down": "full"}
+    made, cfg = tying.tie(opened.params, opened.cfg, num_loops, "average", "zero", full)
+    made = jax.tree.map(jnp.asarray, made)
+    model = Decoder(cfg)
+    settings = argparse.Namespace(slots=16, context=96, chunk=16, prompt=8, new=64)
+    todo = sampled(16, settings, cfg.vocab_size)
+
+    def scaled(scale: float):
+        params = jax.tree.map(lambda x: x, made)
+        for room, name in (("attention", "o"), ("mlp", "down")):
+            weight = made["block"][room][name]["w"]
+            a, b = (jnp.zeros_like(made["block"][room][name][f"lora_{x}"]) for x in "ab")
+            eye, delta = jnp.eye(weight.shape[2]), (scale - 1) * weight
+            # [in, R] times [R, out] with R = out: the change itself, times one
+            a, b = a.at[:, 1:].set(delta[:, None]), b.at[:, 1:].set(eye)
+            params["block"][room][name] = {"w": weight, "lora_a": a, "lora_b": b}
+        return params
+
+    engine = make(model, scaled(1.0), settings, measure=Static(1), lossless=True)
+    low, high = 0.0, 1.0
+    for _ in range(8):
+        scale = (low + high) / 2
+        engine.params = scaled(scale)
+        _, stats = serve(engine, todo)
+        share = sum_below(stats) / max(stats.drafted, 1)
+        if abs(share - wanted) < 0.01:
+            break
+        low, high = (scale, high) if share > wanted else (low, scale)
+    return model, engine.params
+
+
 def row(args, result: str, **facts) -> None:
     setting = {n: getattr(args, n) for n in ("slots", "requests", "prompt", "new", "context")}
     facts = {"result": result, "rank": args.rank, **setting, "jax": jax.__version__} | facts
@@ -298,6 +412,7 @@ PARTS = {
     "memory": memory,
     "lora": lora,
     "growth": growth,
+    "lossless": lossless,
 }
 
 
@@ -305,6 +420,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--model", help="Hugging Face directory")
+    parser.add_argument("--checkpoint", help="of ours; for lossless")
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=16, help="tokens")
