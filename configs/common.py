@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
     c.optimizer.clip_norm = 1.0
     c.optimizer.lora_lr_scale = 1.0
 
-    c.tokens = 1_000_000  # to train on; steps = tokens / (batch_size * context_length)
+    c.tokens = 1_000_000  # at least so many; a step takes batch_size * context_length
     c.seed = 0
     c.dtype = "auto"  # compute: float32 on CPU, bfloat16 on TPU and GPU
     c.remat = "dots"  # none full dots offload_dots save_all_but_merged

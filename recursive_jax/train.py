@@ -165,7 +165,7 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
         )
     rows, windows = open_text(config, begin.tokenizer, cfg.vocab_size)
     tokens_per_step = batch_size * config.data.context_length
-    num_steps = max(1, round(config.tokens / tokens_per_step))
+    num_steps = -(-config.tokens // tokens_per_step)
     schedule = loop.Schedule(
         num_steps, config.log_every, config.eval_every, config.checkpoint_every
     )
