@@ -9,8 +9,8 @@ Arguments, after a colon and separated by commas:
 
 What it reproduces (quoted from the paper, Table I.2; not measured here): Pythia 1B, 2 loops, 60B
 tokens of SlimPajama with distillation, mean accuracy over seven tasks. Tied 45.2 · rank 64 46.2 ·
-rank 512 47.0 · the source uptrained on the same tokens 48.6. Hardware there: 8 × H100. Nothing of it
-was measured here, where no Pythia weights are at hand.
+rank 512 47.0 · the source uptrained on the same tokens 48.6. Hardware there: 8 × H100. Nothing of
+it was measured here, where no Pythia weights are at hand.
 Pythia's LayerNorm biases and linear biases cannot be represented by LoRA, so they are kept per
 loop (`model.norms=per_loop`); the paper ties them.
 """
