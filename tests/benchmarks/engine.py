@@ -1,21 +1,19 @@
-"""The depth-wise engine against its own bound, the sequence-wise baseline, and torch.
+"""The depth-wise engine against its own bound and the sequence-wise baseline.
 
     python tests/benchmarks/engine.py PART --model=DIR
 
 bound: engine / bound, and depth-wise / sequence-wise; arrivals: time to first token under Poisson
-arrivals; torch: full depth against transformers' generate; memory: what executables and process
-need; lora: LoRA per tick, Gemma-2B-shaped layers; growth: slots, context and loops; lossless:
-against full depth, --checkpoint=CKPT for one of ours, else --model made to agree (see `agreeing`).
+arrivals; memory: what executables and process need; lora: LoRA per tick, Gemma-2B-shaped layers;
+growth: slots, context and loops. DIR is a Hugging Face directory (SmolLM2-135M in docs/results).
 
-DIR is a Hugging Face directory (SmolLM2-135M in docs/results). Every row of output is JSON for
-docs/results.jsonl; what is compared takes turns in one run, and medians are compared. Speeds do not
-depend on which tokens come out, so answers have a fixed length and exits are recorded ones.
+Every row of output is JSON for docs/results.jsonl; what is compared takes turns in one run, and
+medians are compared. Speeds do not depend on which tokens come out, so answers have a fixed length
+and exits are recorded ones.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import pathlib
 import re
@@ -27,14 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from recursive_jax.decoding import simulation, timing
-from recursive_jax.decoding.early_exit import Recorded, Static
+from recursive_jax.decoding.early_exit import Recorded
 from recursive_jax.decoding.engine import Engine
-from recursive_jax.decoding.requests import Request, Sampling
+from recursive_jax.decoding.requests import Request
 from recursive_jax.decoding.scheduler import Scheduler
 from recursive_jax.decoding.session import Session
 from recursive_jax.models import zoo
 from recursive_jax.models.decoder import Decoder, init_params
-from recursive_jax.weights import checkpoint, tying
+from recursive_jax.weights import tying
 from recursive_jax.weights.source import open_source
 
 
@@ -210,34 +208,6 @@ def first_token(engine: Engine, todo: list[Request], due: np.ndarray) -> np.ndar
     return first
 
 
-def against_torch(args):
-    """Benchmark 3: the source itself, all layers, equal prompts and lengths."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model, params = recursive(args.model, 1, 0)
-    todo = requests(args.slots, args.prompt, args.new, model.cfg.vocab_size)
-    engine = make(model, params, args)
-    theirs = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    ids = torch.tensor([r.tokens for r in todo])
-    options = dict(do_sample=False, min_new_tokens=args.new, max_new_tokens=args.new)
-
-    def torch_rate():
-        began = time.perf_counter()
-        with torch.inference_mode():
-            out = theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        assert out.shape[1] == args.prompt + args.new
-        return args.slots * args.new / (time.perf_counter() - began)
-
-    rates = {"ours": [], "torch": []}
-    for _ in range(args.rounds + 1):
-        rates["ours"].append(serve(engine, todo)[0])
-        rates["torch"].append(torch_rate())
-    rate = {w: round(statistics.median(r[1:]), 1) for w, r in rates.items()}  # the first warms up
-    ratio = round(rate["ours"] / rate["torch"], 3)
-    row(args, "engine against torch", tokens_per_second=rate, ratio=ratio)
-
-
 def memory(args):
     """Benchmark 6: what is allocated beside the weights and the cache."""
     for num_loops in (2, 3):
@@ -310,94 +280,6 @@ def growth(args):
         )
 
 
-def lossless(args):
-    """Benchmark 4: drafts from loop 1, verified by the last, against full depth."""
-    if args.checkpoint:
-        params, cfg = checkpoint.load_params(args.checkpoint)
-        cases = [(Decoder(cfg), params, args.checkpoint)]
-    else:
-        cases = [(*agreeing(args.model, n, 0.8), args.model) for n in (2, 3)]
-    for model, params, name in cases:
-        for slots in (1, 4, 16):
-            args.slots = slots
-            todo = sampled(4 * slots, args, model.cfg.vocab_size)
-            exact = make(model, params, args)
-            drafting = make(model, params, args, measure=Static(1), lossless=True)
-            serve(exact, todo[:slots]), serve(drafting, todo[:slots])  # warm up
-            gains, shares = [], []
-            for _ in range(args.rounds):
-                full, _ = serve(exact, todo)
-                rate, stats = serve(drafting, todo)
-                head_rows = stats.head_rows / stats.ticks
-                times = timing.measure(drafting)
-                predicted = times.lossless_gain(
-                    slots, model.cfg.num_loops, stats.ticks_per_token, head_rows
-                )
-                gains.append(rate / full)
-                shares.append(rate / full / predicted)
-            row(
-                args,
-                "engine lossless",
-                source=pathlib.Path(name).name,
-                num_loops=model.cfg.num_loops,
-                agreement=round(sum_below(stats) / max(stats.drafted, 1), 3),
-                ticks_per_token=round(stats.ticks_per_token, 3),
-                tokens_per_second={"lossless": round(rate, 1), "full": round(full, 1)},
-                gain=round(statistics.median(gains), 3),
-                share_of_predicted=round(statistics.median(shares), 3),
-            )
-
-
-def sampled(count: int, args, vocab: int) -> list[Request]:
-    """At temperature 1, as greedy answers of such models repeat themselves."""
-    return [
-        dataclasses.replace(r, sampling=Sampling(temperature=1.0, seed=i))
-        for i, r in enumerate(requests(count, args.prompt, args.new, vocab))
-    ]
-
-
-def sum_below(stats) -> int:
-    return sum(n for loops, n in stats.exit_loops.items() if loops < max(stats.exit_loops))
-
-
-def agreeing(source: str, num_loops: int, wanted: float):
-    """A source folded so that this share of tokens is the same after loop 1 and after all.
-
-    What loops 2, 3, … add is scaled through their o and down projections, by full-rank LoRA:
-    the smaller the scale, the more often the loops agree. Bisected on measured agreement.
-    """
-    opened = open_source(source)
-    full = {"o": "full", "down": "full"}
-    made, cfg = tying.tie(opened.params, opened.cfg, num_loops, "average", "zero", full)
-    made = jax.tree.map(jnp.asarray, made)
-    model = Decoder(cfg)
-    settings = argparse.Namespace(slots=16, context=96, chunk=16, prompt=8, new=64)
-    todo = sampled(16, settings, cfg.vocab_size)
-
-    def scaled(scale: float):
-        params = jax.tree.map(lambda x: x, made)
-        for room, name in (("attention", "o"), ("mlp", "down")):
-            weight = made["block"][room][name]["w"]
-            a, b = (jnp.zeros_like(made["block"][room][name][f"lora_{x}"]) for x in "ab")
-            eye, delta = jnp.eye(weight.shape[2]), (scale - 1) * weight
-            # [in, R] times [R, out] with R = out: the change itself, times one
-            a, b = a.at[:, 1:].set(delta[:, None]), b.at[:, 1:].set(eye)
-            params["block"][room][name] = {"w": weight, "lora_a": a, "lora_b": b}
-        return params
-
-    engine = make(model, scaled(1.0), settings, measure=Static(1), lossless=True)
-    low, high = 0.0, 1.0
-    for _ in range(8):
-        scale = (low + high) / 2
-        engine.params = scaled(scale)
-        _, stats = serve(engine, todo)
-        share = sum_below(stats) / max(stats.drafted, 1)
-        if abs(share - wanted) < 0.01:
-            break
-        low, high = (scale, high) if share > wanted else (low, scale)
-    return model, engine.params
-
-
 def row(args, result: str, **facts) -> None:
     setting = {n: getattr(args, n) for n in ("slots", "requests", "prompt", "new", "context")}
     facts = {"result": result, "rank": args.rank, **setting, "jax": jax.__version__} | facts
@@ -408,19 +290,16 @@ WAYS = ("depthwise", "sequencewise")
 PARTS = {
     "bound": bound,
     "arrivals": arrivals,
-    "torch": against_torch,
     "memory": memory,
     "lora": lora,
     "growth": growth,
-    "lossless": lossless,
 }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=PARTS)
+def parser(description: str) -> argparse.ArgumentParser:
+    """Sizes that all benchmarks of the engine share."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--model", help="Hugging Face directory")
-    parser.add_argument("--checkpoint", help="of ours; for lossless")
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=16, help="tokens")
@@ -428,9 +307,15 @@ def main():
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--chunk", type=int, default=16)
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--load", type=float, default=0.7, help="share of the capacity")
     parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
+    return parser
+
+
+def main():
+    options = parser(__doc__)
+    options.add_argument("part", choices=PARTS)
+    options.add_argument("--load", type=float, default=0.7, help="arrivals: share of the capacity")
+    args = options.parse_args()
     PARTS[args.part](args)
 
 

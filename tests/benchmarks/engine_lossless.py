@@ -1,0 +1,124 @@
+"""Drafts from loop 1, verified by the last loop, against full depth.
+
+    python tests/benchmarks/engine_lossless.py --model=DIR        made to agree, see `agreeing`
+    python tests/benchmarks/engine_lossless.py --checkpoint=CKPT  one of ours
+
+Prints a JSON row for 1, 4 and 16 slots: the gain, and its share of what the parts of a tick,
+measured alone in the same run, predict.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import statistics
+
+import jax
+import jax.numpy as jnp
+from engine import make, parser, requests, row, serve
+
+from recursive_jax.decoding import timing
+from recursive_jax.decoding.early_exit import Static
+from recursive_jax.decoding.requests import Request, Sampling
+from recursive_jax.models.decoder import Decoder
+from recursive_jax.weights import checkpoint, tying
+from recursive_jax.weights.source import open_source
+
+
+def lossless(args):
+    """Benchmark 4: drafts from loop 1, verified by the last, against full depth."""
+    if args.checkpoint:
+        params, cfg = checkpoint.load_params(args.checkpoint)
+        cases = [(Decoder(cfg), params, args.checkpoint)]
+    else:
+        cases = [(*agreeing(args.model, n, 0.8), args.model) for n in (2, 3)]
+    for model, params, name in cases:
+        for slots in (1, 4, 16):
+            args.slots = slots
+            todo = sampled(4 * slots, args, model.cfg.vocab_size)
+            exact = make(model, params, args)
+            drafting = make(model, params, args, measure=Static(1), lossless=True)
+            serve(exact, todo[:slots]), serve(drafting, todo[:slots])  # warm up
+            gains, shares = [], []
+            for _ in range(args.rounds):
+                full, _ = serve(exact, todo)
+                rate, stats = serve(drafting, todo)
+                head_rows = stats.head_rows / stats.ticks
+                times = timing.measure(drafting)
+                predicted = times.lossless_gain(
+                    slots, model.cfg.num_loops, stats.ticks_per_token, head_rows
+                )
+                gains.append(rate / full)
+                shares.append(rate / full / predicted)
+            row(
+                args,
+                "engine lossless",
+                source=pathlib.Path(name).name,
+                num_loops=model.cfg.num_loops,
+                agreement=round(sum_below(stats) / max(stats.drafted, 1), 3),
+                ticks_per_token=round(stats.ticks_per_token, 3),
+                tokens_per_second={"lossless": round(rate, 1), "full": round(full, 1)},
+                gain=round(statistics.median(gains), 3),
+                share_of_predicted=round(statistics.median(shares), 3),
+            )
+
+
+def sampled(count: int, args, vocab: int) -> list[Request]:
+    """At temperature 1, as greedy answers of such models repeat themselves."""
+    return [
+        dataclasses.replace(r, sampling=Sampling(temperature=1.0, seed=i))
+        for i, r in enumerate(requests(count, args.prompt, args.new, vocab))
+    ]
+
+
+def sum_below(stats) -> int:
+    return sum(n for loops, n in stats.exit_loops.items() if loops < max(stats.exit_loops))
+
+
+def agreeing(source: str, num_loops: int, wanted: float):
+    """A source folded so that this share of tokens is the same after loop 1 and after all.
+
+    What loops 2, 3, … add is scaled through their o and down projections, by full-rank LoRA:
+    the smaller the scale, the more often the loops agree. Bisected on measured agreement.
+    """
+    opened = open_source(source)
+    full = {"o": "full", "down": "full"}
+    made, cfg = tying.tie(opened.params, opened.cfg, num_loops, "average", "zero", full)
+    made = jax.tree.map(jnp.asarray, made)
+    model = Decoder(cfg)
+    settings = argparse.Namespace(slots=16, context=96, chunk=16, prompt=8, new=64)
+    todo = sampled(16, settings, cfg.vocab_size)
+
+    def scaled(scale: float):
+        params = jax.tree.map(lambda x: x, made)
+        for room, name in (("attention", "o"), ("mlp", "down")):
+            weight = made["block"][room][name]["w"]
+            a, b = (jnp.zeros_like(made["block"][room][name][f"lora_{x}"]) for x in "ab")
+            eye, delta = jnp.eye(weight.shape[2]), (scale - 1) * weight
+            # [in, R] times [R, out] with R = out: the change itself, times one
+            a, b = a.at[:, 1:].set(delta[:, None]), b.at[:, 1:].set(eye)
+            params["block"][room][name] = {"w": weight, "lora_a": a, "lora_b": b}
+        return params
+
+    engine = make(model, scaled(1.0), settings, measure=Static(1), lossless=True)
+    low, high = 0.0, 1.0
+    for _ in range(8):
+        scale = (low + high) / 2
+        engine.params = scaled(scale)
+        _, stats = serve(engine, todo)
+        share = sum_below(stats) / max(stats.drafted, 1)
+        if abs(share - wanted) < 0.01:
+            break
+        low, high = (scale, high) if share > wanted else (low, scale)
+    return model, engine.params
+
+
+def main():
+    options = parser(__doc__)
+    options.add_argument("--checkpoint", help="of ours")
+    lossless(options.parse_args())
+
+
+if __name__ == "__main__":
+    main()
