@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # Installs the test extra and runs the suite. Arguments go to pytest. TORCH=1 adds transformers'
-# torch models (Python 3.11, CPU build), against which the parity tests then run.
+# torch models (Python 3.11, CPU build), against which the parity tests then run. TPU=1 adds the
+# compiler for TPUs, for which the engine is then compiled.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/venv.sh
 version=$("$(find_python)" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-make_venv ".venv-test-$version" "[test]"
+extras=test
+[ "${TPU:-0}" = 1 ] && extras=test,tpu
+make_venv ".venv-test-$version" "[$extras]"
 if [ "${TORCH:-0}" = 1 ] && [ "$version" = 3.11 ]; then
   "$PY" -m pip install --quiet --disable-pip-version-check "torch==2.13.0" accelerate sentencepiece
 fi

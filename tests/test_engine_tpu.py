@@ -10,20 +10,15 @@ from test_engine_mesh import collectives
 from recursive_jax import sharding
 from recursive_jax.decoding.early_exit import TopProbability
 from recursive_jax.decoding.engine import Engine
-from recursive_jax.models.config import DecoderConfig
+from recursive_jax.models import zoo
 from recursive_jax.models.decoder import Decoder, abstract_params, logical_axes
 
 SLOTS, CONTEXT = 16, 1024
 LORA = {name: 64 for name in ("q", "k", "v", "o", "gate", "up", "down")}
-GEMMA_2B = DecoderConfig(
-    "gemma", 256000, 2048, 16384, num_heads=8, num_kv_heads=1, head_dim=256, num_layers=9,
-    num_loops=2, norm_offset=1.0, activation="gelu_tanh", embed_scale=2048**0.5,
-    norms="per_loop", lora_ranks=LORA,
-)  # fmt: skip
-SMOLLM2 = DecoderConfig(
-    "llama", 49152, 576, 1536, num_heads=9, num_kv_heads=3, head_dim=64, num_layers=15,
-    num_loops=2, norms="per_loop", lora_ranks=LORA,
-)  # fmt: skip
+GEMMA_2B, SMOLLM2 = (
+    source.replace(num_layers=source.depth // 2, num_loops=2, norms="per_loop", lora_ranks=LORA)
+    for source in (zoo.preset("gemma_2b"), zoo.preset("smollm2_135m"))
+)
 KERNEL = "ragged_paged_attention_kernel"
 
 
