@@ -713,6 +713,21 @@ def test_a_lazy_source_is_read_once_and_one_stack_at_a_time(norms):
     jax.tree.map(np.testing.assert_array_equal, tied, expected)
 
 
+def test_no_stack_is_read_where_single_layers_can_be():
+    class ByLayer(LazyParams):
+        def layers(self, path, depths):
+            return self._flat[path][list(depths)]
+
+    params, cfg = vanilla("neox")
+    lazy = ByLayer(names.flat(params))
+    tied, _ = tying.tie(lazy, cfg, 2, lora_ranks=3)
+    assert not [p for p in lazy.reads if p.startswith("block/") and p.endswith("/w")]
+    expected, _ = tying.tie(params, cfg, 2, lora_ranks=3)
+    for path, leaf in names.flat(tied).items():
+        if path.endswith(("/w", "/lora_a", "/lora_b")):
+            np.testing.assert_array_equal(leaf, names.flat(expected)[path])
+
+
 def test_memory_is_the_result_and_one_stack():
     cfg = DecoderConfig("gpt_neox", 64, 128, 512, 4, 1, 32, 12, gated_mlp=False)
     shapes = names.shapes(cfg)

@@ -49,11 +49,11 @@ def tie(
 ) -> tuple[dict[str, Any], DecoderConfig]:
     """Fold a vanilla model into a block that runs `num_loops` times.
 
-    Reads one stack of `params` at a time and works through it layer by layer: next to its float32
-    result it holds one projection's stack and a few single matrices.
+    Works through `params` layer by layer: next to its float32 result it holds a few matrices.
 
     Args:
-      params: the vanilla parameters, nested or flat. A flat mapping may load on access.
+      params: the vanilla parameters, nested or flat. A flat mapping may load on access, and single
+        layers with `layers(path, depths)` as `names.LazyParams` does.
       cfg: the vanilla model: `num_loops == 1`, no LoRA, `norms == 'tied'`.
       num_loops: must divide the depth.
       method: where the shared weights come from. 'stepwise': layers at regular intervals, first
@@ -111,12 +111,12 @@ def tie(
 
     for path in stacks:
         prefix, name = path[:-1], path.split("/")[-2]
-        stack, fold = np.asarray(source.stored(path)), folds.get(name, _NO_FOLD)
+        layer, fold = source.by_layer(path), folds.get(name, _NO_FOLD)
         if fold.bias is not None:
-            through = [fold.bias[d] @ _float32(stack[d]) for d in range(cfg.depth)]
+            through = [fold.bias[d] @ layer(d) for d in range(cfg.depth)]
             vectors[prefix + "b"] = vectors[prefix + "b"] + np.stack(through)
-        leaves, kept = _tie_projection(name, stack, fold.scale, recipe, seed)
-        del stack
+        leaves, kept = _tie_projection(name, layer, fold.scale, recipe, seed)
+        del layer
         out |= {prefix + leaf: place(leaves.pop(leaf)) for leaf in list(leaves)}
         if on_projection:
             on_projection(name, kept)
@@ -315,8 +315,8 @@ def _recipe(cfg, num_loops, method, lora, lora_ranks, norms, rounding, norm_star
     return _Recipe(tied, method, lora, selected, norm_start)
 
 
-def _tie_projection(name, stack, scale, recipe, seed) -> tuple[dict[str, np.ndarray], float]:
-    """Shared weight and LoRA leaves of one projection from its stack `[depth, in, out]`.
+def _tie_projection(name, source, scale, recipe, seed) -> tuple[dict[str, np.ndarray], float]:
+    """Shared weight and LoRA leaves of one projection from its layers `source(depth) [in, out]`.
 
     `scale` None or `[depth, in]`, folded into the weights. Also the share of the squared residual
     that the LoRAs keep, measured on the result.
@@ -331,7 +331,7 @@ def _tie_projection(name, stack, scale, recipe, seed) -> tuple[dict[str, np.ndar
         leaves["lora_b"] = np.empty((layers, loops, rank, out_dim), np.float32)
 
     def read(depth: int) -> np.ndarray:
-        matrix = _float32(stack[depth])
+        matrix = source(depth)
         return matrix if scale is None else matrix * scale[depth][:, None]
 
     residual = error = 0.0
@@ -431,6 +431,14 @@ class _Source:
 
     def __call__(self, path: str) -> np.ndarray:
         return _float32(self.stored(path))
+
+    def by_layer(self, path: str) -> Callable[[int], np.ndarray]:
+        """depth -> that layer of a stack of the block; alone read where the params can do that."""
+        read = getattr(self._leaves, "layers", None)
+        if read is not None:
+            return lambda depth: _float32(read(path, [depth])[0])
+        stack = np.asarray(self.stored(path))
+        return lambda depth: _float32(stack[depth])
 
 
 def _float32(x: np.ndarray) -> np.ndarray:
