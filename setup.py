@@ -48,6 +48,12 @@ setup(
         "cuda12": ["jax[cuda12]>=0.10,<0.13"],
         "hub": ["huggingface-hub>=0.34"],
         "plot": ["matplotlib>=3.8"],  # generate --heatmap
-        "test": ["matplotlib>=3.8", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.6"],
+        "test": [
+            "matplotlib>=3.8",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+        ],
     },
 )

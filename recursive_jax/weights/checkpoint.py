@@ -12,6 +12,7 @@ of every tokenizer file, verified on load.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -125,19 +126,32 @@ def checksums(tree: Any) -> dict[str, int]:
 
     Σ bits·(2·index + 1) mod 2³²: an odd multiplier keeps every single-bit change visible.
     """
-    return {  # one by one: the integers of an array take as much memory as it does
-        jax.tree_util.keystr(path): int(_checksum(leaf))
+    return {
+        jax.tree_util.keystr(path): _checksum(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 
 
-@jax.jit
-def _checksum(x: jax.Array) -> jax.Array:
+def _checksum(x: jax.Array) -> int:
+    x = x if x.ndim else x[None]
+    rows = len(x)
+    if len(x.sharding.device_set) == 1:
+        # In pieces: the integers of an array take as much memory as it does.
+        rows = max(1, (64 << 20) * rows // max(x.nbytes, 1))
+    starts = range(0, len(x), rows)
+    return sum(int(_sum(x, start, min(rows, len(x) - start))) for start in starts) % 2**32
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _sum(x: jax.Array, start: int, rows: int) -> jax.Array:
+    """What rows `[start, start + rows)` of `x` are in its checksum."""
     width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    x = x if rows == len(x) else jax.lax.dynamic_slice_in_dim(x, start, rows)
     bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
     weight = jnp.zeros(x.shape, jnp.uint32)
     for axis in range(x.ndim):  # the row-major index, modulo 2³²
         iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        iota = iota if axis else iota + jnp.uint32(start)
         weight = weight * jnp.uint32(x.shape[axis]) + iota
     return (bits * (2 * weight + 1)).sum(dtype=jnp.uint32)
 
