@@ -132,8 +132,8 @@ def checksums(tree: Any) -> dict[str, int]:
     }
 
 
-def _checksum(x: jax.Array) -> int:
-    x = x if x.ndim else x[None]
+def _checksum(x: jax.Array | np.ndarray) -> int:
+    x = jnp.atleast_1d(x)
     rows = len(x)
     if len(x.sharding.device_set) == 1:
         # In pieces: the integers of an array take as much memory as it does.
