@@ -122,6 +122,11 @@ def read_exits(options: flags.FlagValues) -> Exits:
 def resolve_exits(options: flags.FlagValues, exits: Exits, opened: Opened) -> Exits:
     """With what the checkpoint brings; a ValueError says what it cannot serve."""
     num_loops, calibrated = opened.cfg.num_loops, opened.calibrated
+    if options.lossless and num_loops < 2:
+        raise ValueError(
+            "--lossless drafts from an earlier loop, and this model has one loop only; leave the "
+            "flag out"
+        )
     for name in ("min_loops", "max_loops"):
         if (options[name].value or 1) > num_loops:
             raise ValueError(f"{name}={options[name].value}; the model has {num_loops} loops")
@@ -158,7 +163,9 @@ def make_engine(
     requests: Sequence[Request],
 ) -> Engine:
     """An engine with room for the longest of `requests`, compiled."""
-    shards = sharding.data_shards(model.mesh)
+    shards, mesh = sharding.data_shards(model.mesh), model.mesh
+    if mesh.size == 1 and mesh.devices.flat[0].platform == "cpu":
+        mesh = None  # elsewhere it also says how the cache lies in memory
     num_loops = model.decoder.cfg.num_loops
     measure = exits.measure
     if measure is None and any((r.max_loops or num_loops) < num_loops for r in requests):
@@ -177,7 +184,7 @@ def make_engine(
         missing_kv=options.missing_kv,
         lossless=options.lossless,
         depthwise=options.depthwise,
-        mesh=model.mesh if model.mesh.size > 1 else None,
+        mesh=mesh,
         rules=model.rules,
     )
     engine.compile()

@@ -14,7 +14,9 @@ with finish_reason 'error'; the others go on.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import pathlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +33,7 @@ from recursive_jax.decoding.prompts import Answers, Prompt
 from recursive_jax.decoding.requests import Completion, Request
 from recursive_jax.decoding.state import MAX_TICKS
 from recursive_jax.decoding.text_session import News, TextSession
+from recursive_jax.engine_flags import Exits
 from recursive_jax.loading import Opened, open_model
 from recursive_jax.models.decoder import parameter_counts
 
@@ -110,9 +113,10 @@ class Run:
     def stream(self, request: Request) -> None:
         """The answer goes to standard output as it comes."""
         self._submit(0, request)
-        start, first = time.perf_counter(), None
+        start, first, at_first = time.perf_counter(), None, 0
         for news in self._news(max_ticks=self._engine.num_loops):  # about a token at once
-            first = first or time.perf_counter()
+            if first is None and news.tokens:
+                first, at_first = time.perf_counter(), news.tokens
             if jax.process_index() == 0:
                 print(news.piece, end="\n" if news.completion else "", flush=True)
             if news.completion:
@@ -122,20 +126,24 @@ class Run:
         if completion.error:
             raise ValueError(completion.error)
         count = len(completion.tokens)
-        rate = (count - 1) / (start + self.seconds - first) if count > 1 else 0.0
-        note(
-            f"{count} tokens ({completion.finish_reason}), {rate:.1f} tok/s, first token after "
-            f"{first - start:.2f} s"
-        )
+        told = [f"{count} tokens ({completion.finish_reason})"]
+        if count > at_first > 0:
+            told.append(f"{(count - at_first) / (start + self.seconds - first):.1f} tok/s")
+        if first is not None:
+            told.append(f"first token after {first - start:.2f} s")
+        note(", ".join(told))
 
     def answer(self, requests: Mapping[int, Request]) -> None:
         """All of them, in any order, with a progress bar."""
-        places = {}
+        places, errors = {}, []
         for place, request in requests.items():
             try:
                 places[self._submit(place, request)] = place
             except ValueError as error:
-                self._finish(place, failed(request.id, f"{self._prompts[place].where}{error}"))
+                errors.append(f"{self._prompts[place].where}{error}")
+                self._finish(place, failed(request.id, errors[-1]))
+        if not places:
+            raise nothing_left(self._prompts, errors)
         limits = {index: requests[place].max_new_tokens for index, place in places.items()}
         with report.Progress(limits) as progress:
             for news in self._news():
@@ -193,9 +201,28 @@ def failed(name: str | int, error: Any) -> Completion:
     return Completion(name, finish_reason="error", error=str(error))
 
 
+def nothing_left(prompts: Sequence[Prompt], errors: Sequence[str]) -> ValueError:
+    return ValueError(f"none of {len(prompts)} prompts can be answered. The first: {errors[0]}")
+
+
 def note(line: str) -> None:
     if jax.process_index() == 0:
         print(line, file=sys.stderr, flush=True)
+
+
+def check_files(options: flags.FlagValues) -> None:
+    """Raises ValueError unless all that is to be written can be, each to a file of its own."""
+    names = [name for name in ("prompts", "out", "stats", "heatmap") if options[name].value]
+    places = {}
+    for name in names:
+        place = pathlib.Path(options[name].value).resolve()
+        if place in places:
+            raise ValueError(f"--{places[place]} and --{name} are one file, {place}; give two")
+        places[place] = name
+    if options.stats:
+        prompts_lib.check_writable(options.stats)
+    if options.heatmap:
+        heatmap.check(options.heatmap)
 
 
 def run(options: flags.FlagValues) -> None:
@@ -214,11 +241,18 @@ def run(options: flags.FlagValues) -> None:
         prompts = [Prompt(1, options.prompt, defaults)]
     else:
         prompts = prompts_lib.read_prompts(options.prompts, defaults)
-    if options.heatmap:
-        heatmap.check(options.heatmap)
-    answers = None
+    check_files(options)
+    answers = contextlib.nullcontext()
     if options.out:
         answers = Answers(options.out, write=jax.process_index() == 0)
+    with answers as answers:
+        answer(options, exits, prompts, answers)
+
+
+def answer(
+    options: flags.FlagValues, exits: Exits, prompts: Sequence[Prompt], answers: Answers | None
+) -> None:
+    """`run`, after what can be told without a model."""
     dtype = sharding.compute_dtype(options.dtype)
     mesh = sharding.make_mesh(options.data, 1, options.tensor)
 
@@ -238,8 +272,7 @@ def run(options: flags.FlagValues) -> None:
             errors.append(str(error))
             answers.add(place, failed(prompt.id, error))
     if not requests:
-        answers.close()
-        raise ValueError(f"none of {len(prompts)} prompts can be answered. The first: {errors[0]}")
+        raise nothing_left(prompts, errors)
 
     model = opened.load(mesh, dtype)
     shape = "".join(f", {name}={size}" for name, size in mesh.shape.items() if size > 1)
@@ -283,7 +316,8 @@ def main() -> None:
         run(flags.FLAGS)
     except KeyboardInterrupt:
         out = flags.FLAGS.out
-        note(f"\nstopped; finished answers: {out}.part" if out else "\nstopped")
+        files = [f for f in (f"{out}.part", out) if out and pathlib.Path(f).exists()]
+        note(f"\nstopped; finished answers: {files[0]}" if files else "\nstopped")
         sys.exit(130)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import os
 import pathlib
 import textwrap
 import unicodedata
 import warnings
 from collections.abc import Sequence
+
+from recursive_jax.decoding.prompts import check_writable
 
 COLUMNS = 100  # characters of a line
 MAX_LINES = 240  # of the picture; what is beyond is left out, and it says so
@@ -43,9 +44,7 @@ def check(path: str | pathlib.Path) -> None:
     path, kinds = pathlib.Path(path), sorted(FigureCanvasAgg.get_supported_filetypes())
     if path.suffix[1:].lower() not in kinds:
         raise ValueError(f"{path} is no picture; expected a name that ends in .{', .'.join(kinds)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"cannot write {path}; expected a file in a writable directory")
+    check_writable(path)
 
 
 def save(path: str | pathlib.Path, rows: Sequence[Row], num_loops: int, title: str) -> None:

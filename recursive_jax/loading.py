@@ -11,9 +11,13 @@ import jax
 from recursive_jax import sharding, text
 from recursive_jax.decoding.early_exit import Thresholds
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.decoder import Decoder, logical_axes
+from recursive_jax.models.decoder import Decoder, logical_axes, split_layers
 from recursive_jax.weights import checkpoint
 from recursive_jax.weights.source import Source, open_source
+
+# A CPU's products read a layer's weights faster where they are than out of a stack, but compiling
+# every layer takes longer: done for blocks of more bytes than a processor's cache holds.
+SPLIT_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +45,15 @@ class Opened:
             params, _ = checkpoint.load_params(self.spec, where, dtype)
         else:
             params = sharding.put_stacks(self.source.params, where, dtype)
-        decoder = Decoder(self.cfg, dtype=dtype, data_shards=sharding.data_shards(mesh))
-        return Model(decoder, params, mesh, rules)
+        block = sum(leaf.nbytes for leaf in jax.tree.leaves(params["block"]))
+        split = mesh.devices.flat[0].platform == "cpu" and block > SPLIT_BYTES
+        decoder = Decoder(
+            self.cfg,
+            dtype=dtype,
+            data_shards=sharding.data_shards(mesh),
+            scan_layers=not split,
+        )
+        return Model(decoder, split_layers(params) if split else params, mesh, rules)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -158,6 +158,4 @@ def table(record: Mapping[str, Any]) -> str:
 def write(path: str | pathlib.Path, record: Mapping[str, Any]) -> None:
     """JSON, by process 0."""
     if jax.process_index() == 0:
-        path = pathlib.Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        pathlib.Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

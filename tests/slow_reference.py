@@ -15,7 +15,7 @@ import numpy as np
 from recursive_jax.decoding.requests import Sampling
 from recursive_jax.decoding.sampling import SamplingParams, sample
 from recursive_jax.models.decoder import Decoder
-from recursive_jax.models.kv_cache import KVCache
+from recursive_jax.models.kv_cache import RowCache
 
 TIE = 1e-5  # of the logit scale: closer than that, rounding may decide
 
@@ -98,7 +98,7 @@ def answer(
     nor for the first new token, which comes from the prompt: prompt tokens run all loops.
     """
     sampling = sampling or Sampling()
-    cache = KVCache.zeros(cfg, 1, context)
+    cache = RowCache.zeros(cfg, 1, context)
     text, out = list(prompt), Answer([], [], [], [])
     for position in range(len(prompt) - 1 + count):
         x = _embed(cfg, params, np.int32(text[position]))
@@ -125,7 +125,7 @@ def answer(
         elif policy == "copy":
             rows = np.array(cache.rows)
             rows[exit_loop:, :, 0, position] = rows[exit_loop - 1, :, 0, position]
-            cache = KVCache(jnp.asarray(rows))
+            cache = RowCache(jnp.asarray(rows))
         token, logprob = sample_one(logits[-1], sampling, prompt, text)
         text.append(token)
         out.tokens.append(token)
@@ -170,7 +170,7 @@ def _project(cfg, params, cache, x, exit_loop, position):
             z = (k[:, :half] + 1j * k[:, half : 2 * half]) * turn
             k = np.concatenate([z.real, z.imag, k[:, 2 * half :]], axis=1)
             rows[loop, layer, 0, position] = np.stack([k, v], axis=1)
-    return KVCache(jnp.asarray(rows))
+    return RowCache(jnp.asarray(rows))
 
 
 def _norm(cfg, x, params, vector):

@@ -2,14 +2,16 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from recursive_jax.models import attention
 from recursive_jax.models.config import DecoderConfig, Rope
-from recursive_jax.models.decoder import Decoder, abstract_params
-from recursive_jax.models.kv_cache import KVCache
+from recursive_jax.models.decoder import Decoder, abstract_params, split_layers
+from recursive_jax.models.kv_cache import KVCache, RowCache
 
 LENGTH = 12
 _TINY = dict(vocab_size=29, embed_dim=16, mlp_dim=24, num_layers=2, num_loops=2, max_length=32)
@@ -55,7 +57,7 @@ def positions_of(tokens):
     return jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "method", "all_loops"))
+@functools.partial(jax.jit, static_argnames=("cfg", "method", "all_loops", "together"))
 def apply(cfg, *args, method=None, **kwargs):
     return Decoder(cfg).apply({"params": params_of(cfg)}, *args, method=method, **kwargs)
 
@@ -109,15 +111,25 @@ def test_packed_documents_equal_separate_ones(name):
     assert np.abs(leaky - packed).max() > 1e-2
 
 
-@pytest.mark.parametrize("name", ["gemma", "neox"])
-def test_cached_decoding_equals_forward(name):
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Cache rows are attended to five at once; the last block overlaps the one before."""
+    monkeypatch.setattr(attention, "BLOCK", 5)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("cache_class", [KVCache, RowCache])
+@pytest.mark.parametrize("name", ["gemma", "neox", "local"])
+def test_cached_decoding_equals_forward(name, cache_class, small_blocks):
     """A prompt in two chunks, then token by token, loops in lock step."""
     cfg = CONFIGS[name]
     tokens = tokens_of(cfg, batch=2)
     expected = forward(cfg, tokens)
     # slots in another order, one unused; stale rows from an earlier request must not be seen
-    cache = KVCache.zeros(cfg, num_slots=3, length=LENGTH)
-    cache = cache.replace(rows=cache.rows + 7.0)
+    cache = cache_class.zeros(cfg, num_slots=3, length=LENGTH)
+    cache = jax.tree.map(lambda array: array + 7.0, cache)
     slots = jnp.array([2, 0])
 
     @jax.jit
@@ -132,17 +144,19 @@ def test_cached_decoding_equals_forward(name):
         np.testing.assert_allclose(logits, expected[:, chunk], atol=2e-5)
         start += n
     assert start == LENGTH
-    assert (cache.rows[:, :, 1] == 7.0).all()  # the unused slot was left alone
+    for array in jax.tree.leaves(cache):
+        assert (array[:, :, 1] == 7.0).all()  # the unused slot was left alone
 
 
+@pytest.mark.parametrize("cache_class", [KVCache, RowCache])
 @pytest.mark.parametrize("name", ["gemma", "neox"])
-def test_lanes_at_different_loops_equal_forward(name):
+def test_lanes_at_different_loops_equal_forward(name, cache_class):
     """Depth-wise: each tick every lane runs its own loop of its own position, or idles."""
     cfg = CONFIGS[name]
     lanes, starts = 3, (0, 1, 3)  # the tick each request arrives at: loops are out of step
     tokens = tokens_of(cfg, batch=lanes)
     expected = forward(cfg, tokens)
-    cache = KVCache.zeros(cfg, num_slots=lanes, length=LENGTH)
+    cache = cache_class.zeros(cfg, num_slots=lanes, length=LENGTH)
     slots = jnp.array([1, 2, 0])
 
     @jax.jit
@@ -168,6 +182,38 @@ def test_lanes_at_different_loops_equal_forward(name):
                 )
                 loop[lane], position[lane] = 0, position[lane] + 1
     assert mixed and (position == LENGTH).all()
+
+
+def test_a_chunk_beside_lanes_equals_it_alone(small_blocks):
+    """Three tokens of slot 1 at loop 1, after two lanes at loops 0 and 1 of slots 0 and 2."""
+    cfg = GEMMA
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.normal(size=(5, 1, cfg.embed_dim)), jnp.float32)
+    filled = lambda a: jnp.asarray(rng.normal(size=a.shape), jnp.float32)  # noqa: E731
+    cache = jax.tree.map(filled, KVCache.zeros(cfg, 3, LENGTH))
+    loop, slots = jnp.array([0, 1, 1, 1, 1]), jnp.array([0, 2, 1, 1, 1])
+    positions = jnp.array([7, 2, 4, 5, 6])[:, None]
+    run = functools.partial(apply, cfg, method="run_loop")
+    y, written = run(x, loop, positions, cache=cache, slots=slots, together=3)
+    lanes, cache = run(x[:2], loop[:2], positions[:2], cache=cache, slots=slots[:2])
+    chunk, cache = run(
+        x[2:, 0][None], jnp.int32(1), positions[2:].T, cache=cache, slots=slots[2:3]
+    )  # fmt: skip
+    np.testing.assert_allclose(y, jnp.concatenate([lanes, chunk[0][:, None]]), atol=1e-5)
+    chex.assert_trees_all_close(written, cache, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gemma", "neox"])
+def test_split_layers_equal_scanned_ones(name):
+    cfg = CONFIGS[name]
+    tokens, expected = tokens_of(cfg, batch=2), forward(cfg, tokens_of(cfg, batch=2))
+    stacked = jax.tree.map(jnp.copy, params_of(cfg))
+    params = split_layers(stacked)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(stacked["block"]))
+    decoder = Decoder(cfg, scan_layers=False)
+    hidden, _ = decoder.apply({"params": params}, tokens, positions_of(tokens))
+    logits = decoder.apply({"params": params}, hidden, method="unembed")
+    np.testing.assert_allclose(logits, expected, atol=2e-5)
 
 
 def test_a_prompt_chunk_runs_beside_others_at_another_loop():

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import slow_reference
@@ -14,8 +15,9 @@ from recursive_jax.decoding.requests import Completion, Request, Sampling
 from recursive_jax.decoding.scheduler import Scheduler
 from recursive_jax.decoding.session import Session, generate
 from recursive_jax.decoding.simulation import Recording, replay
+from recursive_jax.models import attention
 from recursive_jax.models.config import DecoderConfig, Rope
-from recursive_jax.models.decoder import Decoder, abstract_params
+from recursive_jax.models.decoder import Decoder, abstract_params, split_layers
 
 CONTEXT = 40
 RELAXED = DecoderConfig(
@@ -452,6 +454,21 @@ def test_stop_tokens_end_an_answer():
         assert other.tokens[len(mine.tokens)] in request.stop
 
 
+def test_split_layers_and_blocks_of_the_cache_change_nothing(monkeypatch):
+    """What a CPU decodes a large model with."""
+    monkeypatch.setattr(attention, "BLOCK", 16)
+    jax.clear_caches()
+    params = split_layers(jax.tree.map(jnp.copy, params_of(GEMMA)))
+    engine = Engine(
+        Decoder(GEMMA, scan_layers=False), params, 3, CONTEXT, chunk_length=4, measure=Recorded(),
+        missing_kv="propagate",
+    )  # fmt: skip
+    requests = requests_of(GEMMA, 6, seed=3, recorded=True)
+    ours, _ = serve(engine, requests, seed=4)
+    follows(GEMMA, ours, requests, as_recorded, "propagate")
+    jax.clear_caches()
+
+
 def test_a_slot_with_nan_ends_alone_and_is_usable_again():
     """Token 5 has no embedding. Two slots: its neighbours, and who comes after it, see nothing."""
     params = jax.tree.map(np.asarray, params_of(NEOX))
@@ -472,6 +489,8 @@ def test_a_slot_with_nan_ends_alone_and_is_usable_again():
         ours, _ = serve(engine, requests, seed=17, cancel=(3,))
     finally:
         engine.params = before
+    later, _ = serve(engine, good, seed=16)  # another session on the same cache
+    assert [c.tokens for c in later] == [c.tokens for c in healthy]
     by_id = {c.id: c for c in ours}
     for at in (0, 7, 9):
         assert by_id[f"bad {at}"].finish_reason == "error"
@@ -549,6 +568,7 @@ def test_bad_requests_end_with_a_reason_and_the_others_are_answered():
         ({"lossless": True, "measure": Static(1), "missing_kv": "copy"}, "lossless"),
         ({"thresholds": 0.5}, "without an exit measure"),
         ({"measure": make_measure("top1"), "thresholds": 1.5}, "top1"),
+        ({"measure": Static(1), "thresholds": 0.5}, "takes no threshold"),
         ({"measure": make_measure("top1"), "thresholds": (0.1, 0.2, 0.3)}, "3 exit thresholds"),
         ({"chunk_length": 0}, "chunk_length"),
     ],

@@ -15,6 +15,7 @@ from test_engine import CONTEXT, GEMMA, RELAXED, as_recorded, follows, params_of
 from recursive_jax import sharding
 from recursive_jax.decoding.early_exit import Recorded
 from recursive_jax.decoding.engine import Engine
+from recursive_jax.decoding.placement import Placement
 from recursive_jax.models.decoder import Decoder, logical_axes
 
 WIDE = RELAXED.replace(num_heads=8, num_kv_heads=4, vocab_size=64)
@@ -129,12 +130,20 @@ def test_any_mesh_decodes_like_one_request_at_a_time(mode, data, tensor):
         count, crossing = collectives(engine._executables[name].as_text(), tensor)
         assert crossing == 0
         assert (count > 0) == (tensor > 1 and name != "wipe")
-    rows = engine._cache.rows
-    shard = rows.addressable_shards[0].data.shape
+    keys = engine._cache.keys
+    shard = keys.addressable_shards[0].data.shape
     split = 1 if WIDE.num_kv_heads % tensor else tensor
-    assert (shard[2], shard[4]) == (8 // data, WIDE.num_kv_heads // split)
+    assert shard[2:4] == (8 // data, WIDE.num_kv_heads // split)
     memory = engine.memory()["tick"]  # of one device
-    assert memory.alias_size_in_bytes >= rows.nbytes // (data * split)
+    assert memory.alias_size_in_bytes >= engine.cache_bytes // (data * split)
+
+
+def test_slots_of_several_shards_are_not_batched_by_tokens():
+    mesh = sharding.make_mesh(2, 1, 1, devices=jax.devices()[:2])
+    rules = sharding.rules_for(mesh, WIDE)
+    with pytest.raises(ValueError, match="depthwise=False on 2 devices"):
+        Engine(Decoder(WIDE), None, 8, CONTEXT, depthwise=False, mesh=mesh, rules=rules)
+    assert Placement(None, rules).head_shards == 1
 
 
 @pytest.mark.slow

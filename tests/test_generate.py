@@ -350,6 +350,10 @@ def test_a_vanilla_directory_and_its_generation_config(tmp_path):
         ({"prompt": "a", "lossless": True, "draft_loop": 2}, "after loop 2 of 2 is no draft"),
         ({"prompt": "a", "lossless": True, "exit_measure": "oracle"}, "which never drafts"),
         ({"prompt": "a", "draft_loop": 1}, "--draft_loop is for --lossless"),
+        ({"prompt": "a", "exit_measure": "static:1", "exit_threshold": "1"}, "takes no threshold"),
+        ({"prompt": "a", "lossless": True, "checkpoint": "tiny"}, "has one loop only"),
+        ({"prompt": "a", "out": "OUT", "stats": "OUT"}, "--out and --stats are one file"),
+        ({"prompt": "a", "stats": "/"}, "cannot write /"),
         ({"prompt": "a", "heatmap": "map.txt"}, "map.txt is no picture; expected"),
         ({"prompt": "a", "exit_measure": "top1", "checkpoint": "tiny"}, "this one has 1"),
         ({"prompt": "a", "context_length": 1}, "context_length=1; expected"),
@@ -363,7 +367,8 @@ def test_a_vanilla_directory_and_its_generation_config(tmp_path):
 )
 def test_mistakes_are_told_in_one_sentence(tiny, tmp_path, options, message):
     if "out" in options:
-        options = options | {"out": tmp_path / "out.jsonl"}
+        file = tmp_path / "out.jsonl"
+        options = options | {n: file for n, value in options.items() if value == "OUT"}
     with pytest.raises((ValueError, OSError), match=message):
         run_job(**{"checkpoint": tiny, "max_new_tokens": 4} | options)
     assert not any(tmp_path.iterdir())

@@ -9,10 +9,10 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_pa
 
 from recursive_jax import sharding
 from recursive_jax.models import paged
-from recursive_jax.models.attention import attend, attention_mask
+from recursive_jax.models.attention import attend_cached
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import Decoder, init_params, logical_axes
-from recursive_jax.models.kv_cache import KVCache
+from recursive_jax.models.kv_cache import RowCache
 
 LENGTH, SLOTS, LANES = 48, 3, 3
 BASE = DecoderConfig(
@@ -36,16 +36,14 @@ def drawn(cfg, dtype):
     loop = np.asarray([0, 2, 1], np.int32)
     slots = np.asarray([0, 2, 2], np.int32)
     positions = np.asarray([0, 47, 16], np.int32)
-    return q, KVCache(normal(*shape)), loop, np.int32(1), slots, positions
+    return q, RowCache(normal(*shape)), loop, np.int32(1), slots, positions
 
 
 def ours(cfg, q, cache, loop, layer, slots, positions):
     """What `Attention` does without the kernel."""
-    k, v = cache.read(loop, layer, slots)
-    keys = jnp.arange(LENGTH, dtype=jnp.int32)[None]
     window = None if cfg.window_table() is None else jnp.asarray(cfg.window_table())[layer][loop]
-    mask = attention_mask(positions[:, None], keys, None, window)
-    return attend(q[:, None], k, v, mask, cfg.attention_scale, cfg.attn_softcap)[:, 0]
+    how = positions[:, None], window, cfg.attention_scale, cfg.attn_softcap
+    return attend_cached(q[:, None], cache, (loop, layer, slots), *how)[:, 0]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +63,7 @@ def test_the_kernels_reference_agrees_on_our_rows(name, dtype):
 
 def test_pages_of_idle_lanes_and_of_any_length():
     for length, page in ((128, 128), (1024, 128), (96, 32), (48, 16)):
-        cache = KVCache(jnp.zeros((2, 3, 4, length, 1, 2, 8)))
+        cache = RowCache(jnp.zeros((2, 3, 4, length, 1, 2, 8)))
         loop, slots = np.asarray([1, 0], np.int32), np.asarray([2, 3], np.int32)
         positions = np.asarray([length, length - 1], np.int32)
         pages = paged.pages_of(cache, loop, np.int32(2), slots, positions)
@@ -134,7 +132,7 @@ def test_the_stand_in_is_the_kernels_reference(name):
 def decode(cfg, params, is_paged):
     """Lanes at two loops for a few tokens: their states."""
     model = Decoder(cfg, paged=is_paged)
-    cache = KVCache.zeros(cfg, 2, 32)
+    cache = RowCache.zeros(cfg, 2, 32)
     x = np.random.default_rng(1).normal(size=(2, 1, cfg.embed_dim)).astype(np.float32)
     loop, slots = np.asarray([0, 1], np.int32), np.asarray([1, 0], np.int32)
 

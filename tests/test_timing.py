@@ -47,7 +47,7 @@ def test_an_engine_is_as_before_when_it_was_measured(monkeypatch):
     times = timing.measure(engine)
     assert caches == [None] * 3, "the engine's own cache is used: six lanes, three, a chunk"
     assert (
-        0 < times.chunk
+        0 <= times.chunk
         and times.fill == 0
         and 0 < times.embed
         and 0 < times.tick

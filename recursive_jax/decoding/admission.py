@@ -38,7 +38,7 @@ def check(request: Request, engine: Engine) -> None:
     if (leaves or request.exit_threshold is not None) and not engine.can_exit:
         raise ValueError(
             f"request {request.id!r} asks for early exits, this engine runs all loops; make "
-            "it with an exit measure"
+            "it with an exit measure (--exit_measure)"
         )
     if request.exit_threshold is not None:
         engine.measure.check_threshold(request.exit_threshold)
@@ -57,8 +57,9 @@ def threshold_row(
     """Thresholds as `Engine` takes them -> f32 `[L]`, the last entry unused; ValueError if bad."""
     row = np.zeros(num_loops, np.float32)
     if thresholds is None:
-        thresholds = measure.default_threshold if measure else 0.0
-    elif measure is None:
+        row[:-1] = measure.default_threshold if measure else 0.0
+        return row
+    if measure is None:
         raise ValueError("exit thresholds without an exit measure; name one")
     per_loop = np.atleast_1d(np.asarray(thresholds, np.float64)).tolist()
     if len(per_loop) not in (1, num_loops - 1):
@@ -66,7 +67,7 @@ def threshold_row(
             f"{len(per_loop)} exit thresholds; expected one, or one after each of the first "
             f"{num_loops - 1} loops"
         )
-    for value in per_loop if measure else ():
+    for value in per_loop:
         measure.check_threshold(value)
     row[:-1] = per_loop
     return row

@@ -46,6 +46,7 @@ class Measure(abc.ABC):
     needs_previous: ClassVar[bool] = False  # `guesses` after the loop before, too
     can_exit: ClassVar[bool] = True  # False: only watches, tokens run all loops
     default_threshold: ClassVar[float] = 0.0
+    takes_threshold: ClassVar[bool] = True
     range: ClassVar[tuple[float, float]] = (0.0, 1.0)  # of thresholds that make sense
     least_loops: ClassVar[int] = 2  # of a model in which it can tell anything
 
@@ -55,6 +56,8 @@ class Measure(abc.ABC):
 
     def check_threshold(self, value: Any) -> None:
         """Raises ValueError unless `value` is a threshold for this measure."""
+        if not self.takes_threshold:
+            raise ValueError(f"exit measure {self.name} takes no threshold; leave it out")
         check_number(f"exit threshold of {self.name}", value, False, *self.range)
 
     def check_loops(self, num_loops: int) -> None:
@@ -72,7 +75,7 @@ class Static(Measure):
     """Every token leaves after the same number of loops."""
 
     loops: int
-    name = "static"
+    name, takes_threshold = "static", False
 
     def __post_init__(self):
         check_number("loops of the static exit", self.loops, True, 1, 2**31 - 1)
@@ -93,7 +96,7 @@ class Static(Measure):
 class Recorded(Measure):
     """Tokens leave where `Request.recorded_loops` says, so that measurements can be repeated."""
 
-    name = "recorded"
+    name, takes_threshold = "recorded", False
 
     def score(self, look):
         return jnp.where(look.loops >= look.recorded, jnp.inf, -jnp.inf)
@@ -154,7 +157,7 @@ class Oracle(Measure):
     That is the first loop whose most likely token is that of the last loop (paper §3.8).
     """
 
-    name, needs_logits, can_exit = "oracle", True, False
+    name, needs_logits, can_exit, takes_threshold = "oracle", True, False, False
 
     def score(self, look):
         return jnp.full(look.loops.shape, -jnp.inf)

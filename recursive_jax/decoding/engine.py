@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -35,7 +34,7 @@ from recursive_jax.decoding.state import (
 from recursive_jax.decoding.tick import Ticks
 from recursive_jax.models import paged
 from recursive_jax.models.decoder import Decoder
-from recursive_jax.models.kv_cache import KVCache
+from recursive_jax.models.kv_cache import Cache
 
 MISSING_KV = ("complete", "propagate", "copy")
 
@@ -138,6 +137,11 @@ class Engine:
                 f"num_slots={num_slots}; expected a multiple of the {shards} devices that share "
                 "the batch"
             )
+        if shards > 1 and not depthwise:
+            raise ValueError(
+                f"depthwise=False on {shards} devices that share the batch; each would wait for "
+                "its own slots only. Measure the sequence-wise baseline on one of them"
+            )
         self._no_kernel = self._kernel_refusal()
         self._ticks = Ticks(
             # it sees one shard's lanes
@@ -156,9 +160,9 @@ class Engine:
             donate_argnums=1,
             out_shardings=self._placement.outputs,
         )
-        self._wipe_slot = jax.jit(_wipe, donate_argnums=0, out_shardings=self._placement.cache)
+        self._wipe_slot = jax.jit(Cache.wipe, donate_argnums=0, out_shardings=self._placement.cache)
         self._executables: dict[str, Any] = {}  # 'tick', 'chunk', 'wipe'
-        self._cache: KVCache | None = None
+        self._cache: Cache | None = None
         self.reset()
 
     @property
@@ -183,7 +187,7 @@ class Engine:
 
     @property
     def cache_bytes(self) -> int:
-        return math.prod(self._cache.rows.shape) * self._cache.rows.dtype.itemsize
+        return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(self._cache))
 
     def memory(self) -> dict[str, Any]:
         """The compiler's memory analysis of every executable."""
@@ -193,11 +197,11 @@ class Engine:
         """Forget all requests. Also mends an engine that failed in a step."""
         if self._cache is None:
             self._cache = self._placement.make(self._new_cache, self._placement.cache)
+            self._tainted: set[int] = set()  # slots that hold NaN
         self._state = self._placement.put(self._ticks.state(self._placement.shards))
         self._settings = self._no_settings()
         self._changes = self._no_changes()
         self._on_device: dict[str, Any] = {}  # settings and changes that were sent already
-        self._tainted: set[int] = set()
 
     def compile(self) -> None:
         """Make the executables; `step` does it when it was not done before."""
@@ -337,9 +341,9 @@ class Engine:
             dropped=int(found.dropped[tick].sum()),
         )
 
-    def _new_cache(self) -> KVCache:
-        model = self.model
-        return KVCache.zeros(model.cfg, self.num_slots, self.context_length, model.dtype)
+    def _new_cache(self) -> Cache:
+        model, new = self.model, self._placement.cache_class.zeros
+        return new(model.cfg, self.num_slots, self.context_length, model.dtype)
 
     def _no_settings(self) -> Settings:
         num_slots, loops = self.num_slots, self.num_loops
@@ -369,13 +373,6 @@ class Engine:
             columns[:, shard, i] = chunk._replace(slot=slot)
         *columns, ends_prompt = columns.reshape(5, -1)
         return Chunks(*columns, ends_prompt.astype(bool))
-
-
-def _wipe(cache: KVCache, slot: jax.Array) -> KVCache:
-    """Elementwise, so that it may be on any shard."""
-    here = jnp.arange(cache.num_slots) == slot
-    here = here.reshape(1, 1, -1, *(1,) * (cache.rows.ndim - 3))
-    return cache.replace(rows=jnp.where(here, jnp.zeros_like(cache.rows), cache.rows))
 
 
 def _copied(tree):

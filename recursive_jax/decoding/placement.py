@@ -19,6 +19,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from recursive_jax.decoding.state import Changes, Chunks, Settings, State
+from recursive_jax.models.kv_cache import Cache, KVCache, RowCache
 
 
 class Placement:
@@ -83,18 +84,29 @@ class Placement:
     @property
     def head_shards(self) -> int:
         """Devices that attention heads are split over."""
+        if self._mesh is None:
+            return 1
         axes = dict(self._rules).get("heads") or ()
         return math.prod(self._mesh.shape[a] for a in axes)
 
     @property
-    def cache(self) -> Format | None:
-        """Of `KVCache.rows`: slots apart, and kv heads as the rules say.
+    def cache_class(self) -> type[Cache]:
+        return RowCache if self.platform == "tpu" else KVCache
 
-        Row by row, as ticks write it and attention kernels read it: TPUs would rather keep it in
-        another order between calls, and copy all of it at the beginning and the end of each.
+    @property
+    def cache(self) -> Cache | None:
+        """`Format`s of its arrays: slots apart, and kv heads as the rules say.
+
+        In the order of their axes, as ticks write and read them: TPUs would rather keep them in
+        another between calls, and copy all of it at the beginning and the end of each.
         """
-        where = self._sharding(None, None, self._slot_axes, None, self._kv_axes, None, None)
-        return where and Format(Layout(major_to_minor=tuple(range(7))), where)
+        if self._mesh is None:
+            return None
+        split, formats = {"slot": self._slot_axes, "kv_heads": self._kv_axes}, {}
+        for name, axes in self.cache_class.AXES.items():
+            where = self._sharding(*[split.get(axis) for axis in axes])
+            formats[name] = Format(Layout(major_to_minor=tuple(range(len(axes)))), where)
+        return self.cache_class(**formats)
 
     @property
     def slots(self) -> NamedSharding | None:
@@ -114,11 +126,11 @@ class Placement:
         """Host values that all devices need."""
         return values if self._mesh is None else self._put(values, self._sharding())
 
-    def make(self, function: Callable, sharding: NamedSharding | Format | None):
+    def make(self, function: Callable, sharding: Cache | None):
         """What `function()` returns, made where it belongs."""
         if not self.described:
             return jax.jit(function, out_shardings=sharding)()
-        return self._put(jax.eval_shape(function), sharding)
+        return jax.tree.map(self._described, jax.eval_shape(function), sharding)
 
     def compile(self, jitted, *arguments):
         """An executable of a jitted function for these devices."""
@@ -131,9 +143,10 @@ class Placement:
     def _put(self, tree, sharding):
         if not self.described:
             return jax.device_put(tree, sharding)
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
-        )
+        return jax.tree.map(lambda x: self._described(x, sharding), tree)
+
+    def _described(self, x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     def _sharding(self, *spec) -> NamedSharding | None:
         return None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec(*spec))

@@ -141,8 +141,18 @@ def _is_conversation(messages: Any) -> bool:
     )
 
 
+def check_writable(path: str | os.PathLike) -> None:
+    """Makes the directory of a file to be written; ValueError if it could not be written there."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"cannot write {path}; expected a file in a writable directory")
+
+
 class Answers:
     """A file of answers: FILE.part grows as they finish, FILE is written in order at the end.
+
+    As a context: at its end, or after an error; an interrupted run leaves FILE.part.
 
     Args:
       path: FILE; its directory is made.
@@ -154,9 +164,14 @@ class Answers:
         self._lines: dict[int, str] = {}
         self._file = None
         if write:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.is_dir() or not os.access(self.path.parent, os.W_OK):
-                raise ValueError(f"cannot write {path}; expected a file in a writable directory")
+            check_writable(path)
+
+    def __enter__(self) -> Answers:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is not KeyboardInterrupt:
+            self.close()
 
     def add(self, index: int, completion: Completion, logprobs: bool = False) -> None:
         """`index` is its place in the file. On disk when this returns."""
@@ -174,6 +189,7 @@ class Answers:
                 f.writelines(self._lines[index] for index in sorted(self._lines))
             os.replace(f.name, self.path)
             os.unlink(f"{self.path}.part")
+            self._file = None
 
     def _open(self, suffix: str):
         # What UTF-8 cannot hold (half a surrogate pair in an id) becomes a JSON escape.

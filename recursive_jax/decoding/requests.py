@@ -50,11 +50,6 @@ class Sampling:
         if self.top_p == 0:
             raise ValueError("top_p=0 keeps no token; expected more than 0 and at most 1")
 
-    @property
-    def penalises(self) -> bool:
-        """Whether what is chosen depends on which tokens there were, not on logits alone."""
-        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
-
 
 @dataclasses.dataclass(frozen=True)
 class Request:

@@ -41,7 +41,7 @@ from recursive_jax.decoding.state import (
 )
 from recursive_jax.models.attention import Missing
 from recursive_jax.models.decoder import Decoder
-from recursive_jax.models.kv_cache import KVCache
+from recursive_jax.models.kv_cache import Cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Ticks:
     def run(
         self,
         params: Any,
-        cache: KVCache,
+        cache: Cache,
         state: State,
         settings: Settings,
         changes: Changes,
@@ -134,7 +134,7 @@ class Ticks:
         num_ticks: jax.Array,
         until_free: jax.Array,
         chunks: Chunks | None,
-    ) -> tuple[KVCache, State, Found, jax.Array]:
+    ) -> tuple[Cache, State, Found, jax.Array]:
         """Up to `num_ticks` ticks: fewer when nothing is left to do.
 
         Args:
@@ -182,7 +182,7 @@ class Ticks:
         lanes, slots = state.lanes, state.slots
         active = lanes.loop < self.num_loops
         newest = active & (lanes.position == self._layout.of_lanes(slots.position))
-        x, cache = self._pass(params, cache, state, active)
+        x, chunk_x, cache = self._pass(params, cache, state, active, chunk)
         look = self._exits.what_to_see(settings, lanes, x)
         seen, leaves, looked = self._exits.look(
             params, settings, look, state.text, lanes, active, newest
@@ -240,10 +240,11 @@ class Ticks:
             text=state.text.at[self._layout.slot_of, written].set(seen.token, mode="drop"),
         )
         if chunk is not None:
-            cache, state = self._chunk(params, cache, state, chunk)
-            bad = ~jnp.all(jnp.isfinite(state.chunk)) & (chunk.length > 0)
             here = jnp.arange(self.num_slots) == chunk.slot
+            bad = ~jnp.all(jnp.isfinite(chunk_x)) & (chunk.length > 0)
             now = now.replace(tainted=now.tainted | (bad & here))
+            slots = slots.replace(waiting=slots.waiting | (chunk.ends_prompt & here))
+            state = state.replace(slots=slots, chunk=chunk_x)
         return cache, state, now
 
     def _start(self, params, state: State, gate_tick) -> State:
@@ -270,34 +271,66 @@ class Ticks:
             slots=slots.replace(waiting=slots.waiting & ~starting),
         )
 
-    def _pass(self, params, cache, state: State, active):
-        """The block over all lanes, and the keys and values that exited tokens lack."""
+    def _pass(self, params, cache, state: State, active, chunk: Chunks | None):
+        """The block over all lanes, the chunk, and the keys and values that exited tokens lack.
+
+        Returns:
+          [B, D], [C, D] (None without a chunk; it waits in `state.chunk` for its next loop), cache.
+        """
         lanes, exited, missing = state.lanes, state.exited, None
-        # Idle lanes write beyond the cache, each elsewhere: scatters assume unique rows.
+        # Idle rows write beyond the cache, each elsewhere: scatters assume unique rows.
         beyond = self.context_length + self._layout.lane_of_slot
-        positions = jnp.where(active, lanes.position, beyond)
+        rows = (
+            lanes.x,
+            jnp.minimum(lanes.loop, self.num_loops - 1),
+            jnp.where(active, lanes.position, beyond),
+            self._layout.slot_of,
+        )
+        beyond = self.context_length + self.lanes_per_slot
         if self.can_exit and self.missing_kv == "propagate":
             deeper = jnp.arange(1, self.num_loops, dtype=jnp.int32)
             lacks = deeper[:, None] >= exited.loops[None]  # [L - 1, S]
-            rows = jnp.where(lacks, exited.position[None], self.context_length + 1)
+            positions = jnp.where(lacks, exited.position[None], beyond)
             repeated = (self.num_loops - 1, 1)
             missing = Missing(
                 x=jnp.tile(exited.x, repeated)[:, None],
                 loop=jnp.repeat(deeper, self.num_slots),
-                positions=rows.reshape(-1, 1),
+                positions=positions.reshape(-1, 1),
                 slots=jnp.tile(jnp.arange(self.num_slots), self.num_loops - 1),
             )
+        if chunk is not None:
+            rows = jax.tree.map(
+                lambda a, b: jnp.concatenate([a, b]),
+                rows,
+                self._chunk_rows(params, state, chunk, beyond + 1),
+            )
+        x, loop, positions, slots = rows
         x, cache = self._apply(
             params,
-            lanes.x[:, None],
-            jnp.minimum(lanes.loop, self.num_loops - 1),
+            x[:, None],
+            loop,
             positions[:, None],
             cache=cache,
-            slots=self._layout.slot_of,
+            slots=slots,
             missing=missing,
+            together=0 if chunk is None else self.chunk_length,
             method="run_loop",
         )
-        return x[:, 0], cache
+        x, num_lanes = x[:, 0], self._layout.num_lanes
+        return x[:num_lanes], None if chunk is None else x[num_lanes:], cache
+
+    def _chunk_rows(self, params, state: State, chunk: Chunks, beyond: int):
+        """The tokens of a chunk as lanes: x, loop, position and slot of each."""
+        columns = jnp.arange(self.chunk_length, dtype=jnp.int32)
+        rows = chunk.start + columns
+        tokens = state.text[chunk.slot, jnp.minimum(rows, self.context_length - 1)]
+        embedded = self._apply(params, tokens[:, None], method="embed")[:, 0]
+        return (
+            jnp.where(chunk.loop == 0, embedded, state.chunk),
+            jnp.full_like(columns, chunk.loop),
+            jnp.where(columns < chunk.length, rows, beyond + columns),
+            jnp.full_like(columns, chunk.slot),
+        )
 
     def _left_early(self, cache, exited: Exited, lanes: Lanes, x, leaves, loops):
         """See to the keys and values of tokens that leave and go no further."""
@@ -308,27 +341,6 @@ class Ticks:
             return cache.copy_deeper(loops, self._layout.slot_of, at), exited
         left = jnp.where(leaves, loops, self.num_loops)  # a lane is a slot here
         return cache, Exited(x, left, lanes.position)
-
-    def _chunk(self, params, cache, state: State, chunk: Chunks):
-        """Run one chunk at one loop; its state waits in `state.chunk` for the next loop."""
-        columns = jnp.arange(self.chunk_length, dtype=jnp.int32)
-        rows = chunk.start + columns
-        tokens = state.text[chunk.slot, jnp.minimum(rows, self.context_length - 1)]
-        rows = jnp.where(columns < chunk.length, rows, self.context_length + columns)
-        embedded = self._apply(params, tokens[None], method="embed")
-        x = jnp.where(chunk.loop == 0, embedded, state.chunk[None])
-        x, cache = self._apply(
-            params,
-            x,
-            chunk.loop,
-            rows[None],
-            cache=cache,
-            slots=chunk.slot[None],
-            method="run_loop",
-        )
-        ready = chunk.ends_prompt & (jnp.arange(self.num_slots) == chunk.slot)
-        slots = state.slots.replace(waiting=state.slots.waiting | ready)
-        return cache, state.replace(slots=slots, chunk=x[0])
 
     def _apply(self, params, *arguments, **options):
         return self.model.apply({"params": params}, *arguments, **options)

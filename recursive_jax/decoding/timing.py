@@ -24,7 +24,7 @@ from recursive_jax.decoding.requests import Sampling
 from recursive_jax.decoding.sampling import SamplingParams, sample
 from recursive_jax.models.attention import Missing
 from recursive_jax.models.decoder import Decoder, head_params
-from recursive_jax.models.kv_cache import KVCache
+from recursive_jax.models.kv_cache import Cache
 
 REPEATS = 7  # medians of so many
 SECONDS = 0.05  # a repeat takes at least so long, that the host's share does not count
@@ -32,14 +32,14 @@ SECONDS = 0.05  # a repeat takes at least so long, that the host's share does no
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds, medians, on the device without the way to the host.
+    """Seconds, medians, on the device without the way to the host; texts are half the context long.
 
     Attributes:
       tick: one pass of the block over all lanes of the engine, at mixed loops.
       tick_of_slots: the same with one lane per slot, which is `tick` unless tokens complete.
       embed: embedding one token of every slot.
       head: final norm, vocabulary head and greedy choice, by rows; ascending.
-      chunk: a whole chunk of a prompt through one loop.
+      chunk: what a whole chunk of a prompt adds to a tick.
       fill: what the keys and values that exited tokens lack add to a tick; 0 unless they are
         propagated.
     """
@@ -90,12 +90,13 @@ def measure(engine: Engine) -> Times:
     calls: dict[Any, Callable[[int], Any]] = {"embed": _embed(model, head_params(params), slots)}
     try:
         for lanes in sorted({engine.num_lanes, slots}):
-            calls["lanes", lanes] = _block(model, params, box, **_lanes(model.cfg, slots, lanes))
+            calls["lanes", lanes] = _block(model, params, box, **_lanes(engine, lanes))
         if propagates:
             missing = _missing(model, slots)
-            filled = _lanes(model.cfg, slots, slots) | {"missing": missing}
+            filled = _lanes(engine, slots) | {"missing": missing}
             calls["filled"] = _block(model, params, box, **filled)
-        calls["chunk"] = _block(model, params, box, **_chunk(engine.chunk_length))
+        beside = _beside(_lanes(engine, engine.num_lanes), engine.chunk_length)
+        calls["chunk"] = _block(model, params, box, **beside, together=engine.chunk_length)
         for n in rows:
             calls["head", n] = _head(model, head_params(params), n)
         seconds = _medians(calls)
@@ -107,18 +108,18 @@ def measure(engine: Engine) -> Times:
         tick_of_slots=seconds["lanes", slots],
         embed=seconds["embed"],
         head=tuple((n, seconds["head", n]) for n in rows),
-        chunk=seconds["chunk"],
+        chunk=max(seconds["chunk"] - seconds["lanes", engine.num_lanes], 0.0),
         fill=max(seconds["filled"] - seconds["lanes", slots], 0.0) if propagates else 0.0,
     )
 
 
-def _lanes(cfg, slots: int, lanes: int) -> dict[str, Any]:
+def _lanes(engine: Engine, lanes: int) -> dict[str, Any]:
     """Lanes at mixed loops; those of a slot are at different positions, as they would be."""
-    lane, per_slot = np.arange(lanes, dtype=np.int32), lanes // slots
+    lane, per_slot = np.arange(lanes, dtype=np.int32), lanes // engine.num_slots
     at = lane % per_slot
     return {
-        "loop": at if per_slot > 1 else lane % cfg.num_loops,
-        "positions": at[:, None] + 1,
+        "loop": at if per_slot > 1 else lane % engine.num_loops,
+        "positions": engine.context_length // 2 + at[:, None],
         "slots": lane // per_slot,
     }
 
@@ -134,12 +135,14 @@ def _missing(model: Decoder, slots: int) -> Missing:
     )
 
 
-def _chunk(length: int) -> dict[str, Any]:
-    positions = np.arange(length, dtype=np.int32)[None]
-    return {"loop": np.int32(0), "positions": positions, "slots": np.zeros(1, np.int32)}
+def _beside(lanes: dict[str, Any], length: int) -> dict[str, Any]:
+    """The lanes, and a chunk of a prompt after them."""
+    at = np.arange(length, dtype=np.int32)
+    chunk = {"loop": 0 * at, "positions": at[:, None], "slots": 0 * at}
+    return {name: np.concatenate([rows, chunk[name]]) for name, rows in lanes.items()}
 
 
-def _block(model, params, box: list[KVCache], positions, missing=None, **where):
+def _block(model, params, box: list[Cache], positions, missing=None, **where):
     """Passes of the block; the cache in `box` is donated and put back."""
     positions = np.minimum(positions, box[0].length - 1)
 

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import struct
 
 from recursive_jax.models import paged
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.kv_cache import KVCache
+from recursive_jax.models.kv_cache import Cache
 from recursive_jax.models.layers import Linear, Norm
 
 # Finite, so that a row whose keys are all masked (padding) gives numbers, not NaN.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+BLOCK = 64  # cache rows that lanes attend to at once: they stay in a CPU's cache
 
 
 @struct.dataclass
@@ -39,7 +42,11 @@ class Missing:
 
 @struct.dataclass
 class Context:
-    """What every layer of a pass shares. With `missing`, B counts its rows too, after the lanes."""
+    """What every layer of a pass shares. With `missing`, B counts its rows too, after the lanes.
+
+    The last `together` of the lanes are neighbours in one slot, at one loop: keys and values are
+    read once for all of them.
+    """
 
     positions: jax.Array  # int32 [B, T]
     segment_ids: jax.Array | None  # int32 [B, T]; tokens see their own segment only
@@ -47,6 +54,7 @@ class Context:
     cos: jax.Array  # f32 [kind, B, T, rotary_dim / 2]
     sin: jax.Array
     missing: Missing | None = None
+    together: int = struct.field(pytree_node=False, default=0)
 
 
 @struct.dataclass
@@ -77,8 +85,8 @@ class Attention(nn.Module):
         loop: jax.Array,
         context: Context,
         tables: LayerTables,
-        cache: KVCache | None,
-    ) -> tuple[jax.Array, KVCache | None]:
+        cache: Cache | None,
+    ) -> tuple[jax.Array, Cache | None]:
         cfg = self.cfg
         batch, length = x.shape[:2]
         row_loop = loop
@@ -96,25 +104,37 @@ class Attention(nn.Module):
         q, k = rotate(q, cos[:batch], sin[:batch]), rotate(k, cos, sin)
 
         positions = context.positions[:batch]
-        if cache is not None:
-            cache = cache.write(k, v, row_loop, tables.index, context.slots, context.positions)
-        if self.paged and cache is not None and length == 1 and jnp.ndim(loop):
-            with jax.named_scope("attend"):
-                rows = loop, tables.index, context.slots[:batch], positions[:, 0]
-                y = paged.attend(cfg, q[:, 0], cache, *rows)[:, None]
-        else:
-            key_positions = positions
-            if cache is not None:
-                k, v = cache.read(loop, tables.index, context.slots[:batch])
-                key_positions = jnp.arange(cache.length, dtype=jnp.int32)[None]
+        if cache is None:
             window = None if tables.window is None else tables.window[loop]
-            mask = attention_mask(positions, key_positions, context.segment_ids, window)
+            mask = attention_mask(positions, positions, context.segment_ids, window)
             with jax.named_scope("attend"):
                 y = attend(q, k, v, mask, cfg.attention_scale, cfg.attn_softcap)
+        else:
+            cache = cache.write(k, v, row_loop, tables.index, context.slots, context.positions)
+            rows = q, loop, positions, context.slots[:batch]
+            if context.together:
+                lanes = batch - context.together
+                alone, chunk = (tuple(r[part] for r in rows) for part in np.s_[:lanes, lanes:])
+                # a row of its own to a row of all
+                chunk = (chunk[0].swapaxes(0, 1), chunk[1][:1], chunk[2].T, chunk[3][:1])
+                chunk = self._attend_cached(*chunk, cache, tables).swapaxes(0, 1)
+                y = jnp.concatenate([self._attend_cached(*alone, cache, tables), chunk])
+            else:
+                y = self._attend_cached(*rows, cache, tables)
         y = nn.with_logical_constraint(y.reshape(batch, length, -1), ("batch", "seq", "heads"))
         return self._linear("o", ("heads", "embed"), cfg.o_bias, 0.02 * (2 * cfg.depth) ** -0.5)(
             y, loop
         ), cache
+
+    def _attend_cached(self, q, loop, positions, slots, cache: Cache, tables: LayerTables):
+        """Queries `[B, T, N, H]` over the rows of their slots."""
+        cfg, where = self.cfg, (loop, tables.index, slots)
+        with jax.named_scope("attend"):
+            if self.paged and q.shape[1] == 1 and jnp.ndim(loop):
+                return paged.attend(cfg, q[:, 0], cache, *where, positions[:, 0])[:, None]
+            window = None if tables.window is None else tables.window[loop]
+            how = positions, window, cfg.attention_scale, cfg.attn_softcap
+            return attend_cached(q, cache, where, *how)
 
     def _heads(self, name, axis, x, loop):
         """A projection of x, split into heads: `[B, T, heads, H]`."""
@@ -179,20 +199,74 @@ def attend(q, k, v, mask, scale: float, softcap: float | None) -> jax.Array:
 
     q `[B, T, N, H]`, k and v `[B, S, K, H]`, mask `[B, T, S]` -> `[B, T, N, H]`.
     """
-    batch, length, num_heads, head_dim = q.shape
-    num_kv_heads = k.shape[2]
-    # Batch and kv heads lead, the G query heads of a kv head stand in one matrix: both products
-    # are then plain batched matmuls, and only q, k, v and y are transposed, never the scores.
+    by_head, k, v = _by_kv_head(q, k.shape[2]), k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+    weights = jax.nn.softmax(_scores(by_head, k, mask, scale, softcap), axis=-1)
+    return _by_position(weights.astype(q.dtype) @ v.astype(q.dtype), q.shape)
+
+
+def attend_cached(
+    q, cache: Cache, where, positions, window, scale: float, softcap: float | None
+) -> jax.Array:
+    """`attend` over the rows of a cache, block by block.
+
+    From the first row that a window still holds to the last query: what it costs is the text so
+    far, not the length of the cache. Queries at positions >= that length are idle.
+
+    Args:
+      q: `[B, T, N, H]`.
+      where: loop (scalar or `[B]`), layer, slots `[B]` of the rows.
+      positions: `[B, T]`.
+      window: as `attention_mask`.
+    """
+    size = min(BLOCK, cache.length)
+    by_head = _by_kv_head(q, cache.num_kv_heads)
+    at = jnp.where(positions < cache.length, positions, -1)
+    last, first = jnp.maximum(jnp.max(at), 0), 0
+    if window is not None:
+        window_of = jnp.reshape(window, (-1, 1))
+        first = jnp.where((window_of > 0) & (at >= 0), positions - window_of + 1, cache.length)
+        unlimited = jnp.any((window_of == 0) & (at >= 0))
+        first = jnp.where(unlimited, 0, jnp.clip(jnp.min(first), 0, last))
+
+    def block(i, carry):
+        most, total, y = carry
+        start = jnp.minimum(i * size, cache.length - size)  # the last block may begin earlier
+        k, v = cache.read(*where, start, size)
+        keys = start + jnp.arange(size, dtype=jnp.int32)[None]
+        mask = attention_mask(positions, keys, None, window) & (keys >= i * size)[None]
+        scores = _scores(by_head, k, mask, scale, softcap)
+        new_most = jnp.maximum(most, jnp.max(scores, axis=-1))
+        weights, shrink = jnp.exp(scores - new_most[..., None]), jnp.exp(most - new_most)
+        y = y * shrink[..., None] + weights.astype(q.dtype) @ v.astype(q.dtype)
+        return new_most, total * shrink + jnp.sum(weights, axis=-1), y
+
+    zeros = jnp.zeros(by_head.shape[:-1], jnp.float32)  # [B, K, G·T]
+    start = zeros + MASKED, zeros, jnp.zeros(by_head.shape, jnp.float32)
+    _, total, y = jax.lax.fori_loop(first // size, last // size + 1, block, start)
+    return _by_position((y / total[..., None]).astype(q.dtype), q.shape)
+
+
+# Batch and kv heads lead, and the G query heads of a kv head stand in one matrix: both products
+# are then plain batched matmuls, and only q, k, v and y are transposed, never the scores.
+
+
+def _by_kv_head(q, num_kv_heads: int):
+    """[B, T, N, H] -> [B, K, G·T, H]."""
+    batch, length, _, head_dim = q.shape
     q = q.reshape(batch, length, num_kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
-    q = q.reshape(batch, num_kv_heads, -1, head_dim)  # [B, K, G·T, H]
-    k = k.astype(q.dtype).transpose(0, 2, 3, 1)  # [B, K, H, S]
-    v = v.astype(q.dtype).transpose(0, 2, 1, 3)  # [B, K, S, H]
-    scores = jnp.matmul(q, k, preferred_element_type=jnp.float32) * scale
+    return q.reshape(batch, num_kv_heads, -1, head_dim)
+
+
+def _by_position(y, shape):
+    """[B, K, G·T, H] -> shape [B, T, N, H]."""
+    batch, length, num_heads, head_dim = shape
+    return y.reshape(batch, num_heads, length, head_dim).transpose(0, 2, 1, 3)
+
+
+def _scores(q, k, mask, scale: float, softcap: float | None):
+    """q `[B, K, G·T, H]`, k `[B, K, H, S]`, mask `[B, T, S]` -> f32 `[B, K, G·T, S]`."""
+    scores = jnp.matmul(q, k.astype(q.dtype), preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         scores = jnp.tanh(scores / softcap) * softcap
-    scores = scores.reshape(batch, num_kv_heads, -1, length, k.shape[-1])
-    scores = jnp.where(mask[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    y = weights.reshape(batch, num_kv_heads, -1, k.shape[-1]) @ v  # [B, K, G·T, H]
-    y = y.reshape(batch, num_heads, length, head_dim)
-    return y.transpose(0, 2, 1, 3)
+    by_query = scores.reshape(*scores.shape[:2], -1, *mask.shape[1:])
+    return jnp.where(mask[:, None, None], by_query, MASKED).reshape(scores.shape)

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from recursive_jax.models.attention import (
@@ -25,7 +26,7 @@ from recursive_jax.models.attention import (
     rope_tables,
 )
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.kv_cache import KVCache
+from recursive_jax.models.kv_cache import Cache
 from recursive_jax.models.layers import Mlp, Norm
 
 # Named remat policies: what the backward pass keeps instead of recomputing.
@@ -87,6 +88,8 @@ class Decoder(nn.Module):
       remat_policy: one of `REMAT_CHOICES`.
       data_shards: devices the batch is spread over (only LoRA's cheapest form depends on it).
       unroll_layers: how many layers of the scan are unrolled; trades compile time for speed.
+      scan_layers: False: every layer has params of its own (`split_layers`), which products then
+        read where they are. A CPU's copy theirs out of a stack; a TPU's do not.
       paged: lanes attend through the TPU's kernel (`models.paged`), which must not refuse `cfg`.
     """
 
@@ -95,6 +98,7 @@ class Decoder(nn.Module):
     remat_policy: str = "none"
     data_shards: int = 1
     unroll_layers: int = 1
+    scan_layers: bool = True
     paged: bool = False
 
     def setup(self):
@@ -115,6 +119,10 @@ class Decoder(nn.Module):
         if self.remat_policy != "none":
             # prevent_cse is for unrolled code; inside a scan it only costs memory
             layer = nn.remat(Layer, policy=REMAT_POLICIES[self.remat_policy], prevent_cse=False)
+        if not self.scan_layers:
+            parts = (cfg, self.dtype, self.data_shards, self.paged)
+            self.layers = [layer(*parts) for _ in range(cfg.num_layers)]
+            return
         self.block = nn.scan(
             layer,
             variable_axes={"params": 0},
@@ -130,10 +138,10 @@ class Decoder(nn.Module):
         tokens: jax.Array,
         positions: jax.Array,
         segment_ids: jax.Array | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         slots: jax.Array | None = None,
         all_loops: bool = False,
-    ) -> tuple[jax.Array, KVCache | None]:
+    ) -> tuple[jax.Array, Cache | None]:
         """Run all loops.
 
         Args:
@@ -185,20 +193,24 @@ class Decoder(nn.Module):
         loop: jax.Array,
         positions: jax.Array,
         segment_ids: jax.Array | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         slots: jax.Array | None = None,
         missing: Missing | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
+        together: int = 0,
+    ) -> tuple[jax.Array, Cache | None]:
         """One pass of the block over x `[B, T, D]`, at `loop` (scalar, or `[B]`: one per lane).
 
-        `missing`: keys and values that early exits left out, written into the cache in the same
-        pass, so that the weights are read once; needs a cache, a loop per lane, slots and T = 1.
+        What else there is to do is done in the same pass, so that the weights are read once. It
+        needs a cache, a loop per lane, slots and T = 1:
+
+        `missing`: keys and values that early exits left out, written into the cache.
+        `together`: so many of the last lanes are tokens of one prompt, at one loop.
         """
         if missing is not None:
             positions = jnp.concatenate([positions, missing.positions])
             slots = jnp.concatenate([slots, missing.slots])
-        context = self._context(positions, segment_ids, cache, slots).replace(missing=missing)
-        return self._run(x, loop, context, cache)
+        context = self._context(positions, segment_ids, cache, slots)
+        return self._run(x, loop, context.replace(missing=missing, together=together), cache)
 
     def unembed(self, x: jax.Array) -> jax.Array:
         """Final norm, head and softcap, the same at every exit.
@@ -230,11 +242,16 @@ class Decoder(nn.Module):
         cfg = self.cfg
         table = lambda t: None if t is None else jnp.asarray(t)  # noqa: E731
         tables = LayerTables(
-            index=jnp.arange(cfg.num_layers, dtype=jnp.int32),
+            index=np.arange(cfg.num_layers, dtype=np.int32),
             window=table(cfg.window_table()),
             rope=table(cfg.rope_table()),
         )
-        carry, _ = self.block((x, cache), loop, context, tables)
+        carry = x, cache
+        if self.scan_layers:
+            return self.block(carry, loop, context, tables)[0]
+        for i, layer in enumerate(self.layers):
+            mine = jax.tree.map(lambda table, i=i: table[i], tables)
+            carry, _ = layer(carry, loop, context, mine)
         return carry
 
 
@@ -244,6 +261,18 @@ HEAD_PARAMS = ("embedding", "head", "final_norm")
 def head_params(params: Mapping[str, Any]) -> dict[str, Any]:
     """The part of the params `Decoder.unembed` reads."""
     return {name: params[name] for name in HEAD_PARAMS if name in params}
+
+
+def split_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Params for `Decoder(scan_layers=False)`; deletes the stacks, so weights are there once."""
+    stacks, tree = jax.tree.flatten(params["block"])
+    layers = [[] for _ in range(stacks[0].shape[0])]
+    for stack in stacks:
+        for i, leaves in enumerate(layers):
+            leaves.append(stack[i])
+        stack.delete()
+    split = {f"layers_{i}": jax.tree.unflatten(tree, leaves) for i, leaves in enumerate(layers)}
+    return {name: value for name, value in params.items() if name != "block"} | split
 
 
 def init_params(cfg: DecoderConfig, key: jax.Array) -> dict[str, Any]:

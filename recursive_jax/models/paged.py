@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.kv_cache import KVCache
+from recursive_jax.models.kv_cache import RowCache
 
 PAGE_LENGTHS = (128, 64, 32, 16)  # cache rows of a page; fewer make more copies than they save
 BLOCK_LENGTH = 512  # cache rows the kernel holds at once
@@ -68,7 +68,7 @@ class Pages(NamedTuple):
     num_seqs: jax.Array  # int32 [1]
 
 
-def pages_of(cache: KVCache, loop, layer, slots, positions) -> Pages:
+def pages_of(cache: RowCache, loop, layer, slots, positions) -> Pages:
     """The rows `(loop [B], layer [], slots [B])` up to `positions [B]`, as the kernel wants them.
 
     Idle lanes, at positions beyond the cache, see one row of whatever is there.
@@ -86,7 +86,7 @@ def pages_of(cache: KVCache, loop, layer, slots, positions) -> Pages:
     )
 
 
-def attend(cfg: DecoderConfig, q, cache: KVCache, loop, layer, slots, positions) -> jax.Array:
+def attend(cfg: DecoderConfig, q, cache: RowCache, loop, layer, slots, positions) -> jax.Array:
     """Attention of q `[B, N, H]` at `(loop [B], layer [], slots [B])` -> `[B, N, H]`.
 
     A kernel is not partitioned by the compiler, so heads are split here, as the rules say.
@@ -95,7 +95,7 @@ def attend(cfg: DecoderConfig, q, cache: KVCache, loop, layer, slots, positions)
     def run(q, rows, loop, layer, slots, positions):
         from jax.experimental.pallas.ops.tpu import ragged_paged_attention as library
 
-        pages = pages_of(KVCache(rows), loop, layer, slots, positions)
+        pages = pages_of(RowCache(rows), loop, layer, slots, positions)
         page = pages.kv_pages.shape[1]
         return library.ragged_paged_attention(
             q,

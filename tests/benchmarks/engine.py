@@ -31,7 +31,7 @@ from recursive_jax.decoding.requests import Request
 from recursive_jax.decoding.scheduler import Scheduler
 from recursive_jax.decoding.session import Session
 from recursive_jax.models import zoo
-from recursive_jax.models.decoder import Decoder, init_params
+from recursive_jax.models.decoder import Decoder, init_params, split_layers
 from recursive_jax.weights import tying
 from recursive_jax.weights.source import open_source
 
@@ -46,7 +46,8 @@ def recursive(model: str, num_loops: int, rank: int):
         params, cfg = tying.tie(params, cfg, num_loops, "average", lora, rank)
     else:
         params = source.load_params()
-    return Decoder(cfg), jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    params = split_layers(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params))
+    return Decoder(cfg, scan_layers=False), params
 
 
 def requests(count: int, prompt: int, new: int, vocab: int, loops=None) -> list[Request]:

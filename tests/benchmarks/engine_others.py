@@ -11,6 +11,7 @@ compared.
 from __future__ import annotations
 
 import concurrent.futures
+import gc
 import os
 import pathlib
 import statistics
@@ -31,18 +32,19 @@ def against_torch(args):
     from transformers import AutoModelForCausalLM
 
     model, params = recursive(args.model, 1, 0)
-    todo = requests(args.slots, args.prompt, args.new, model.cfg.vocab_size)
+    todo = requests(args.requests, args.prompt, args.new, model.cfg.vocab_size)
     engine = make(model, params, args)
     theirs = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    ids = torch.tensor([r.tokens for r in todo])
+    batches = torch.tensor([r.tokens for r in todo]).split(args.slots)
     options = dict(do_sample=False, min_new_tokens=args.new, max_new_tokens=args.new)
 
     def torch_rate():
         began = time.perf_counter()
         with torch.inference_mode():
-            out = theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        assert out.shape[1] == args.prompt + args.new
-        return args.slots * args.new / (time.perf_counter() - began)
+            for ids in batches:
+                out = theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)
+                assert out.shape[1] == args.prompt + args.new
+        return len(todo) * args.new / (time.perf_counter() - began)
 
     rates = {"ours": [], "torch": []}
     for _ in range(args.rounds + 1):
@@ -50,26 +52,40 @@ def against_torch(args):
         rates["torch"].append(torch_rate())
     rate = {w: round(statistics.median(r[1:]), 1) for w, r in rates.items()}  # the first warms up
     ratio = round(rate["ours"] / rate["torch"], 3)
-    row(args, "engine against torch", tokens_per_second=rate, ratio=ratio)
+    row(args, "engine against torch", rank=0, tokens_per_second=rate, ratio=ratio)
 
 
 def against_llama_cpp(args):
-    """Benchmark 3 against llama.cpp: --gguf as it is, and its weights as float32."""
+    """Benchmark 3 against llama.cpp: --gguf as it is, and its weights as float32.
+
+    One server after the other: an idle one still takes a processor.
+    """
     model, params = recursive(args.gguf, 1, 0)
-    todo = requests(args.slots, args.prompt, args.new, model.cfg.vocab_size)
+    todo = requests(args.requests, args.prompt, args.new, model.cfg.vocab_size)
     engine = make(model, params, args)
     with tempfile.TemporaryDirectory() as directory:
         exact = pathlib.Path(directory) / "f32.gguf"
         dequantised(args.gguf, exact)
-        theirs = {"f32": llama_server(exact, args), "as_it_is": llama_server(args.gguf, args)}
-        rates = {"ours": [], **{name: [] for name in theirs}}
-        for _ in range(args.rounds + 1):
-            rates["ours"].append(serve(engine, todo)[0])
-            for name, server in theirs.items():
-                rates[name].append(llama_rate(server, todo))
-    rate = {w: round(statistics.median(r[1:]), 1) for w, r in rates.items()}  # the first warms up
-    ratio = {name: round(rate["ours"] / rate[name], 3) for name in theirs}
-    row(args, "engine against llama.cpp", tokens_per_second=rate, ratio=ratio)
+        serve(engine, todo[: args.slots])  # warms up
+        for name, path in (("f32", exact), ("as it is", args.gguf)):
+            rates = {"ours": [], "llama.cpp": []}
+            for _ in range(args.rounds):
+                rates["ours"].append(serve(engine, todo)[0])
+                server = llama_server(path, args)
+                llama_rate(server, todo[: args.slots])
+                rates["llama.cpp"].append(llama_rate(server, todo))
+                del server
+                gc.collect()
+            rate = {w: round(statistics.median(r), 1) for w, r in rates.items()}
+            ratio = round(rate["ours"] / rate["llama.cpp"], 3)
+            row(
+                args,
+                "engine against llama.cpp",
+                rank=0,
+                weights=name,
+                tokens_per_second=rate,
+                ratio=ratio,
+            )
 
 
 def dequantised(source: str, out: pathlib.Path) -> None:
