@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from recursive_jax.models import attention
 from recursive_jax.models.config import DecoderConfig, Rope
 from recursive_jax.models.decoder import Decoder, abstract_params, split_layers
 from recursive_jax.models.kv_cache import KVCache, RowCache
@@ -114,7 +113,8 @@ def test_packed_documents_equal_separate_ones(name):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Cache rows are attended to five at once; the last block overlaps the one before."""
-    monkeypatch.setattr(attention, "BLOCK", 5)
+    for cache_class in (KVCache, RowCache):
+        monkeypatch.setattr(cache_class, "BLOCK", 5)
     jax.clear_caches()
     yield
     jax.clear_caches()

@@ -15,9 +15,9 @@ from recursive_jax.decoding.requests import Completion, Request, Sampling
 from recursive_jax.decoding.scheduler import Scheduler
 from recursive_jax.decoding.session import Session, generate
 from recursive_jax.decoding.simulation import Recording, replay
-from recursive_jax.models import attention
 from recursive_jax.models.config import DecoderConfig, Rope
 from recursive_jax.models.decoder import Decoder, abstract_params, split_layers
+from recursive_jax.models.kv_cache import KVCache
 
 CONTEXT = 40
 RELAXED = DecoderConfig(
@@ -456,7 +456,7 @@ def test_stop_tokens_end_an_answer():
 
 def test_split_layers_and_blocks_of_the_cache_change_nothing(monkeypatch):
     """What a CPU decodes a large model with."""
-    monkeypatch.setattr(attention, "BLOCK", 16)
+    monkeypatch.setattr(KVCache, "BLOCK", 16)
     jax.clear_caches()
     params = split_layers(jax.tree.map(jnp.copy, params_of(GEMMA)))
     engine = Engine(

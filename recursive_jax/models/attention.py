@@ -19,8 +19,6 @@ from recursive_jax.models.layers import Linear, Norm
 # Finite, so that a row whose keys are all masked (padding) gives numbers, not NaN.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
-BLOCK = 64  # cache rows that lanes attend to at once: they stay in a CPU's cache
-
 
 @struct.dataclass
 class Missing:
@@ -218,7 +216,7 @@ def attend_cached(
       positions: `[B, T]`.
       window: as `attention_mask`.
     """
-    size = min(BLOCK, cache.length)
+    size = min(cache.BLOCK, cache.length)
     by_head = _by_kv_head(q, cache.num_kv_heads)
     at = jnp.where(positions < cache.length, positions, -1)
     last, first = jnp.maximum(jnp.max(at), 0), 0
@@ -237,7 +235,8 @@ def attend_cached(
         scores = _scores(by_head, k, mask, scale, softcap)
         new_most = jnp.maximum(most, jnp.max(scores, axis=-1))
         weights, shrink = jnp.exp(scores - new_most[..., None]), jnp.exp(most - new_most)
-        y = y * shrink[..., None] + weights.astype(q.dtype) @ v.astype(q.dtype)
+        seen = weights.astype(q.dtype), v.astype(q.dtype)
+        y = y * shrink[..., None] + jnp.matmul(*seen, preferred_element_type=jnp.float32)
         return new_most, total * shrink + jnp.sum(weights, axis=-1), y
 
     zeros = jnp.zeros(by_head.shape[:-1], jnp.float32)  # [B, K, G·T]
