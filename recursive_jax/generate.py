@@ -274,7 +274,9 @@ def answer(
     if not requests:
         raise nothing_left(prompts, errors)
 
-    model = opened.load(mesh, dtype)
+    tokens = sum(request.max_new_tokens for request in requests.values())
+    passes = cfg.num_loops * tokens / min(options.num_slots, len(requests))
+    model = opened.load(mesh, dtype, passes)
     shape = "".join(f", {name}={size}" for name, size in mesh.shape.items() if size > 1)
     counted = metrics.count(parameter_counts(model.params)["total"])
     layers = f"{cfg.num_loops} × {cfg.num_layers} layers"

@@ -16,8 +16,9 @@ from recursive_jax.weights import checkpoint
 from recursive_jax.weights.source import Source, open_source
 
 # A CPU's products read a layer's weights faster where they are than out of a stack, but compiling
-# every layer takes longer: done for blocks of more bytes than a processor's cache holds.
-SPLIT_BYTES = 64 << 20
+# every layer takes longer: done for blocks of more bytes than a processor's cache holds, and for so
+# many passes of the block that they win back what compiling takes.
+SPLIT_BYTES, SPLIT_PASSES = 64 << 20, 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Opened:
     calibrated: Thresholds | None
     source: Source | None
 
-    def load(self, mesh: jax.sharding.Mesh, dtype: Any) -> Model:
-        """With its weights in `dtype`, sharded over `mesh`."""
+    def load(self, mesh: jax.sharding.Mesh, dtype: Any, passes: float = 0) -> Model:
+        """With its weights in `dtype`, sharded over `mesh`; for so many passes of the block."""
         rules = sharding.rules_for(mesh, self.cfg)
         where = sharding.shardings(logical_axes(self.cfg), mesh, rules)
         if self.source is None:
@@ -47,6 +48,7 @@ class Opened:
             params = sharding.put_stacks(self.source.params, where, dtype)
         block = sum(leaf.nbytes for leaf in jax.tree.leaves(params["block"]))
         split = mesh.devices.flat[0].platform == "cpu" and block > SPLIT_BYTES
+        split &= passes > SPLIT_PASSES
         decoder = Decoder(
             self.cfg,
             dtype=dtype,
