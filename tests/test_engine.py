@@ -364,7 +364,9 @@ def test_penalties_follow_the_path_of_the_answer(lossless):
     if lossless:
         for mine in ours:
             mine.exit_loops = [RELAXED.num_loops] * len(mine.tokens)
-    follows(RELAXED, ours, requests, (lambda _: lambda look: False) if lossless else as_recorded)
+    leaves_of = (lambda _: lambda look: False) if lossless else as_recorded
+    loops = follows(RELAXED, ours, requests, leaves_of)
+    assert set(loops) == ({2} if lossless else {1, 2})
 
 
 def test_cancelling_at_any_moment_changes_no_other_answer():
@@ -465,7 +467,7 @@ def test_split_layers_and_blocks_of_the_cache_change_nothing(monkeypatch):
     )  # fmt: skip
     requests = requests_of(GEMMA, 6, seed=3, recorded=True)
     ours, _ = serve(engine, requests, seed=4)
-    follows(GEMMA, ours, requests, as_recorded, "propagate")
+    assert set(follows(GEMMA, ours, requests, as_recorded, "propagate")) == {1, 2}
     jax.clear_caches()
 
 

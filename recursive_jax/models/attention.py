@@ -234,15 +234,17 @@ def attend_cached(
         mask = attention_mask(positions, keys, None, window) & (keys >= i * size)[None]
         scores = _scores(by_head, k, mask, scale, softcap)
         new_most = jnp.maximum(most, jnp.max(scores, axis=-1))
-        weights, shrink = jnp.exp(scores - new_most[..., None]), jnp.exp(most - new_most)
-        seen = weights.astype(q.dtype), v.astype(q.dtype)
-        y = y * shrink[..., None] + jnp.matmul(*seen, preferred_element_type=jnp.float32)
-        return new_most, total * shrink + jnp.sum(weights, axis=-1), y
+        weights, total = jnp.exp(scores - new_most[..., None]), total * jnp.exp(most - new_most)
+        new_total = total + jnp.sum(weights, axis=-1)
+        # y stays an average, so that one block is rounded as `attend` is
+        seen = (weights / new_total[..., None]).astype(q.dtype), v.astype(q.dtype)
+        y = y * (total / new_total)[..., None]
+        return new_most, new_total, y + jnp.matmul(*seen, preferred_element_type=jnp.float32)
 
     zeros = jnp.zeros(by_head.shape[:-1], jnp.float32)  # [B, K, G·T]
     start = zeros + MASKED, zeros, jnp.zeros(by_head.shape, jnp.float32)
-    _, total, y = jax.lax.fori_loop(first // size, last // size + 1, block, start)
-    return _by_position((y / total[..., None]).astype(q.dtype), q.shape)
+    _, _, y = jax.lax.fori_loop(first // size, last // size + 1, block, start)
+    return _by_position(y.astype(q.dtype), q.shape)
 
 
 # Batch and kv heads lead, and the G query heads of a kv head stand in one matrix: both products

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from typing import ClassVar
 
 import jax
@@ -11,7 +12,7 @@ from flax import struct
 from recursive_jax.models.config import DecoderConfig
 
 
-class Cache:
+class Cache(abc.ABC):
     """What the two layouts share: `KVCache`, `RowCache`.
 
     Row index == position, so the causal mask also hides stale rows of a reused slot. A write at a
@@ -66,12 +67,12 @@ class Cache:
             )
         )
 
+    @abc.abstractmethod
     def read(self, loop, layer, slots, start, size: int) -> tuple[jax.Array, jax.Array]:
         """Rows start … start + size - 1 of slots `[B]` at `loop` (scalar or `[B]`).
 
         k `[B, K, H, size]`, v `[B, K, size, H]`. All indices must be in range.
         """
-        raise NotImplementedError
 
     def copy_deeper(self, loops, slots, positions):
         """Tokens that left after `loops [S]` loops: their newest rows, again for every later loop.
@@ -100,9 +101,9 @@ class Cache:
 
         return self._updated(wiped)
 
+    @abc.abstractmethod
     def _arrays_of(self, k, v) -> dict[str, jax.Array]:
         """k and v as this layout stores them, by array, after two axes for rows."""
-        raise NotImplementedError
 
     def _row(self, name: str, loop, layer, slot, position) -> tuple:
         between = self.AXES[name].index("length") - 3
