@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from float64_reference import Layer
 
 from recursive_jax.decoding.requests import Sampling
 from recursive_jax.decoding.sampling import SamplingParams, sample
@@ -142,40 +143,11 @@ def answer(
 def _project(cfg, params, cache, x, exit_loop, position):
     """K and V of the loops from `exit_loop` on (0-based), every layer's from the same state x."""
     rows = np.array(cache.rows)
-    block = jax.tree.map(lambda a: np.asarray(a, np.float64), params["block"])
-    x = np.asarray(x, np.float64)
+    params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    x = np.asarray(x, np.float64)[None]
     for loop in range(exit_loop, cfg.num_loops):
-        for layer in range(cfg.num_layers):
-            mine = jax.tree.map(lambda a, layer=layer: a[layer], block)
-
-            def vector(table, loop=loop):
-                return table[loop] if table.ndim == 2 else table
-
-            h = _norm(cfg, x, mine["pre_attention_norm"], vector)
-            heads = []
-            for name in ("k", "v"):
-                part = mine["attention"][name]
-                w = part["w"]
-                if "lora_a" in part:
-                    w = w + part["lora_a"][loop] @ part["lora_b"][loop]
-                y = h @ w + (vector(part["b"]) if "b" in part else 0)
-                heads.append(y.reshape(cfg.num_kv_heads, cfg.head_dim))
-            k, v = heads
-            if cfg.qk_norm:
-                k = _norm(cfg, k, mine["attention"]["k_norm"], vector)
-            kind = cfg.rope_of_depth[loop * cfg.num_layers + layer] if cfg.rope_of_depth else 0
-            half = cfg.rotary_dim // 2
-            theta = cfg.ropes[kind].theta ** (-np.arange(half) / half)
-            turn = np.exp(1j * position * theta)
-            z = (k[:, :half] + 1j * k[:, half : 2 * half]) * turn
-            k = np.concatenate([z.real, z.imag, k[:, 2 * half :]], axis=1)
-            rows[loop, layer, 0, position] = np.stack([k, v], axis=1)
+        for i in range(cfg.num_layers):
+            layer = Layer(cfg, params, loop, i)
+            k, v = layer.keys_and_values(layer.norm("pre_attention_norm", x), [position])
+            rows[loop, i, 0, position] = np.stack([k[0], v[0]], axis=1)
     return RowCache(jnp.asarray(rows))
-
-
-def _norm(cfg, x, params, vector):
-    if cfg.norm == "layer":
-        x = x - x.mean(-1, keepdims=True)
-    x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + cfg.norm_eps)
-    x = x * (vector(params["scale"]) + cfg.norm_offset)
-    return x + vector(params["bias"]) if cfg.norm == "layer" else x

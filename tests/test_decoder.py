@@ -3,6 +3,7 @@
 import functools
 
 import chex
+import float64_reference
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,6 +67,19 @@ def forward(cfg, tokens, positions=None, segment_ids=None):
     positions = positions_of(tokens) if positions is None else positions
     hidden, _ = apply(cfg, tokens, positions, segment_ids)
     return apply(cfg, hidden, method="unembed")
+
+
+@functools.cache
+def exact(cfg, batch):
+    """Logits [B, T, V] of `tokens_of(cfg, batch)` in float64."""
+    forward = functools.partial(float64_reference.forward, cfg, params_of(cfg))
+    return np.stack([forward(row) for row in tokens_of(cfg, batch)])
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_forward_equals_float64(name):
+    cfg = CONFIGS[name]
+    np.testing.assert_allclose(forward(cfg, tokens_of(cfg, 3)), exact(cfg, 3), atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["gemma", "neox", "local"])
@@ -150,12 +164,16 @@ def test_cached_decoding_equals_forward(name, cache_class, small_blocks):
 
 @pytest.mark.parametrize("cache_class", [KVCache, RowCache])
 @pytest.mark.parametrize("name", ["gemma", "neox"])
-def test_lanes_at_different_loops_equal_forward(name, cache_class):
-    """Depth-wise: each tick every lane runs its own loop of its own position, or idles."""
+def test_lanes_at_different_loops_equal_float64(name, cache_class):
+    """Depth-wise: each tick every lane runs its own loop of its own position, or idles.
+
+    Post norms enlarge what is left where sums cancel, and rounding with it: at one token of
+    'gemma' tenfold. Two float32 programs may be too far apart there while both are right.
+    """
     cfg = CONFIGS[name]
     lanes, starts = 3, (0, 1, 3)  # the tick each request arrives at: loops are out of step
     tokens = tokens_of(cfg, batch=lanes)
-    expected = forward(cfg, tokens)
+    expected = exact(cfg, lanes)
     cache = cache_class.zeros(cfg, num_slots=lanes, length=LENGTH)
     slots = jnp.array([1, 2, 0])
 
