@@ -31,6 +31,7 @@ setup(
         "ml-collections>=1.1",
         "grain>=0.2.18",
         "transformers>=5.16,<6",  # tokenizers and chat templates only; no torch
+        "jinja2>=3.1.6",  # chat templates
         "tokenizers>=0.22",
         "safetensors>=0.5",
         "gguf>=0.17",

@@ -66,6 +66,8 @@ def get_config() -> ConfigDict:
     c.mesh.data = -1
     c.mesh.fsdp = 1
     c.mesh.tensor = 1
+    c.lock()  # an unknown key is an error
+    c.scratch.unlock()
     return c
 
 

@@ -12,10 +12,10 @@ Arguments, after a colon and separated by commas:
 What it reproduces (quoted from the paper, Table I.2; not measured here): Gemma 2B, 2 loops, 60B
 tokens of SlimPajama with distillation, mean accuracy over seven tasks. Tied 54.9 · rank 64 55.8 ·
 rank 256 57.0 · rank 512 58.4 · the source uptrained on the same tokens 58.6. Hardware there: 8 ×
-H100. The paper distils from a teacher uptrained on 15B tokens; here the teacher is `source` itself:
-uptrain that first (`--config.model.num_loops=1 --config.objective.kd=0`), export it, and give it as
-the source to reproduce this too. Measured here (docs/results.md): the conversions only, of Gemma 3
-270M and of a directory in Gemma 2B's shapes, on two CPU cores.
+H100. The paper distils from a teacher uptrained on 15B tokens; here the teacher is `source` itself
+(uptraining it first needs an export of checkpoints to Hugging Face's form, which is to come).
+Measured here (docs/results.md): the conversions only, of Gemma 3 270M and of a directory in Gemma
+2B's shapes, on two CPU cores.
 """
 
 from configs import common

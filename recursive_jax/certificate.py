@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from recursive_jax import text
 from recursive_jax.models.config import DecoderConfig
@@ -39,6 +41,35 @@ def sizes(source: DecoderConfig, cfg: DecoderConfig) -> dict[str, Any]:
         "ratio_to_source": round(after["total"] / before["total"], 4),
         "block_ratio_to_source": round((after["shared"] + after["lora"]) / before["shared"], 4),
     }
+
+
+def tie(source: Source, recipe: Mapping[str, Any]) -> tuple[Any, DecoderConfig, dict[str, Any]]:
+    """`tying.tie` with a bar: params, config, and what a certificate says of any conversion."""
+    energy: dict[str, float] = {}
+    projections, hidden = len(source.cfg.projections), jax.process_index() != 0
+    with tqdm(total=projections, desc="tying", unit="projection", disable=hidden) as bar:
+
+        def on_projection(name, kept):
+            energy[name] = round(float(kept), 6)
+            bar.set_postfix_str(f"{name} keeps {kept:.1%}")
+            bar.update()
+
+        params, cfg = tying.tie(
+            source.params, source.cfg, on_projection=on_projection, place=on_device, **recipe
+        )
+    return (
+        params,
+        cfg,
+        {
+            "source": str(source.path),
+            "family": cfg.family,
+            "recipe": dict(recipe),
+            "tensors": source.params.num_tensors,
+            "parameters": sizes(source.cfg, cfg),
+            "energy_kept": energy,
+            "warnings": warnings(source.cfg, cfg),
+        },
+    )
 
 
 def warnings(source: DecoderConfig, cfg: DecoderConfig) -> list[str]:
@@ -111,7 +142,9 @@ class Reference:
         self._windows = windows
         self._mask = windows.scored[:, 1:]
         shape = (int(self._mask.sum()), source.cfg.vocab_size)
-        self._rows = np.memmap(path, np.float32, "w+", shape=shape)
+        with open(path, "wb") as file:  # no room on the disk is told here, not by a signal later
+            os.posix_fallocate(file.fileno(), 0, max(4 * math.prod(shape), 1))
+        self._rows = np.memmap(path, np.float32, "r+", shape=shape)
         outer = jax.tree.map(on_device, source.outer_params())
         hidden = layerwise_hidden_states(source, outer, windows.tokens)
         for start, rows, _ in self._scan(Decoder(source.cfg), outer, hidden):
@@ -120,8 +153,6 @@ class Reference:
     @exact
     def compare(self, model: Decoder, params: Any) -> dict[str, float]:
         """Perplexity of both, KL(source ‖ model) in nats and top-1 agreement, per scored token."""
-        from tqdm import tqdm
-
         hidden = hidden_states(model, params, self._windows.tokens)
         sums = np.zeros(4)
         bar = tqdm(hidden, total=len(self._mask), desc="result on the text", unit="window")

@@ -45,6 +45,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
     except (flags.Error, *MISTAKES) as error:
         lines = str(error).strip().splitlines()  # config_flags puts a traceback in between
         metrics.fail(ValueError(lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"))
+    except Exception as error:  # of the config file's own code
+        words = " ".join(str(error).split())
+        metrics.fail(ValueError(f"the config file fails: {type(error).__name__}: {words}"))
 
 
 def _check_config(argv: Sequence[str]) -> None:

@@ -53,7 +53,7 @@ def convert(
     context_length: int = 512,
 ) -> dict[str, Any]:
     """Tie, measure, write. Returns the certificate. `recipe` holds the arguments of `tying.tie`."""
-    out = pathlib.Path(out)
+    out = checkpoint.local(out)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"--out={out} is not empty; choose another directory, or remove it")
     tying.tied_config(source.cfg, **recipe)  # refuses what is impossible before anything is read
@@ -71,24 +71,15 @@ def convert(
         )
     metrics.say(metrics.table(plan(source, recipe)) + "\n")
 
-    with tempfile.TemporaryDirectory(prefix="recursive_jax-") as scratch:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
         began = time.time()
         reference = None
         if windows is not None:  # the source first, so that two models are never in memory at once
             identity = certify.full_rank_identity(source, recipe, windows)
             rows = pathlib.Path(scratch) / "log_probabilities.f32"
             reference = certify.Reference(rows, source, windows)
-        energy: dict[str, float] = {}
-        params, cfg = tie_with_progress(source, recipe, energy)
-        certificate = {
-            "source": str(source.path),
-            "family": cfg.family,
-            "recipe": dict(recipe),
-            "tensors_consumed": len(source.params),
-            "parameters": certify.sizes(source.cfg, cfg),
-            "energy_kept": energy,
-            "warnings": certify.warnings(source.cfg, cfg),
-        }
+        params, cfg, certificate = certify.tie(source, recipe)
         if reference is not None:
             certificate |= reference.compare(Decoder(cfg), params)
             certificate |= {"full_rank_identity": identity, "text": text_source}
@@ -98,7 +89,6 @@ def convert(
         "generation_config": source.generation_config,
         "tying": dict(recipe),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as partial:
         made = pathlib.Path(partial) / out.name  # appears under its name when it is whole
         checkpoint.create(made, cfg, tokenizer, **facts)
@@ -119,26 +109,6 @@ def plan(source: Source, recipe) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def tie_with_progress(source: Source, recipe, energy: dict[str, float]):
-    """`tying.tie` with a bar; fills `energy` with the share of the residual kept, by projection."""
-    from tqdm import tqdm
-
-    with tqdm(total=len(source.cfg.projections), desc="tying", unit="projection") as bar:
-
-        def on_projection(name, kept):
-            energy[name] = round(float(kept), 6)
-            bar.set_postfix_str(f"{name} keeps {kept:.1%}")
-            bar.update()
-
-        return tying.tie(
-            source.params,
-            source.cfg,
-            on_projection=on_projection,
-            place=certify.on_device,
-            **recipe,
-        )
-
-
 def print_certificate(certificate: Mapping[str, Any], out) -> None:
     sizes, kept = certificate["parameters"], certificate["energy_kept"]
     source = {"shared": sizes["source"], "total": sizes["source_total"]}
@@ -147,10 +117,11 @@ def print_certificate(certificate: Mapping[str, Any], out) -> None:
         for group in ("shared", "lora", "vectors", "embedding", "total")
     ]
     metrics.say("\n" + metrics.table(rows, ("parameters", "source", "recursive")))
+    used = "none kept" if certificate["recipe"]["method"] == "random" else "every one consumed"
     metrics.say(
         f"{sizes['ratio_to_source']:.1%} of the source's size "
         f"(layers alone {sizes['block_ratio_to_source']:.1%}); "
-        f"{certificate['tensors_consumed']} parameter stacks, every source tensor consumed"
+        f"{certificate['tensors']:,} tensors of the source's decoder, {used}"
     )
     if kept:
         metrics.say(

@@ -45,7 +45,12 @@ def define_flags(values: flags.FlagValues) -> None:
         "keys and values of the loops a token skipped: run them beside its successors (exact), "
         "project them from the state it left with (fastest), or copy the last ones",
     )  # fmt: skip
-    boolean("lossless", False, "exits only draft the next token: the text is that of full depth")
+    boolean(
+        "lossless",
+        False,
+        "exits only draft the next token: the text is that of full depth (in bfloat16 but for "
+        "near-ties, as with any other batch)",
+    )
     integer(
         "draft_loop", None, "lossless: draft after so many loops, whatever the token; default 1"
     )
@@ -172,11 +177,14 @@ def make_engine(
         measure = Static(num_loops)  # nobody leaves but at a request's own bound
     longest = max(len(r.tokens) + r.max_new_tokens for r in requests)
     prompt = max(len(r.tokens) for r in requests) - 1
-    engine = Engine(
+    num_slots = -(-min(options.num_slots, len(requests)) // shards) * shards
+    context_length = -(-longest // 128) * 128  # whole tiles on a TPU
+    build = functools.partial(
+        Engine,
         model.decoder,
         model.params,
-        num_slots=-(-min(options.num_slots, len(requests)) // shards) * shards,
-        context_length=-(-longest // 128) * 128,  # whole tiles on a TPU
+        num_slots=num_slots,
+        context_length=context_length,
         chunk_length=min(options.chunk_length, -(-max(prompt, 1) // 16) * 16),
         num_stop=max([1, *(len(r.stop) for r in requests)]),
         measure=measure,
@@ -187,7 +195,16 @@ def make_engine(
         mesh=mesh,
         rules=model.rules,
     )
-    engine.compile()
+    try:
+        engine = build()
+        engine.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(
+            f"{num_slots} slots of {context_length:,} tokens do not fit into memory beside the "
+            f"model ({str(error).splitlines()[0]}); lower num_slots or max_new_tokens"
+        ) from error
     return engine
 
 

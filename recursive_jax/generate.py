@@ -68,8 +68,13 @@ def define_flags(values: flags.FlagValues) -> None:
     strings("stop", None, "text that ends an answer and is no part of it; may be repeated")
     boolean("logprobs", False, "answers tell the log-probability of every token, nats")
     integer("min_loops", 1, "loops that every token runs at least")
-    integer("max_loops", None, "loops that a token runs at most; default: all")
-    string("stats", None, "file: the run in numbers, JSON; also measures the bound, some seconds")
+    integer(
+        "max_loops",
+        None,
+        "loops after which the next token is chosen (lossless: drafted) at the latest; "
+        "default: all. The first one needs all loops anyway",
+    )
+    string("stats", None, "file: the run in numbers, JSON")
     string("heatmap", None, "file: picture (.png, .svg, .pdf) of tokens coloured by exit loop")
     engine_flags.define_flags(values)
     flags.mark_flag_as_required("checkpoint", flag_values=values)
@@ -296,9 +301,11 @@ def answer(
         job.answer(requests)
     if answers is not None:
         answers.close()
-    measured = bool(options.stats) and mesh.size == 1
-    if options.stats and not measured:
-        note("the bound is measured on one device only, so the statistics lack it")
+    # a conversation need not wait for numbers nobody asked for
+    measured = options.prompts is not None or bool(options.stats)
+    if measured and mesh.size > 1:
+        note("the bound is measured on one device only, so the numbers lack it")
+        measured = False
     if measured:
         note("measuring the parts of a tick alone …")
     record = job.summary(options.lossless, measured)

@@ -70,13 +70,13 @@ def save(path: str | pathlib.Path, rows: Sequence[Row], num_loops: int, title: s
     for i, line in enumerate(lines):
         y = top + (i + 0.5) * LINE
         if isinstance(line, str):
-            axes.text(0.2, y, line, weight="bold", **words)
+            axes.text(0.2, y, _drawable(line), weight="bold", **words)
             continue
         for column, piece, loops in line:
             x, length = 0.2 + column * CHARACTER, _width(piece) * CHARACTER
             box = (x, y - 0.44 * LINE), length, 0.88 * LINE
             axes.add_patch(Rectangle(*box, fc=colour[loops], ec="white", lw=0.8))
-            axes.text(x, y, piece, **words)
+            axes.text(x, y, _drawable(piece), **words)
     counts = collections.Counter(n for row in rows for n in row.exit_loops)
     total = max(counts.total(), 1)
     axes.legend(
@@ -90,7 +90,8 @@ def save(path: str | pathlib.Path, rows: Sequence[Row], num_loops: int, title: s
         ncols=min(num_loops, 3),
         frameon=False,
     )
-    axes.text(0.2, 0.2, title + (f"; {left_out}" if left_out else ""), va="center", size=11)
+    title += f"; {left_out}" if left_out else ""
+    axes.text(0.2, 0.2, _drawable(title), va="center", size=11, parse_math=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for the character
         figure.savefig(path)
@@ -119,6 +120,11 @@ def _lines(rows: Sequence[Row]) -> tuple[list[str | list[tuple[int, str, int]]],
         if len(block) > MAX_LINES:
             return lines, f"the beginning of answer 1 of {len(rows)}"
     return lines, ""
+
+
+def _drawable(words: str) -> str:
+    """Half a surrogate pair is no character."""
+    return words.encode("utf-8", "replace").decode("utf-8")
 
 
 def _width(piece: str) -> int:

@@ -103,7 +103,9 @@ def summary(
             "ticks_per_token": stats.ticks_per_token,
         }
     if times is not None and stats.tokens:
-        bound = times.bound(engine.num_slots, stats.mean_loops)
+        # without exits the loops of a token are what might have been (the oracle's)
+        mean_loops = stats.mean_loops if engine.can_exit else engine.num_loops
+        bound = times.bound(engine.num_slots, mean_loops)
         record |= {
             "times": times.to_json(),
             "bound_tokens_per_second": bound,

@@ -190,6 +190,16 @@ def put_stacks(flat: Mapping[str, Any], shardings: Any, dtype: Any) -> dict[str,
     return jax.tree_util.tree_map_with_path(put, shardings)
 
 
+def check_agreement(what: str, value: int) -> None:
+    """ValueError on every process, unless `value` is the same on all."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        found = multihost_utils.process_allgather(np.int32(value)).tolist()
+        if len(set(found)) > 1:
+            raise ValueError(f"{what} differs between the processes: {found}")
+
+
 def wait_for_all(name: str) -> None:
     """Goes on when all processes are here."""
     if jax.process_count() > 1:

@@ -9,6 +9,7 @@ Run the same command again to resume. Any value of the config can be set with --
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -20,7 +21,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from recursive_jax import cli, metrics, sharding, text
+from recursive_jax import certificate, cli, metrics, sharding, text
 from recursive_jax.models.decoder import (
     REMAT_CHOICES,
     Decoder,
@@ -67,7 +68,8 @@ def starting_model(config, source: Source | None, workdir: pathlib.Path) -> star
     elif source is not None and config.model.reduced_baseline:
         begin = start.reduced_baseline(source, config.model.num_loops, config.seed)
     elif source is not None:
-        begin = start.from_source(source, tying.recipe_from(config.model, config.seed))
+        how = tying.recipe_from(config.model, config.seed)
+        begin = start.from_source(source, how, certificate.tie)
     elif config.scratch:
         begin = start.from_scratch(config.scratch.to_dict(), config.tokenizer, config.seed)
     else:
@@ -132,7 +134,7 @@ def restore(workdir, abstract: TrainState, shardings: TrainState, plan: dict[str
 
 def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
     """One run, resumed when `workdir` holds one. Returns what `summary.json` holds."""
-    workdir, began = pathlib.Path(workdir), time.time()
+    workdir, began = checkpoint.local(workdir), time.time()
     objective, optimizer = Objective(**config.objective), OptimizerConfig(**config.optimizer)
     for name in ("batch_size", "context_length", "eval_tokens"):
         if config.data[name] < 1:
@@ -155,6 +157,11 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
             "axes data × fsdp; choose a multiple"
         )
     source = open_source(config.source) if config.source else None
+    latest = checkpoint.latest_step(workdir)
+    sharding.check_agreement(
+        f"the last step in {workdir} (-1: none; all of them must see one directory)",
+        -1 if latest is None else latest,
+    )
     begin = starting_model(config, source, workdir)
     cfg = begin.cfg
     text.check_vocabulary(begin.tokenizer, cfg.vocab_size)
@@ -178,6 +185,7 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
         "held-out text": _hash(windows.tokens),
         "gradient clipping": optimizer.clip_norm > 0,  # these two shape the optimizer's state
         "own LoRA rate": optimizer.lora_lr_scale != 1.0,
+        "objective": dataclasses.asdict(objective),
     }
 
     tx = make_optimizer(optimizer, num_steps)
@@ -191,10 +199,15 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
         rows, batch_size, config.seed, jax.process_index(), jax.process_count()
     )
     history: list[dict[str, Any]] = []
+    spent = 0.0
+    seconds = lambda: spent + time.time() - began  # noqa: E731
     if begin.params is None and begin.checkpoint is None:
         state, progress, first_step = restore(workdir, abstract, shardings, plan)
         batches.set_state(progress["data"])
-        history = progress["history"]
+        history, spent = progress["history"], progress["seconds"]
+        if first_step == num_steps:
+            metrics.say(f"{workdir} has trained to the end; nothing to do but to sum up")
+            began = time.time()
     else:
         first_step = 0
         if begin.checkpoint is not None:
@@ -225,8 +238,12 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
     if first_step == 0:
         if jax.process_index() == 0:
             checkpoint.create(workdir, cfg, begin.tokenizer, **begin.facts)
+            if begin.certificate is not None:
+                checkpoint.write_json(workdir / checkpoint.CERTIFICATE, begin.certificate)
         sharding.wait_for_all("checkpoint directory")
     print_start(config, begin, mesh, dtype, rows, num_steps, first_step)
+    for warning in (begin.certificate or {}).get("warnings", ()):
+        metrics.say(f"warning: {warning}")
     writer = metrics.MetricWriter(workdir, first_step)
     saver = checkpoint.Writer(workdir, keep=config.keep_checkpoints)
     progress_bar = metrics.Progress(num_steps, first_step)
@@ -269,30 +286,33 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
 
     def save(step, state):
         data = batches.get_state()
-        progress = {"data": data, "plan": plan, "history": history}
+        progress = {"data": data, "plan": plan, "history": history, "seconds": seconds()}
         saver.save(step, state.params, state.opt_state, progress)
 
-    if first_step == 0:
-        if teacher is not None:
-            evaluate(0, teacher, teacher_params, "source")
-        evaluate(0, model, state.params)
     hooks = loop.Hooks(
         progress_bar.tick,
         log,
         progress_bar.pause()(lambda step, state: evaluate(step, model, state.params)),
         progress_bar.pause()(save),
     )
-    with loop.Stop() as stop:
-        state, step = loop.run(train_step, state, batches, first_step, schedule, hooks, stop)
-    saver.close()
-    writer.close()
+    try:
+        if first_step == 0:
+            if teacher is not None:
+                evaluate(0, teacher, teacher_params, "source")
+            evaluate(0, model, state.params)
+        with loop.Stop() as stop:
+            state, step = loop.run(train_step, state, batches, first_step, schedule, hooks, stop)
+    finally:  # what is being saved is saved, whatever happened
+        saver.close()
+        writer.close()
     summary = summarise(config, state, source, history, step, tokens_per_step)
-    summary["seconds"] = round(time.time() - began, 1)
+    summary["seconds"] = round(seconds(), 1)
     if step < num_steps:
         metrics.say(f"stopped at step {step} and saved; run the same command to go on")
         return summary
-    if jax.process_index() == 0:
-        checkpoint.write_json(workdir / "summary.json", summary)
+    file = workdir / "summary.json"
+    if jax.process_index() == 0 and not (first_step == num_steps and file.exists()):
+        checkpoint.write_json(file, summary)
     print_end(summary, workdir)
     return summary
 

@@ -545,14 +545,13 @@ def test_bad_requests_end_with_a_reason_and_the_others_are_answered():
         "room for an answer": Request(0, (1,) * CONTEXT, 1),
         "do not fit": Request(1, (1,) * 30, CONTEXT),
         "stop ids": Request(2, (1,), 4, stop=range(9)),
+        "stop id of": Request(7, (1,), 4, stop=("a", 2**40)),
         "token 61": Request(3, (61,), 4),
         "max_loops=4": Request(4, (1,), 4, max_loops=4),
         "min_loops=9": Request(5, (1,), 4, min_loops=9),
         "threshold of top1": Request(6, (1,), 4, exit_threshold=1.5),
     }
-    completions = [Completion(i) for i in range(len(bad) + 1)]
-    for event in generate(engine, [*bad.values(), good]):
-        completions[event.index].add(event)
+    completions = generate(engine, [*bad.values(), good])
     for words, completion in zip(bad, completions, strict=False):
         assert completion.finish_reason == "error" and words in completion.error
     assert completions[-1].finish_reason == "length" and len(completions[-1].tokens) == 4
@@ -560,6 +559,20 @@ def test_bad_requests_end_with_a_reason_and_the_others_are_answered():
         engine_of(TIED).check(Request(0, (1,), 4, max_loops=1))
     with pytest.raises(ValueError, match="recorded_loops"):
         engine_of(RELAXED, measure=Recorded()).check(Request(0, (1,), 4, recorded_loops=(1, 2)))
+
+
+def test_an_engine_that_failed_in_a_step_is_mended_by_reset(monkeypatch):
+    engine, requests = engine_of(TIED), [Request(0, (1, 2, 3), 4)]
+    before = generate(engine, requests)
+
+    def fail(tree):
+        raise jax.errors.JaxRuntimeError("INTERNAL: the device is ill")
+
+    with monkeypatch.context() as patch, pytest.raises(jax.errors.JaxRuntimeError):
+        patch.setattr(jax, "device_get", fail)
+        generate(engine, requests)
+    engine.reset()
+    assert generate(engine, requests) == before
 
 
 @pytest.mark.parametrize(
@@ -590,7 +603,9 @@ def test_measures_and_thresholds_by_name(tmp_path):
     thresholds.save(tmp_path)
     assert Thresholds.load(tmp_path) == thresholds
     path = tmp_path / Thresholds.FILE
-    for damage in ("{", "[]", "{}", path.read_text().replace("0.9", "1.9")):
+    good = path.read_text()
+    damaged = [good.replace("0.9", "1.9"), good.replace('"cosine"', "null")]
+    for damage in ("{", "[]", "{}", "[" * 100_000, *damaged):
         path.write_text(damage)
         with pytest.raises(ValueError, match="calibrate again"):
             Thresholds.load(tmp_path)

@@ -260,8 +260,10 @@ def test_exits_with_calibrated_thresholds_statistics_and_a_picture(
     path = pathlib.Path(tiny) / Thresholds.FILE
     Thresholds("cosine", (0.0,), 0.01, "a text", "2026-01-02").save(tiny)
     try:
+        named = tmp_path / "a $name$ that is $no formula$"
+        named.symlink_to(tiny)
         run_job(
-            checkpoint=tiny, prompts=source, out=tmp_path / "out.jsonl", max_new_tokens=12,
+            checkpoint=named, prompts=source, out=tmp_path / "out.jsonl", max_new_tokens=12,
             exit_measure="calibrated", missing_kv="propagate", num_slots=2,
             stats=tmp_path / "stats.json", heatmap=tmp_path / "map.png", stop="\0",
         )  # fmt: skip
@@ -291,11 +293,28 @@ def test_exits_with_calibrated_thresholds_statistics_and_a_picture(
     assert re.search(r"lane occupancy +\d+%", printed.out)
 
 
-def test_a_request_may_bound_its_loops_without_a_measure(tiny, tmp_path, one_device):
+def test_the_oracle_runs_all_loops_and_so_does_its_bound(tiny, tmp_path, one_device):
+    """Lines without characters in their ids included, in numbers and in the picture."""
+    pytest.importorskip("matplotlib")
+    source, stats = tmp_path / "prompts.jsonl", tmp_path / "stats.json"
+    source.write_text(json.dumps({"prompt": "Once upon a time", "id": "\ud800"}))
+    run_job(
+        checkpoint=tiny, prompts=source, out=tmp_path / "out.jsonl", max_new_tokens=12,
+        exit_measure="oracle", stats=stats, heatmap=tmp_path / "map.png",
+    )  # fmt: skip
+    stats = json.loads(stats.read_text())
+    assert stats["mean_loops"] < 2, "what might have been"
+    times = stats["times"]
+    bound = 1 / (2 * (times["tick"] + times["head"]["1"]) + times["embed"])
+    assert stats["bound_tokens_per_second"] == pytest.approx(bound)
+
+
+def test_a_request_may_bound_its_loops_without_a_measure(tiny, tmp_path, capsys, one_device):
     source = tmp_path / "prompts.jsonl"
     lines = [{"prompt": "Once upon", "max_loops": 1}, {"prompt": "Once upon"}]
     source.write_text("\n".join(map(json.dumps, lines)))
     run_job(checkpoint=tiny, prompts=source, out=tmp_path / "o.jsonl", max_new_tokens=8)
+    assert re.search(r"\n *bound +[\d,.]+ tok/s", capsys.readouterr().out), "without --stats too"
     early, late = read_jsonl(tmp_path / "o.jsonl")
     assert set(early["exit_loops"][1:]) <= {1} and set(late["exit_loops"]) == {2}
     ids = tuple(text.encode(tiny_tokenizer(), "Once upon"))
@@ -357,6 +376,10 @@ def test_a_vanilla_directory_and_its_generation_config(tmp_path):
         ({"prompt": "a", "heatmap": "map.txt"}, "map.txt is no picture; expected"),
         ({"prompt": "a", "exit_measure": "top1", "checkpoint": "tiny"}, "this one has 1"),
         ({"prompt": "a", "context_length": 1}, "context_length=1; expected"),
+        (
+            {"prompt": "a", "context_length": 2**31 - 1, "max_new_tokens": 2**31 - 200},
+            "do not fit into memory beside the model .*; lower num_slots or max_new_tokens",
+        ),
         ({"prompt": "word " * 99}, "the context holds 64"),
         ({"prompt": "a", "chat": True}, "no chat template"),
         ({"prompt": "a", "dtype": "float16"}, "dtype='float16'; expected"),

@@ -75,6 +75,12 @@ def test_a_resumed_run_takes_out_what_a_killed_one_wrote_ahead(tmp_path):
     writer.close()
     lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert [(r["step"], r["train/loss"]) for r in lines] == [(1, 1), (2, 2), (3, 30)]
+    for value in (7, 8):  # nothing was saved: it begins again, with the evaluation before step 1
+        writer = metrics.MetricWriter(tmp_path)
+        writer.write(0, {"valid/nll": value})
+        writer.close()
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [(r["step"], r["valid/nll"]) for r in lines] == [(0, 8)]
 
 
 def scalars(directory):

@@ -54,6 +54,17 @@ def test_prompts_of_a_jsonl_file_and_what_is_wrong_with_them(tmp_path):
     assert prompts[1].content == chat and prompts[1].options["max_new_tokens"] == 2
 
 
+def test_lines_without_an_id_make_room_for_those_with_one(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    ids = [{}, {"id": 1}, {"id": 3}, {"id": 2}, {}, {"id": 3}]
+    lines = [json.dumps({"prompt": "x"} | name) for name in ids]
+    path.write_text("\n".join(lines), encoding="utf-8-sig")  # Windows marks UTF-8 so
+    prompts = read_prompts(path, DEFAULTS)
+    assert [p.id for p in prompts] == ["line 1", 1, 3, 2, 5, 3]
+    assert [p.error is None for p in prompts] == [True] * 5 + [False]
+    assert "id 3 is taken by line 3" in prompts[5].error
+
+
 def test_prompt_files_that_are_none(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_prompts(tmp_path / "missing.txt", DEFAULTS)

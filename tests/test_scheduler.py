@@ -201,21 +201,26 @@ def test_an_idle_device_does_not_wait_for_an_aligned_tick():
 
 
 def test_arrivals_below_saturation_wait_less_depth_wise():
-    """Poisson arrivals, full depth: a request need not wait until its mates' tokens are through."""
+    """Poisson arrivals: a request need not wait until its mates' tokens are through.
+
+    Where no token can leave early all start together, for the sake of the head: nothing is won.
+    """
     rng = random.Random(6)
     now, recordings = 0.0, []
     for _ in range(200):
         now += rng.expovariate(0.08)
         recordings.append(Recording([4] * 10, arrival=now))
 
-    def wait(depthwise):
+    def wait(depthwise, can_exit=True):
         first = {}
-        for tick in replay(Scheduler(8, 4, depthwise=depthwise), recordings):
+        scheduler = Scheduler(8, 4, depthwise=depthwise, can_exit=can_exit)
+        for tick in replay(scheduler, recordings):
             for i in tick.exits:
                 first.setdefault(i, tick.start + 1.0 - recordings[i].arrival)
         return sum(first.values()) / len(first)
 
     assert 4.0 <= wait(True) < wait(False) - 0.5
+    assert wait(True, can_exit=False) == wait(False, can_exit=False)
 
 
 def test_an_idle_device_waits_for_the_next_arrival():

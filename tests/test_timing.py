@@ -38,7 +38,7 @@ def test_an_engine_is_as_before_when_it_was_measured(monkeypatch):
     params = jax.device_put(jax.tree.map(draw, abstract_params(CFG)))
     engine = Engine(Decoder(CFG), params, 3, 32, measure=Static(1), chunk_length=4)
     requests = [Request(i, (i + 1, 5), 6) for i in range(4)]
-    answer = functools.partial(lambda: [e.tokens for e in generate(engine, requests)])
+    answer = functools.partial(lambda: [c.tokens for c in generate(engine, requests)])
     before, caches = answer(), []
     start = timing._block
     monkeypatch.setattr(

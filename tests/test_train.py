@@ -12,6 +12,7 @@ import pathlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -88,11 +89,11 @@ def command(place, workdir, *overrides):
     ]
 
 
-def launch(place, workdir):
+def launch(place, workdir, *overrides, env=None):
     """The real command line, as a child process."""
     return subprocess.Popen(
-        [sys.executable, "-m", "recursive_jax.train", *command(place, workdir)],
-        cwd=ROOT, env=environment(place), text=True,
+        [sys.executable, "-m", "recursive_jax.train", *command(place, workdir, *overrides)],
+        cwd=ROOT, env=env or environment(place), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -168,6 +169,9 @@ def test_a_run_trains_converts_saves_and_says_so(runs):
     )
     assert len(summary["after"]["perplexity_exits"]) == 2
     assert summary["config"]["objective"]["exit_coefficient"] == 0.1
+    certificate = json.loads((workdir / checkpoint.CERTIFICATE).read_text())
+    assert certificate["parameters"]["lora"] == summary["parameters"]["lora"] > 0
+    assert len(certificate["energy_kept"]) == 7 and certificate["tensors"] == 2 + 4 * 9
 
 
 def test_a_checkpoint_knows_what_it_is(runs, place):
@@ -180,6 +184,41 @@ def test_a_checkpoint_knows_what_it_is(runs, place):
     assert (workdir / "tokenizer" / "tokenizer.json").is_file()
     steps = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
     assert steps == [40, 60], "the latest two are kept, nothing else is left there"
+
+
+def test_two_processes_train_as_one(runs, place):
+    """Of two hosts, each with half of every batch; SIGTERM to one of them stops both."""
+    whole, workdir = runs[0]["whole"][0], place / "hosts"
+
+    def start():
+        with socket.create_server(("localhost", 0)) as server:
+            port = server.getsockname()[1]
+        for n in range(2):
+            env = environment(place) | {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
+            env |= {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+            env |= {"SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)}
+            yield launch(place, workdir, "--distributed", env=env)
+
+    first, second = start()
+    lines = iter(first.stdout.readline, "")
+    assert any(line.startswith("step 3/") for line in lines), first.communicate()
+    second.send_signal(signal.SIGTERM)
+    ends = [process.communicate() for process in (first, second)]
+    stopped_at = checkpoint.latest_step(workdir)
+    assert f"stopped at step {stopped_at} and saved; run the same" in ends[0][0], ends
+    assert 3 <= stopped_at < STEPS
+
+    processes = list(start())
+    ends = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ends
+    assert f"resumed from {workdir}" in ends[0][0] and "model " not in ends[1][0], "one speaks"
+    losses = [
+        [r["train/loss"] for r in metrics_of(directory) if "train/loss" in r]
+        for directory in (whole, workdir)
+    ]
+    assert len(losses[0]) == STEPS
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-4)
+    shutil.rmtree(workdir)
 
 
 def test_interrupted_and_resumed_is_uninterrupted(runs):
@@ -214,6 +253,7 @@ def test_interrupted_and_resumed_is_uninterrupted(runs):
     (a, saved_a, step_a), (b, saved_b, step_b) = (
         checkpoint.restore(w, abstract) for w in (whole, parts)
     )
+    assert saved_a.pop("seconds") > 0 and saved_b.pop("seconds") > 0
     assert step_a == step_b == STEPS and saved_a == saved_b
     for (path, x), y in zip(
         jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
@@ -275,6 +315,17 @@ REFUSED = {
     "missing source": (["--config.source=/no/such/model"], "/no/such/model does not exist"),
     "missing checkpoint": (["--config.init_from={place}/nowhere"], "no checkpoint in .*nowhere"),
     "loop count": (["--config.model.num_loops=3"], r"num_loops=3 .*4 layers.*1, 2,? (or )?4"),
+    "loop count of a baseline": (
+        ["--config.model.num_loops=3", "--config.model.reduced_baseline=true"],
+        r"num_loops=3 .*4 layers",
+    ),
+    "negative rank": (["--config.model.lora_rank=-7"], "rank -7 of .* is impossible"),
+    "bucket": (["--config.init_from=gs://bucket/run"], "gs://bucket/run is a URL.* mount it"),
+    "key of a file": (["--config={place}/typo.py"], 'Key "trian" does not exist'),
+    "objective of a run": (
+        ["--workdir={place}/whole", "--config.objective.exit_coefficient=0.5"],
+        "whole cannot go on where it stopped: objective was .*0.1.*now objective is .*0.5",
+    ),
     "method": (["--config.model.method=middle"], "middle.*stepwise.*average"),
     "norms": (["--config.model.norms=shared"], "shared.*tied.*per_loop.*folded"),
     "vocabulary": (
@@ -314,6 +365,14 @@ REFUSED = {
         ["--config.optimizer.learning_rate=1e38", "--config.optimizer.warmup_steps=0"],
         r"loss nan.* at step \d+ are not finite.*learning_rate",
     ),
+    "not finite after a save": (
+        [
+            "--config.optimizer.learning_rate=1e38",
+            "--config.optimizer.warmup_steps=0",
+            "--config.checkpoint_every=1",
+        ],
+        r"loss nan.* at step \d+ are not finite.*The last checkpoint is from before",
+    ),
     # refused by the run that lives in the workdir
     "another model": (
         ["--workdir={place}/whole", "--config.model.num_loops=4"],
@@ -346,6 +405,10 @@ def refusals(place, runs):
     (place / "empty.txt").write_text("")
     (place / "added.txt").write_text("a picture <image> in the text\n" * 50)
     (place / "elsewhere.py").write_text("import no_such_room\n")
+    (place / "typo.py").write_text(
+        "from configs import tiny_smoke\n\n\ndef get_config():\n"
+        "    c = tiny_smoke.get_config()\n    c.data.trian = 'x'\n    return c\n"
+    )
     words = json.loads((place / "source" / "tokenizer.json").read_text())
     added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added |= {"id": 4096, "content": "<image>", "special": True}
@@ -396,16 +459,18 @@ def test_a_mistake_is_told_in_one_line_and_leaves_nothing(name, refusals, place)
     assert len(lines) == 1 and "Traceback" not in stderr, stderr
     assert re.search(REFUSED[name][1], lines[0]), lines[0]
     left = place / f"refused_{list(REFUSED).index(name)}"
-    if name == "not finite":  # that run did begin; it has saved nothing that is broken
-        assert checkpoint.latest_step(left) is None
+    if name.startswith("not finite"):  # that run did begin; what was being saved is whole
+        assert (checkpoint.latest_step(left) is None) == (name == "not finite")
+        assert all(p.name.isdigit() for p in (left / checkpoint.STEPS).iterdir())
     else:
         assert not left.exists(), list(left.rglob("*"))
 
 
 def test_refusals_leave_no_other_files(refusals, place):
     expected = {"cache", "empty", "empty.txt", "parts", "scratch.py", "small_vocab", "source"}
-    expected |= {"added.txt", "added_word", "elsewhere.py", "other_words"}
-    expected |= {"text", "whole", f"refused_{list(REFUSED).index('not finite')}"}
+    expected |= {"added.txt", "added_word", "elsewhere.py", "other_words", "typo.py"}
+    expected |= {"text", "whole"}
+    expected |= {f"refused_{i}" for i, name in enumerate(REFUSED) if name.startswith("not finite")}
     found = {p.name for p in place.iterdir() if not p.name.startswith(("log_", "__pycache__"))}
     assert found == expected
     entries = {p.name[:1] for p in (place / "cache").iterdir()}

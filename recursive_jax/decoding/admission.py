@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from recursive_jax.decoding.early_exit import Measure, Recorded
-from recursive_jax.decoding.requests import Request
+from recursive_jax.decoding.requests import Request, check_number
 
 if TYPE_CHECKING:
     from recursive_jax.decoding.engine import Engine
@@ -23,6 +23,8 @@ def check(request: Request, engine: Engine) -> None:
             f"request {request.id!r} has {len(request.stop)} stop ids; this engine was made "
             f"for {engine.num_stop}"
         )
+    for token in request.stop:
+        check_number(f"stop id of request {request.id!r}", token, True, 0, 2**31 - 1)
     outside = [t for t in request.tokens if not 0 <= t < vocab_size]
     if outside:
         raise ValueError(

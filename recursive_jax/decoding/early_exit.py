@@ -203,6 +203,8 @@ class Thresholds:
 
     def __post_init__(self):
         object.__setattr__(self, "thresholds", tuple(self.thresholds))
+        if not isinstance(self.measure, str):
+            raise ValueError(f"measure={self.measure!r}; expected a name")
         measure = make_measure(self.measure)
         for value in self.thresholds:
             measure.check_threshold(value)
@@ -224,7 +226,7 @@ class Thresholds:
             return None
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             names = [field.name for field in dataclasses.fields(cls)]
             raise ValueError(
                 f"{path} is damaged ({error}); expected {', '.join(names)}; calibrate again"

@@ -3,7 +3,8 @@
 The engine knows slots, the scheduler knows requests; `session.Session` stands between them. Verbs
 of the engine: `admit` a request into a slot, `step` a few ticks, `release` a slot. What admit and
 release change reaches the device with the next step, so there are two executables (ticks with and
-without prompt work) and, after `compile`, nothing compiles again.
+without prompt work; a third wipes a slot that held NaN) and, after `compile`, nothing compiles
+again.
 """
 
 from __future__ import annotations
@@ -284,9 +285,7 @@ class Engine:
             if name not in self._on_device:
                 self._on_device[name] = send()
         cache, self._cache = self._cache, None  # donated: gone, even when the call fails
-        self._cache, self._state, found, count = self._executables[
-            "chunk" if with_chunk else "tick"
-        ](
+        new_cache, self._state, found, count = self._executables["chunk" if with_chunk else "tick"](
             self.params,
             cache,
             self._state,
@@ -303,7 +302,8 @@ class Engine:
         if self._changes.reset.any():
             self._changes.reset[:] = False
             del self._on_device["changes"]
-        found, count = jax.device_get((found, count))
+        found, count = jax.device_get((found, count))  # here at the latest an error is known
+        self._cache = new_cache
         # a shard that stopped earlier had nothing left to do
         return [self._read(found, i) for i in range(count.max())]
 

@@ -35,6 +35,7 @@ class Prompt:
       options: a value for each of `OPTIONS`, and perhaps `recorded_loops`; not checked yet.
       where: "FILE:LINE: " to begin errors with.
       error: why this line cannot be answered.
+      named: whether `id` is its own, not its line number.
     """
 
     id: str | int
@@ -42,6 +43,7 @@ class Prompt:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     where: str = ""
     error: str | None = None
+    named: bool = False
 
 
 def make_request(
@@ -62,8 +64,9 @@ def read_prompts(path: str | os.PathLike, defaults: Mapping[str, Any]) -> list[P
     """Prompts of a text file, one a line, or of a .jsonl file; empty lines are skipped.
 
     A line of a .jsonl file holds `prompt` or `messages`, and may hold the rest of `FIELDS`. Without
-    an id it gets its line number; without a seed one made of `defaults['seed']` and the line
-    number, so that equal prompts get different samples. A bad line comes back with its `error`.
+    an id it gets its line number ("line 7" where another line is called 7); without a seed one made
+    of `defaults['seed']` and the line number, so that equal prompts get different samples. A bad
+    line comes back with its `error`.
 
     Raises:
       FileNotFoundError: no such file.
@@ -73,7 +76,7 @@ def read_prompts(path: str | os.PathLike, defaults: Mapping[str, Any]) -> list[P
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}; expected prompts, one a line, or .jsonl")
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
     prompts, lines_of = [], {}
@@ -85,12 +88,16 @@ def read_prompts(path: str | os.PathLike, defaults: Mapping[str, Any]) -> list[P
         try:
             if path.suffix == ".jsonl":
                 _read_record(prompt, line)
-            if prompt.id in lines_of:
+            if prompt.named and prompt.id in lines_of:
                 raise ValueError(f"id {prompt.id!r} is taken by line {lines_of[prompt.id]}")
         except ValueError as error:
             prompt.error = f"{prompt.where}{error}"
-        lines_of.setdefault(prompt.id, number)
+        if prompt.named:
+            lines_of.setdefault(prompt.id, number)
         prompts.append(prompt)
+    for prompt in prompts:
+        if not prompt.named and prompt.id in lines_of:
+            prompt.id = f"line {prompt.id}"
     if not prompts:
         raise ValueError(f"{path} holds no prompts; expected one a line")
     return prompts
@@ -111,7 +118,7 @@ def _read_record(prompt: Prompt, line: str) -> None:
     name = record.get("id", prompt.id)
     if not isinstance(name, str | int) or isinstance(name, bool):
         raise ValueError(f"id={name!r}; expected a string or an integer")
-    prompt.id = name
+    prompt.id, prompt.named = name, "id" in record
     unknown = sorted(set(record) - set(FIELDS))
     if unknown:
         raise ValueError(f"unknown fields {unknown}; expected some of {', '.join(FIELDS)}")

@@ -61,9 +61,11 @@ class Request:
       max_new_tokens: stop after so many, at least one.
       stop: token ids that end the text; they are not part of it.
       min_loops: loops that every token runs at least, whatever the exit measure says.
-      max_loops: loops after which every token's successor is chosen at the latest; None means all.
+      max_loops: loops after which a token's successor is chosen at the latest (drafted, if the
+        engine is lossless); None means all. Without `lossless` the prompt's last token runs all.
       exit_threshold: of the engine's exit measure, after every loop; None means the engine's own.
-      recorded_loops: for the measure 'recorded': loops after which each new token is chosen.
+      recorded_loops: for the measure 'recorded': loops after which each new token is chosen; the
+        first is a draft or, without `lossless`, of no consequence: the prompt runs all loops.
       stop_strings: texts that end the answer; neither they nor what follows is part of it. Found by
         who knows the tokenizer: `text_session.TextSession`.
       logprobs: whether the answer's record tells them.

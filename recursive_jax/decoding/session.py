@@ -1,7 +1,8 @@
 """Requests in, events out: a scheduler and an engine, round by round.
 
 engine = Engine(model, params, num_slots=16, context_length=1024, measure=TopProbability())
-for event in generate(engine, requests): ...
+completions = generate(engine, requests)
+for event in stream(engine, requests): ...
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from recursive_jax.decoding.engine import Engine, NewToken, Tick
-from recursive_jax.decoding.requests import Event, Request, not_numbers
+from recursive_jax.decoding.requests import Completion, Event, Request, not_numbers
 from recursive_jax.decoding.scheduler import Scheduler
 from recursive_jax.decoding.state import MAX_TICKS
 
@@ -165,7 +166,15 @@ class Session:
         return Event(index, *columns, finish_reason=reason, error=error)
 
 
-def generate(
+def generate(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
+    """Answers, in order; `stream` tells them as they come. Texts: `text_session.TextSession`."""
+    completions = [Completion(request.id) for request in requests]
+    for event in stream(engine, requests):
+        completions[event.index].add(event)
+    return completions
+
+
+def stream(
     engine: Engine, requests: Sequence[Request], max_ticks: int = MAX_TICKS
 ) -> Iterator[Event]:
     """Answer all requests; the last event of each has a `finish_reason`.

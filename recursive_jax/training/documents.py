@@ -200,8 +200,9 @@ def _tfds(item: str, name: str) -> Documents:
     name, _, split = name.partition("@")
     split = split or "train"
     try:
-        if (pathlib.Path(name).expanduser() / "dataset_info.json").exists() or "://" in name:
-            builder = tfds.builder_from_directory(str(pathlib.Path(name).expanduser()))
+        directory = name if "://" in name else str(pathlib.Path(name).expanduser())
+        if "://" in name or (pathlib.Path(directory) / "dataset_info.json").exists():
+            builder = tfds.builder_from_directory(directory)
         else:
             builder = tfds.builder(name, file_format="array_record")
         records = builder.as_data_source(split=split)

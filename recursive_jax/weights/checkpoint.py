@@ -72,6 +72,16 @@ def create(
     write_json(directory / CONFIG, record | {"checksum": _json_checksum(record)})
 
 
+def local(directory: str | os.PathLike) -> pathlib.Path:
+    """A path of this machine; refuses a URL, which pathlib would turn into a directory here."""
+    if "://" in str(directory):
+        raise ValueError(
+            f"{directory} is a URL, and checkpoints are files; mount it (a bucket with gcsfuse) "
+            "and give the path. Several hosts need one that all of them see"
+        )
+    return pathlib.Path(directory)
+
+
 def is_checkpoint(directory: str | os.PathLike) -> bool:
     """Whether `directory` was made by `create` (it may have no step yet)."""
     directory = pathlib.Path(directory)
@@ -85,7 +95,7 @@ def load_config(directory: str | os.PathLike) -> tuple[DecoderConfig, dict[str, 
       FileNotFoundError: no checkpoint there.
       ValueError: written by another version, or damaged.
     """
-    path = pathlib.Path(directory) / CONFIG
+    path = local(directory) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(
             f"no checkpoint in {directory} (expected {CONFIG}); create one with "
@@ -253,7 +263,11 @@ def restore(
             abstract,
         )
         arrays = ocp.load_checkpointables(str(path), dict(stored))
+    except (PermissionError, MemoryError):
+        raise
     except Exception as error:  # orbax and tensorstore raise many kinds
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise ValueError(f"checkpoint {path} does not fit into memory: {error}") from error
         raise _unreadable(path, error) from error
     expected, progress = metadata["checksums"], metadata["progress"]
     found = checksums(arrays)
@@ -302,6 +316,8 @@ def _metadata(path: pathlib.Path) -> dict[str, Any]:
         metadata = ocp.checkpointables_metadata(str(path)).custom_metadata or {}
         if not {"checksums", "progress"} <= set(metadata):
             raise ValueError("its metadata holds no checksums")
+    except PermissionError:
+        raise
     except Exception as error:  # orbax and tensorstore raise many kinds
         raise _unreadable(path, error) from error
     return metadata

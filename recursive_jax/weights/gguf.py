@@ -176,6 +176,11 @@ class GGUFFile:
             tokenizer = build_tokenizer(metadata, self.architecture, self.config.max_length)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
+        except Exception as error:  # the tokenizers library raises many kinds
+            raise ValueError(
+                f"{self.path}: its tokenizer is damaged ({error or type(error).__name__}); "
+                "download it again, or use the model's Hugging Face directory"
+            ) from error
         if len(tokenizer) > self.config.vocab_size:
             raise ValueError(
                 f"{self.path}: the tokenizer has {len(tokenizer)} tokens, the embedding only "

@@ -223,6 +223,11 @@ class LazyParams(Mapping):
         self._rows, self._shapes, self._read, self._cfg = rows, shapes, read, cfg
         self._stored, self.dtype = stored, dtype
 
+    @property
+    def num_tensors(self) -> int:
+        """Of theirs, all of which are used: opening refuses what is left over."""
+        return len({n for p, row in self._rows.items() for n in layer_names(row, self._shapes[p])})
+
     def __getitem__(self, path: str) -> np.ndarray:
         return self._stack(path, layer_names(self._rows[path], self._shapes[path]))
 

@@ -70,7 +70,7 @@ def open_source(spec: str) -> Source:
     cfg = hf.load_config(path)
     params = hf.open_params(path, cfg)
     generation = path / "generation_config.json"
-    generation_config = json.loads(generation.read_text()) if generation.is_file() else {}
+    generation_config = _read_object(generation) if generation.is_file() else {}
 
     def load_tokenizer():
         from recursive_jax.text import load_tokenizer
@@ -78,3 +78,13 @@ def open_source(spec: str) -> Source:
         return load_tokenizer(path)
 
     return Source(path, cfg, params, load_tokenizer, generation_config)
+
+
+def _read_object(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); download it again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: expected an object; download it again")
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ class Start:
       tokenizer: of transformers.
       facts: JSON for the checkpoint's config.json (source, tying, ...).
       origin: in words, for the start-up table.
+      certificate: of a conversion, without measurements on text.
       checkpoint: where the params are when it is not the run's own directory that holds them; they
         are best read straight onto the devices that want them.
     """
@@ -37,6 +38,7 @@ class Start:
     facts: dict[str, Any]
     origin: str
     checkpoint: str | os.PathLike | None = None
+    certificate: dict[str, Any] | None = None
 
 
 def from_workdir(workdir: str | os.PathLike, recipe: Mapping[str, Any]) -> Start | None:
@@ -70,21 +72,25 @@ def from_checkpoint(directory: str | os.PathLike) -> Start:
     return Start(None, cfg, tokenizer, facts, f"checkpoint {directory}", directory)
 
 
-def from_source(source: Source, recipe: Mapping[str, Any]) -> Start:
-    """A pretrained model, tied by `recipe` (arguments of `tying.tie`); one loop leaves it as is."""
+def from_source(source: Source, recipe: Mapping[str, Any], tie: Callable) -> Start:
+    """A pretrained model, tied by `recipe` (arguments of `tying.tie`); one loop leaves it as is.
+
+    `tie(source, recipe)` gives params, config and certificate (`certificate.tie`).
+    """
     facts = {"source": str(source.path), "generation_config": source.generation_config}
     tokenizer = source.load_tokenizer()
     if recipe["num_loops"] == 1 and not recipe["lora_ranks"]:
         params = jax.tree.map(lambda x: np.asarray(x, np.float32), source.load_params())
         return Start(params, source.cfg, tokenizer, facts, f"{source.path}, as it is")
-    params, cfg = tying.tie(source.params, source.cfg, **recipe)
+    params, cfg, certificate = tie(source, recipe)
     facts["tying"] = dict(recipe)
-    return Start(params, cfg, tokenizer, facts, f"{source.path}, tied")
+    origin = f"{source.path}, tied"
+    return Start(params, cfg, tokenizer, facts, origin, certificate=certificate)
 
 
 def reduced_baseline(source: Source, num_loops: int, seed: int) -> Start:
     """The paper's reduced-size baseline (§3.2): depth / num_loops layers, random, no loop."""
-    tying.selected_depths("lower", source.cfg.depth, num_loops)  # refuses an impossible count
+    tying.tied_config(source.cfg, num_loops)  # refuses an impossible count
     cfg = source.cfg.at_depths(range(source.cfg.depth // num_loops))
     facts = {"source": str(source.path), "generation_config": source.generation_config}
     return Start(_random(cfg, seed), cfg, source.load_tokenizer(), facts, "random, reduced size")

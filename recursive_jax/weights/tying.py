@@ -145,7 +145,7 @@ def recipe_from(options: Any, seed: int) -> dict[str, Any]:
         "num_loops": options.num_loops,
         "method": options.method or None,
         "lora": options.lora_init or None,
-        "lora_ranks": "full" if options.lora_rank < 0 else options.lora_rank,
+        "lora_ranks": "full" if options.lora_rank == -1 else options.lora_rank,
         "norms": options.norms,
         "rounding": options.rounding,
         "seed": seed,
