@@ -14,6 +14,8 @@ and exits are recorded ones.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import pathlib
 import re
@@ -36,10 +38,16 @@ from recursive_jax.weights import tying
 from recursive_jax.weights.source import open_source
 
 
-def recursive(model: str, num_loops: int, rank: int):
-    """(decoder, params) of a source folded into `num_loops` loops; 1 loop: the source itself."""
+def recursive(model: str, num_loops: int, rank: int, depth: int | None = None):
+    """(decoder, params) of a source folded into `num_loops` loops; 1 loop: the source itself.
+
+    `depth`: its first layers only.
+    """
     source = open_source(model)
     params, cfg = source.params, source.cfg
+    if depth is not None:
+        cfg, block = source.layers(range(depth))
+        params = {**source.outer_params(), **block}
     if num_loops > 1:
         # a Gaussian LoRA: what it holds does not change the speed, and an SVD takes a minute
         lora = "zero" if rank else None
@@ -117,16 +125,22 @@ def bound(args):
         waves = None if loops is None else loops.reshape(-1, args.slots, args.new).max(axis=1)
         mean = num_loops if loops is None else float(loops.mean())
         slowest = num_loops if loops is None else float(waves.mean())
-        rates, bounds, last = {w: [] for w in ways}, {w: [] for w in ways}, {}
+        rates, bounds = {w: [] for w in ways}, {w: [] for w in ways}
+        simulated, once = [], []
         for _ in range(args.rounds):
             for way, engine in ways.items():
-                last[way] = timing.measure(engine)
+                times = timing.measure(engine)
                 rates[way].append(serve(engine, todo)[0])
                 loops_of = slowest if way == "sequencewise" else mean
-                bounds[way].append(last[way].bound(args.slots, loops_of))
+                bounds[way].append(times.bound(args.slots, loops_of))
+                if way == "depthwise":
+                    simulated.append(simulate(args, num_loops, loops, times))
+                    # without exits all tokens end in one tick, and the head runs in that one only
+                    ticks = num_loops * times.tick + times.head_of(args.slots) + times.embed
+                    once.append(args.slots / ticks)
+                    shown = times
         rate = {w: statistics.median(r) for w, r in rates.items()}
         limit = {w: statistics.median(b) for w, b in bounds.items()}
-        shares_of = [r / b for r, b in zip(rates["depthwise"], bounds["depthwise"], strict=True)]
         ratio = rate["depthwise"] / rate["sequencewise"]
         predicted = limit["depthwise"] / limit["sequencewise"]
         row(
@@ -137,13 +151,24 @@ def bound(args):
             mean_loops={"depthwise": mean, "sequencewise": slowest},
             tokens_per_second={w: round(r, 1) for w, r in rate.items()},
             bound={w: round(b, 1) for w, b in limit.items()},
-            share_of_bound=round(statistics.median(shares_of), 3),
+            share_of_bound=share(rates["depthwise"], bounds["depthwise"]),
+            **(
+                {}
+                if loops is not None
+                else {"share_of_bound_with_one_head": share(rates["depthwise"], once)}
+            ),
             depthwise_over_sequencewise=round(ratio, 3),
             predicted=round(predicted, 3),
             share_of_predicted=round(ratio / predicted, 3),
-            simulated=simulate(args, model.cfg.num_loops, loops, last["depthwise"]),
-            times=last["depthwise"].to_json(),
+            simulated={
+                n: round(statistics.median(s[n] for s in simulated), 1) for n in simulated[0]
+            },
+            times=shown.to_json(),
         )
+
+
+def share(rates: list[float], limits: list[float]) -> float:
+    return round(statistics.median(r / b for r, b in zip(rates, limits, strict=True)), 3)
 
 
 def simulate(args, num_loops: int, loops, times) -> dict[str, float]:
@@ -163,7 +188,7 @@ def simulate(args, num_loops: int, loops, times) -> dict[str, float]:
     ):
         scheduler = Scheduler(args.slots, num_loops, args.chunk, can_exit=loops is not None)
         ticks = simulation.replay(scheduler, recordings, tick_time)
-        out[name] = round(simulation.Totals.of(ticks, tick_time).throughput, 1)
+        out[name] = simulation.Totals.of(ticks, tick_time).throughput
     return out
 
 
@@ -210,7 +235,8 @@ def first_token(engine: Engine, todo: list[Request], due: np.ndarray) -> np.ndar
 
 
 def memory(args):
-    """Benchmark 6: what is allocated beside the weights and the cache."""
+    """Benchmark 6: what is allocated beside the weights and the cache, and what stays resident."""
+    before = resident()  # the interpreter and its libraries
     for num_loops in (2, 3):
         model, params = recursive(args.model, num_loops, args.rank)
         loops = trace(args.requests, args.new, [1 / num_loops] * num_loops)
@@ -220,7 +246,6 @@ def memory(args):
         weights = sum(x.nbytes for x in jax.tree.leaves(params))
         temporaries = {n: m.temp_size_in_bytes for n, m in engine.memory().items()}
         most = max(temporaries.values())
-        status = pathlib.Path("/proc/self/status").read_text()
         row(
             args,
             "engine memory",
@@ -229,11 +254,21 @@ def memory(args):
                 "weights": weights >> 20,
                 "cache": engine.cache_bytes >> 20,
                 "temporaries": {n: round(t / 2**20, 1) for n, t in temporaries.items()},
-                "process": int(re.search(r"RssAnon:\s+(\d+)", status)[1]) >> 10,
+                "resident": (resident() - before) >> 20,
             },
+            resident_over=round((resident() - before) / (weights + engine.cache_bytes) - 1, 4),
             over=round(most / (weights + engine.cache_bytes), 4),
         )
-        del engine, params
+        del engine, model, params
+        jax.clear_caches()
+        gc.collect()
+
+
+def resident() -> int:
+    """Bytes of this process's own, without mapped files and what the allocator keeps."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+)", status)[1]) << 10
 
 
 def lora(args):
@@ -260,13 +295,16 @@ def lora(args):
 
 
 def growth(args):
-    """A tick and the head alone as slots, context and loops grow; one at a time."""
+    """A tick and the head alone as slots, context and loops grow; one at a time.
+
+    The source's first 24 layers: 2, 3 and 4 divide them.
+    """
     base = {"slots": args.slots, "context": args.context, "num_loops": 2}
-    wanted = [base | {"slots": n} for n in (1, 2, 4, 8, 16, 32, 64)]
-    wanted += [base | {"context": n} for n in (128, 512, 1024, 2048, 4096)]
-    wanted += [base | {"num_loops": n} for n in (2, 3)]  # 30 layers: 5 is the next divisor
-    models = {n: recursive(args.model, n, args.rank) for n in (2, 3)}
-    for sizes in wanted:
+    wanted = [("slots", base | {"slots": n}) for n in (1, 2, 4, 8, 16, 32, 64)]
+    wanted += [("context", base | {"context": n}) for n in (128, 512, 1024, 2048, 4096)]
+    wanted += [("num_loops", base | {"num_loops": n}) for n in (2, 3, 4)]
+    models = {n: recursive(args.model, n, args.rank, depth=24) for n in (2, 3, 4)}
+    for grown, sizes in wanted:
         model, params = models[sizes["num_loops"]]
         args.slots, args.context = sizes["slots"], sizes["context"]
         times = timing.measure(make(model, params, args))
@@ -274,7 +312,9 @@ def growth(args):
         row(
             args,
             "engine growth",
-            **sizes,
+            grown=grown,
+            num_loops=depth,
+            layers=24,
             tick_ms=round(1e3 * times.tick, 2),
             head_ms=round(1e3 * times.head_of(sizes["slots"]), 2),
             full_depth_bound=round(times.bound(sizes["slots"], depth), 1),

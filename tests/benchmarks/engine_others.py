@@ -11,6 +11,7 @@ compared.
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import gc
 import os
 import pathlib
@@ -61,13 +62,21 @@ def against_llama_cpp(args):
     One server after the other: an idle one still takes a processor.
     """
     model, params = recursive(args.gguf, 1, 0)
-    todo = requests(args.requests, args.prompt, args.new, model.cfg.vocab_size)
+    equal = requests(args.requests, args.prompt, args.new, model.cfg.vocab_size)
+    lengths = np.random.default_rng(4).integers(args.new // 4, 7 * args.new // 4, len(equal))
+    mixed = [
+        dataclasses.replace(r, max_new_tokens=int(n)) for r, n in zip(equal, lengths, strict=True)
+    ]
+    args.context = max(args.context, args.prompt + 2 * args.new)
     engine = make(model, params, args)
     with tempfile.TemporaryDirectory() as directory:
         exact = pathlib.Path(directory) / "f32.gguf"
         dequantised(args.gguf, exact)
-        serve(engine, todo[: args.slots])  # warms up
-        for name, path in (("f32", exact), ("as it is", args.gguf)):
+        files = (("f32", exact), ("as it is", args.gguf))
+        answers = (("equal", equal), ("mixed", mixed))
+        serve(engine, equal[: args.slots])  # warms up
+        cases = [(*file, *case) for file in files for case in answers]
+        for name, path, length, todo in cases:
             rates = {"ours": [], "llama.cpp": []}
             for _ in range(args.rounds):
                 rates["ours"].append(serve(engine, todo)[0])
@@ -83,6 +92,7 @@ def against_llama_cpp(args):
                 "engine against llama.cpp",
                 rank=0,
                 weights=name,
+                lengths=length,
                 tokens_per_second=rate,
                 ratio=ratio,
             )
