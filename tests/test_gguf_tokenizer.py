@@ -184,6 +184,7 @@ def test_sentencepiece_scores_give_what_sentencepiece_gives(prefix, tmp_path):
         ({"model": "bert"}, ["bert", "gpt2", "llama"]),
         ({"more": {"ggml.pre": "deepseek-llm"}}, ["deepseek-llm", "smollm"]),
         ({"more": {}}, ["does not say", "tokenizer.ggml.pre", "Hugging Face directory"]),
+        ({"more": {"ggml.pre": "default"}}, ["does not say", "tokenizer.ggml.pre"]),
         ({"model": "llama"}, ["scores"]),
         ({"merges": None}, ["merges"]),
         ({"types": [1, 1]}, ["token types"]),

@@ -25,7 +25,7 @@ PRE_TOKENIZERS = {
     "llama-bpe": (_LLAMA3_SPLIT, False, False, True),
     "qwen2": (_QWEN2_SPLIT, False, True, False),
 }
-PRE_ALIASES = {"default": "gpt-2", "llama3": "llama-bpe", "llama-v3": "llama-bpe"}
+PRE_ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}
 
 # Tokens that end a turn or a text, for files that name only one of them.
 STOP_TOKENS = (
@@ -106,7 +106,7 @@ def _byte_level(tokens: Sequence[str], metadata: Mapping[str, Any]):
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     pre = metadata.get("ggml.pre")
-    if pre is None:  # early files: GPT-2's rule would be a guess, and wrong for Llama 3
+    if pre in (None, "default"):  # GPT-2's rule would be a guess, and wrong for Llama 3
         raise ValueError(
             "the file does not say how text is split into words (tokenizer.ggml.pre); use the "
             "model's Hugging Face directory, or a GGUF converted anew"
