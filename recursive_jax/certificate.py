@@ -57,19 +57,16 @@ def tie(source: Source, recipe: Mapping[str, Any]) -> tuple[Any, DecoderConfig, 
         params, cfg = tying.tie(
             source.params, source.cfg, on_projection=on_projection, place=on_device, **recipe
         )
-    return (
-        params,
-        cfg,
-        {
-            "source": str(source.path),
-            "family": cfg.family,
-            "recipe": dict(recipe),
-            "tensors": source.params.num_tensors,
-            "parameters": sizes(source.cfg, cfg),
-            "energy_kept": energy,
-            "warnings": warnings(source.cfg, cfg),
-        },
-    )
+    certificate = {
+        "source": str(source.path),
+        "family": cfg.family,
+        "recipe": dict(recipe),
+        "tensors": source.params.num_tensors,
+        "parameters": sizes(source.cfg, cfg),
+        "energy_kept": energy,
+        "warnings": warnings(source.cfg, cfg),
+    }
+    return params, cfg, certificate
 
 
 def warnings(source: DecoderConfig, cfg: DecoderConfig) -> list[str]:
@@ -142,8 +139,12 @@ class Reference:
         self._windows = windows
         self._mask = windows.scored[:, 1:]
         shape = (int(self._mask.sum()), source.cfg.vocab_size)
-        with open(path, "wb") as file:  # no room on the disk is told here, not by a signal later
-            os.posix_fallocate(file.fileno(), 0, max(4 * math.prod(shape), 1))
+        with open(path, "wb") as file:
+            size = max(4 * math.prod(shape), 1)
+            if hasattr(os, "posix_fallocate"):  # no room is told here, not by a signal later
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
         self._rows = np.memmap(path, np.float32, "r+", shape=shape)
         outer = jax.tree.map(on_device, source.outer_params())
         hidden = layerwise_hidden_states(source, outer, windows.tokens)
