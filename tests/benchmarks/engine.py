@@ -235,14 +235,22 @@ def first_token(engine: Engine, todo: list[Request], due: np.ndarray) -> np.ndar
 
 
 def memory(args):
-    """Benchmark 6: what is allocated beside the weights and the cache, and what stays resident."""
-    before = resident()  # the interpreter and its libraries
+    """Benchmark 6: what is allocated beside the weights and the cache.
+
+    `resident`: what the process has of its own after each stage, beyond interpreter and libraries;
+    compiling leaves the compiler's own memory behind.
+    """
+    before = resident()
     for num_loops in (2, 3):
+        stages = {}
         model, params = recursive(args.model, num_loops, args.rank)
         loops = trace(args.requests, args.new, [1 / num_loops] * num_loops)
         todo = requests(args.requests, args.prompt, args.new, model.cfg.vocab_size, loops)
+        stages["weights"] = resident() - before
         engine = make(model, params, args, loops)
+        stages["compiled"] = resident() - before
         serve(engine, todo)
+        stages["served"] = resident() - before
         weights = sum(x.nbytes for x in jax.tree.leaves(params))
         temporaries = {n: m.temp_size_in_bytes for n, m in engine.memory().items()}
         most = max(temporaries.values())
@@ -254,9 +262,8 @@ def memory(args):
                 "weights": weights >> 20,
                 "cache": engine.cache_bytes >> 20,
                 "temporaries": {n: round(t / 2**20, 1) for n, t in temporaries.items()},
-                "resident": (resident() - before) >> 20,
+                "resident": {stage: size >> 20 for stage, size in stages.items()},
             },
-            resident_over=round((resident() - before) / (weights + engine.cache_bytes) - 1, 4),
             over=round(most / (weights + engine.cache_bytes), 4),
         )
         del engine, model, params
