@@ -157,12 +157,15 @@ def test_full_depth_equals_one_request_at_a_time(name, depthwise):
     assert sum(tick.head_rows for tick in ticks) == len(loops)
 
 
-@pytest.mark.parametrize("policy", ["complete", "propagate", "copy"])
+@pytest.mark.parametrize("policy", ["complete", "propagate", "copy", "sequence-wise"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_exits_equal_one_request_at_a_time(name, policy):
     """Random exits, the same in both; with them the keys and values that deeper loops see."""
-    cfg = CONFIGS[name]
-    engine = engine_of(cfg, measure=Recorded(), missing_kv=policy)
+    cfg, depthwise = CONFIGS[name], policy != "sequence-wise"
+    policy = policy if depthwise else "propagate"
+    num_slots = int(np.random.default_rng([len(name), len(policy), depthwise]).integers(1, 9))
+    options = dict(measure=Recorded(), missing_kv=policy, depthwise=depthwise)
+    engine = engine_of(cfg, num_slots, **options)
     requests = requests_of(cfg, 10, seed=3, recorded=True)
     ours, ticks = serve(engine, requests, seed=4)
     loops = follows(cfg, ours, requests, as_recorded, policy)
@@ -223,9 +226,10 @@ def test_measures_decide_as_their_definitions(name, thresholds, policy):
     requests = [
         dataclasses.replace(request, max_new_tokens=10, **options)
         for request, options in zip(
-            requests_of(TIED, 8, seed=5),
+            requests_of(TIED, 14, seed=5),
             [{}, {}, {}, {"min_loops": 2}, {"max_loops": 2}, {"exit_threshold": 1.0}]
-            + [{"exit_threshold": low}, {"min_loops": 2, "max_loops": 2}],
+            + [{"exit_threshold": low}, {"min_loops": 2, "max_loops": 2}]
+            + [{"exit_threshold": x} for x in np.random.default_rng(0).uniform(low, 1, 6)],
             strict=True,
         )
     ]
@@ -327,13 +331,20 @@ def test_lossless_equals_full_depth_in_the_ticks_of_its_law(draft_loop):
     assert 0.3 < np.mean(right) < 0.97
 
 
-@pytest.mark.parametrize("depthwise", [True, False], ids=["depth-wise", "sequence-wise"])
-@pytest.mark.parametrize("name", ["relaxed", "gemma", "neox"])
-def test_lossless_equals_full_depth_under_load(name, depthwise):
-    """Drafts after random loops, random arrivals, some cancelled: still full depth."""
-    cfg = CONFIGS[name]
-    engine = engine_of(cfg, measure=Recorded(), lossless=True, depthwise=depthwise)
-    requests = requests_of(cfg, 12, seed=9, recorded=True)
+LOSSLESS = [(name, None, way) for name in ("relaxed", "gemma", "neox") for way in (True, False)]
+LOSSLESS += [("tied", "top1", True), ("tied", "cosine", True)]
+
+
+@pytest.mark.parametrize(("name", "measure", "depthwise"), LOSSLESS)
+def test_lossless_equals_full_depth_under_load(name, measure, depthwise):
+    """Drafts after random loops (or a measure's), random arrivals, some cancelled."""
+    cfg, recorded = CONFIGS[name], measure is None
+    measure = Recorded() if recorded else make_measure(measure)
+    thresholds = None if recorded else (0.3, 0.4)
+    engine = engine_of(
+        cfg, measure=measure, thresholds=thresholds, lossless=True, depthwise=depthwise
+    )
+    requests = requests_of(cfg, 12, seed=9, recorded=recorded)
     gone = {2, 5, 9}
     ours, ticks = serve(engine, requests, seed=10, cancel=gone)
     assert sum(tick.dropped for tick in ticks) > 0

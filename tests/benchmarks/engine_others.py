@@ -22,6 +22,7 @@ import time
 import numpy as np
 from engine import make, parser, recursive, requests, row, serve
 
+from recursive_jax.decoding import timing
 from recursive_jax.decoding.requests import Request
 
 FILE_TYPE = "general.file_type"
@@ -49,11 +50,13 @@ def against_torch(args):
 
     rates = {"ours": [], "torch": []}
     for _ in range(args.rounds + 1):
-        rates["ours"].append(serve(engine, todo)[0])
+        ours, stats = serve(engine, todo)
+        rates["ours"].append(ours)
         rates["torch"].append(torch_rate())
     rate = {w: round(statistics.median(r[1:]), 1) for w, r in rates.items()}  # the first warms up
     ratio = round(rate["ours"] / rate["torch"], 3)
-    row(args, "engine against torch", rank=0, tokens_per_second=rate, ratio=ratio)
+    parts = timing.measure(engine).to_json() | {"ticks": stats.ticks}
+    row(args, "engine against torch", rank=0, tokens_per_second=rate, ratio=ratio, parts=parts)
 
 
 def against_llama_cpp(args):
