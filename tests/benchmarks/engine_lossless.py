@@ -32,7 +32,7 @@ def lossless(args):
         params, cfg = checkpoint.load_params(args.checkpoint)
         cases = [(Decoder(cfg), params, args.checkpoint)]  # a small one: scanned, as in `loading`
     else:
-        cases = [(*agreeing(args.model, n, 0.8), args.model) for n in (2, 3)]
+        cases = [(*agreeing(args, n, 0.8), args.model) for n in (2, 3)]
     for model, params, name in cases:
         for slots in (1, 4, 16):
             args.slots = slots
@@ -79,19 +79,19 @@ def accepted(stats, model) -> int:
     return sum(n for loops, n in stats.exit_loops.items() if loops < model.cfg.num_loops)
 
 
-def agreeing(source: str, num_loops: int, wanted: float):
+def agreeing(args, num_loops: int, wanted: float):
     """A source folded so that this share of tokens is the same after loop 1 and after all.
 
     What loops 2, 3, … add is scaled through their o and down projections, by full-rank LoRA:
     the smaller the scale, the more often the loops agree. Bisected on measured agreement.
     """
-    opened = open_source(source)
+    opened = open_source(args.model)
     full = {"o": "full", "down": "full"}
     made, cfg = tying.tie(opened.params, opened.cfg, num_loops, "average", "zero", full)
     made = jax.tree.map(jnp.asarray, made)
     model = Decoder(cfg, scan_layers=False)
-    settings = argparse.Namespace(slots=16, context=96, chunk=16, prompt=8, new=64)
-    todo = sampled(16, settings, cfg.vocab_size)
+    settings = argparse.Namespace(**vars(args) | {"slots": 16})
+    todo = sampled(16, args, cfg.vocab_size)  # they are among those that are measured
 
     def scaled(scale: float):
         params = jax.tree.map(lambda x: x, made)
