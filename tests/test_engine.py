@@ -340,7 +340,7 @@ def test_lossless_equals_full_depth_under_load(name, measure, depthwise):
     """Drafts after random loops (or a measure's), random arrivals, some cancelled."""
     cfg, recorded = CONFIGS[name], measure is None
     measure = Recorded() if recorded else make_measure(measure)
-    thresholds = None if recorded else (0.3, 0.4)
+    thresholds = None if recorded else (0.1, 0.1)
     engine = engine_of(
         cfg, measure=measure, thresholds=thresholds, lossless=True, depthwise=depthwise
     )
