@@ -198,8 +198,8 @@ def make_engine(
     try:
         engine = build()
         engine.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:  # the device's, the host's
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise ValueError(
             f"{num_slots} slots of {context_length:,} tokens do not fit into memory beside the "

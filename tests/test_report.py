@@ -54,7 +54,7 @@ def test_pictures_that_cannot_be_written(tmp_path):
 
 
 class _Engine:
-    num_slots, num_loops = 4, 2
+    num_slots, num_loops, can_exit = 4, 2, True
 
 
 def test_a_lossless_run_in_numbers():
