@@ -30,7 +30,7 @@ class MetricWriter:
             directory.mkdir(parents=True, exist_ok=True)
             file = directory / "metrics.jsonl"
             if file.exists():
-                _keep_until(file, last_step if last_step else -1)  # step 0 is done again
+                _keep_until(file, last_step or -1)  # step 0 is done again
             self._file = open(file, "a", encoding="utf-8")
             self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=last_step + 1)
 

@@ -168,12 +168,15 @@ def test_lanes_at_different_loops_equal_float64(name, cache_class):
     """Depth-wise: each tick every lane runs its own loop of its own position, or idles.
 
     Post norms enlarge what is left where sums cancel, and rounding with it: at one token of
-    'gemma' tenfold. Two float32 programs may be too far apart there while both are right.
+    'gemma' tenfold. Two float32 programs may be too far apart there while both are right; the
+    forward pass is compared with wherever it is itself within half the bound of the truth.
     """
     cfg = CONFIGS[name]
     lanes, starts = 3, (0, 1, 3)  # the tick each request arrives at: loops are out of step
     tokens = tokens_of(cfg, batch=lanes)
-    expected = exact(cfg, lanes)
+    expected, by_forward = exact(cfg, lanes), forward(cfg, tokens)
+    sound = np.abs(by_forward - expected).max(axis=-1) < 1e-5  # [lane, position]
+    assert sound.mean() > 0.95
     cache = cache_class.zeros(cfg, num_slots=lanes, length=LENGTH)
     slots = jnp.array([1, 2, 0])
 
@@ -195,9 +198,10 @@ def test_lanes_at_different_loops_equal_float64(name, cache_class):
         for lane in np.flatnonzero(busy):
             loop[lane] += 1
             if loop[lane] == cfg.num_loops:
-                np.testing.assert_allclose(
-                    logits[lane, 0], expected[lane, position[lane]], atol=2e-5
-                )
+                at = lane, position[lane]
+                np.testing.assert_allclose(logits[lane, 0], expected[at], atol=2e-5)
+                if sound[at]:
+                    np.testing.assert_allclose(logits[lane, 0], by_forward[at], atol=2e-5)
                 loop[lane], position[lane] = 0, position[lane] + 1
     assert mixed and (position == LENGTH).all()
 
