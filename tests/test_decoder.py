@@ -225,9 +225,11 @@ def test_a_chunk_beside_lanes_equals_it_alone(small_blocks):
     chex.assert_trees_all_close(written, cache, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gemma", "neox"])
+@pytest.mark.parametrize("name", ["gemma", "neox", "tied", "uneven"])
 def test_split_layers_equal_scanned_ones(name):
-    cfg = CONFIGS[name]
+    """'uneven': of the weights that are joined, one has no LoRA."""
+    uneven = GEMMA.replace(lora_ranks=dict(k=3, v=2, up=4))
+    cfg = uneven if name == "uneven" else CONFIGS[name]
     tokens, expected = tokens_of(cfg, batch=2), forward(cfg, tokens_of(cfg, batch=2))
     stacked = jax.tree.map(jnp.copy, params_of(cfg))
     params = split_layers(stacked)

@@ -14,7 +14,7 @@ from flax import struct
 from recursive_jax.models import paged
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.kv_cache import Cache
-from recursive_jax.models.layers import Linear, Norm
+from recursive_jax.models.layers import Linear, Norm, joint_products
 
 # Finite, so that a row whose keys are all masked (padding) gives numbers, not NaN.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -91,9 +91,10 @@ class Attention(nn.Module):
         if context.missing is not None:
             batch -= context.missing.loop.shape[0]
             loop = loop[:batch]
-        q = self._heads("q", "heads", x[:batch], loop)
-        k = self._heads("k", "kv_heads", x, row_loop)
-        v = self._heads("v", "kv_heads", x, row_loop)
+        joint = joint_products(self, "attention", x)
+        q = self._heads("q", "heads", x, loop, joint)
+        k = self._heads("k", "kv_heads", x, row_loop, joint)
+        v = self._heads("v", "kv_heads", x, row_loop, joint)
         if cfg.qk_norm:
             loops = cfg.vector_loops("qk_norm")
             q = Norm(cfg, loops, "head_dim", self.dtype, name="q_norm")(q, loop)
@@ -134,9 +135,11 @@ class Attention(nn.Module):
             how = positions, window, cfg.attention_scale, cfg.attn_softcap
             return attend_cached(q, cache, where, *how)
 
-    def _heads(self, name, axis, x, loop):
-        """A projection of x, split into heads: `[B, T, heads, H]`."""
-        y = self._linear(name, ("embed", axis), self.cfg.qkv_bias)(x, loop)
+    def _heads(self, name, axis, x, loop, joint):
+        """A projection of x, split into heads: `[B, T, heads, H]`; of the rows that have a loop."""
+        rows = loop.shape[0] if jnp.ndim(loop) else x.shape[0]
+        x, known = jax.tree.map(lambda part: part[:rows], (x, joint.get(name)))
+        y = self._linear(name, ("embed", axis), self.cfg.qkv_bias)(x, loop, known)
         return y.reshape(*x.shape[:2], -1, self.cfg.head_dim)
 
     def _linear(self, name, axes, bias, scale=0.02):
@@ -216,7 +219,7 @@ def attend_cached(
       positions: `[B, T]`.
       window: as `attention_mask`.
     """
-    size = min(cache.BLOCK, cache.length)
+    size = cache.block_length
     by_head = _by_kv_head(q, cache.num_kv_heads)
     at = jnp.where(positions < cache.length, positions, -1)
     last, first = jnp.maximum(jnp.max(at), 0), 0
@@ -228,8 +231,7 @@ def attend_cached(
 
     def block(i, carry):
         most, total, y = carry
-        start = jnp.minimum(i * size, cache.length - size)  # the last block may begin earlier
-        k, v = cache.read(*where, start, size)
+        k, v, start = cache.read(*where, i)
         keys = start + jnp.arange(size, dtype=jnp.int32)[None]
         mask = attention_mask(positions, keys, None, window) & (keys >= i * size)[None]
         scores = _scores(by_head, k, mask, scale, softcap)
