@@ -55,7 +55,9 @@ def test_written_rows_are_read_back():
 
 def test_blocks_hold_the_rows_one_after_another(monkeypatch):
     """40 rows in blocks of at most 16 (three, filled up to whole vectors), as in one of all."""
-    whole, length = KVCache.zeros(CFG, SLOTS, 40), 40
+    length = 40
+    monkeypatch.setattr(KVCache, "BLOCK", length)
+    whole = KVCache.zeros(CFG, SLOTS, length)
     monkeypatch.setattr(KVCache, "BLOCK", 16)
     monkeypatch.setattr(RowCache, "BLOCK", 16)
     parts, rows = KVCache.zeros(CFG, SLOTS, length), RowCache.zeros(CFG, SLOTS, length)
