@@ -30,7 +30,8 @@ def rows_of(cache):
     slots = jnp.arange(SLOTS)
     return {
         (loop, layer): jax.tree.map(
-            np.asarray, cache.read(jnp.int32(loop), np.int32(layer), slots, jnp.int32(0))[:2]
+            np.asarray,
+            cache.read(jnp.full(SLOTS, loop), np.int32(layer), slots, jnp.zeros(SLOTS, int))[:2],
         )
         for loop in range(CFG.num_loops)
         for layer in range(CFG.num_layers)
@@ -69,10 +70,10 @@ def test_blocks_hold_the_rows_one_after_another(monkeypatch):
     positions = jnp.broadcast_to(jnp.arange(length), (2, length))
     caches = [c.write(k, v, *where, positions) for c in (whole, parts, rows)]
     for block, first in enumerate((0, 16, 32)):
-        expected_k, expected_v, _ = caches[0].read(*where, jnp.int32(0))
+        expected_k, expected_v, _ = caches[0].read(*where, jnp.zeros(2, int))
         for cache, start in ((caches[1], first), (caches[2], min(first, 24))):
-            k, v, found = cache.read(*where, jnp.int32(block))
-            assert found == start
+            k, v, found = cache.read(*where, jnp.full(2, block))
+            assert (found == start).all()
             until = min(start + 16, length)
             np.testing.assert_array_equal(k[..., : until - start], expected_k[..., start:until])
             np.testing.assert_array_equal(v[:, :, : until - start], expected_v[:, :, start:until])

@@ -80,10 +80,10 @@ class Cache(abc.ABC):
 
     @abc.abstractmethod
     def read(self, loop, layer, slots, block) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The rows of a block of slots `[B]` at `loop` (scalar or `[B]`).
+        """The rows of a block of every slot, at `loop`; slots, loop and block are `[B]`.
 
-        k `[B, K, H, R]`, v `[B, K, R, H]`, and the position of the first of the R rows: the last
-        block may begin with rows of the one before. All indices must be in range.
+        k `[B, K, H, R]`, v `[B, K, R, H]`, and the position `[B]` of the first of the R rows: the
+        last block may begin with rows of the one before. All indices must be in range.
         """
 
     def copy_deeper(self, loops, slots, positions):
@@ -155,14 +155,12 @@ class KVCache(Cache):
         return self._size("row")
 
     def read(self, loop, layer, slots, block):
-        loop, slots = jnp.broadcast_arrays(loop, slots)
-
-        def one(array, loop, slot):
+        def one(array, loop, slot, block):
             at, whole = (loop, layer, slot, block), array.shape[4:]
             return jax.lax.dynamic_slice(array, (*at, 0, 0, 0), (1, 1, 1, 1, *whole))[0, 0, 0, 0]
 
-        of_lanes = jax.vmap(one, in_axes=(None, 0, 0))
-        k, v = (of_lanes(array, loop, slots) for array in (self.keys, self.values))
+        of_lanes = jax.vmap(one, in_axes=(None, 0, 0, 0))
+        k, v = (of_lanes(array, loop, slots, block) for array in (self.keys, self.values))
         return k, v, block * self.block_length
 
     def _row(self, name, loop, layer, slot, position):
@@ -192,17 +190,16 @@ class RowCache(Cache):
         return min(self.BLOCK, self.length)
 
     def read(self, loop, layer, slots, block):
-        loop, slots = jnp.broadcast_arrays(loop, slots)
         size = self.block_length
         start = jnp.minimum(block * size, self.length - size)
 
-        def one(loop, slot):
+        def one(loop, slot, start):
             sizes = (1, 1, 1, size, *self.rows.shape[4:])
             at = loop, layer, slot, start, 0, 0, 0
             return jax.lax.dynamic_slice(self.rows, at, sizes)[0, 0, 0]
 
         # One by one: a TPU's gather of pieces this large goes through all of the cache.
-        rows = jnp.stack([one(loop[i], slots[i]) for i in range(slots.shape[0])])
+        rows = jnp.stack([one(loop[i], slots[i], start[i]) for i in range(slots.shape[0])])
         k, v = rows[..., 0, :].transpose(0, 2, 3, 1), rows[..., 1, :].transpose(0, 2, 1, 3)
         return k, v, start
 
