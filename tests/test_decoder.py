@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from recursive_jax.models.attention import attend, attend_cached, attention_mask
 from recursive_jax.models.config import DecoderConfig, Rope
 from recursive_jax.models.decoder import Decoder, abstract_params, split_layers
 from recursive_jax.models.kv_cache import KVCache, RowCache
@@ -77,21 +76,6 @@ def exact(cfg, batch):
     return np.stack([forward(row) for row in tokens_of(cfg, batch)])
 
 
-def assert_right(logits, cfg, batch, at=np.s_[:]):
-    """Logits of `tokens_of(cfg, batch)[at]`, another way than by the forward pass.
-
-    Within 2e-5 of float64, and of the forward pass wherever that is sound: within half the bound of
-    the truth. Post norms enlarge what is left where sums cancel, and rounding with it: at one token
-    of 'gemma' tenfold, and two float32 programs may be too far apart there while both are right.
-    """
-    by_forward, truth = np.asarray(forward(cfg, tokens_of(cfg, batch))), exact(cfg, batch)
-    sound = np.abs(by_forward - truth).max(axis=-1) < 1e-5  # [row, position]
-    assert sound.mean() > 0.95
-    np.testing.assert_allclose(logits, truth[at], atol=2e-5)
-    kept = np.where(sound[at][..., None], by_forward[at], logits)
-    np.testing.assert_allclose(logits, kept, atol=2e-5)
-
-
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_forward_equals_float64(name):
     cfg = CONFIGS[name]
@@ -156,6 +140,7 @@ def test_cached_decoding_equals_forward(name, cache_class, small_blocks):
     """A prompt in two chunks, then token by token, loops in lock step."""
     cfg = CONFIGS[name]
     tokens = tokens_of(cfg, batch=2)
+    expected = forward(cfg, tokens)
     # slots in another order, one unused; stale rows from an earlier request must not be seen
     cache = cache_class.zeros(cfg, num_slots=3, length=LENGTH)
     cache = jax.tree.map(lambda array: array + 7.0, cache)
@@ -170,7 +155,7 @@ def test_cached_decoding_equals_forward(name, cache_class, small_blocks):
     for n in (5, 5, 1, 1):
         chunk = slice(start, start + n)
         logits, cache = step(tokens[:, chunk], positions_of(tokens)[:, chunk], cache)
-        assert_right(logits, cfg, 2, np.s_[:, chunk])
+        np.testing.assert_allclose(logits, expected[:, chunk], atol=2e-5)
         start += n
     assert start == LENGTH
     for array in jax.tree.leaves(cache):
@@ -180,10 +165,18 @@ def test_cached_decoding_equals_forward(name, cache_class, small_blocks):
 @pytest.mark.parametrize("cache_class", [KVCache, RowCache])
 @pytest.mark.parametrize("name", ["gemma", "neox"])
 def test_lanes_at_different_loops_equal_float64(name, cache_class):
-    """Depth-wise: each tick every lane runs its own loop of its own position, or idles."""
+    """Depth-wise: each tick every lane runs its own loop of its own position, or idles.
+
+    Post norms enlarge what is left where sums cancel, and rounding with it: at one token of
+    'gemma' tenfold. Two float32 programs may be too far apart there while both are right; the
+    forward pass is compared with wherever it is itself within half the bound of the truth.
+    """
     cfg = CONFIGS[name]
     lanes, starts = 3, (0, 1, 3)  # the tick each request arrives at: loops are out of step
     tokens = tokens_of(cfg, batch=lanes)
+    expected, by_forward = exact(cfg, lanes), forward(cfg, tokens)
+    sound = np.abs(by_forward - expected).max(axis=-1) < 1e-5  # [lane, position]
+    assert sound.mean() > 0.95
     cache = cache_class.zeros(cfg, num_slots=lanes, length=LENGTH)
     slots = jnp.array([1, 2, 0])
 
@@ -205,7 +198,10 @@ def test_lanes_at_different_loops_equal_float64(name, cache_class):
         for lane in np.flatnonzero(busy):
             loop[lane] += 1
             if loop[lane] == cfg.num_loops:
-                assert_right(logits[lane, 0], cfg, lanes, (lane, position[lane]))
+                at = lane, position[lane]
+                np.testing.assert_allclose(logits[lane, 0], expected[at], atol=2e-5)
+                if sound[at]:
+                    np.testing.assert_allclose(logits[lane, 0], by_forward[at], atol=2e-5)
                 loop[lane], position[lane] = 0, position[lane] + 1
     assert mixed and (position == LENGTH).all()
 
@@ -229,51 +225,17 @@ def test_a_chunk_beside_lanes_equals_it_alone(small_blocks):
     chex.assert_trees_all_close(written, cache, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gemma", "neox", "tied", "uneven"])
+@pytest.mark.parametrize("name", ["gemma", "neox"])
 def test_split_layers_equal_scanned_ones(name):
-    """'uneven': of the weights that are joined, one has no LoRA."""
-    uneven = GEMMA.replace(lora_ranks=dict(k=3, v=2, up=4))
-    cfg = uneven if name == "uneven" else CONFIGS[name]
-    tokens = tokens_of(cfg, batch=2)
+    cfg = CONFIGS[name]
+    tokens, expected = tokens_of(cfg, batch=2), forward(cfg, tokens_of(cfg, batch=2))
     stacked = jax.tree.map(jnp.copy, params_of(cfg))
     params = split_layers(stacked)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(stacked["block"]))
     decoder = Decoder(cfg, scan_layers=False)
     hidden, _ = decoder.apply({"params": params}, tokens, positions_of(tokens))
     logits = decoder.apply({"params": params}, hidden, method="unembed")
-    assert_right(logits, cfg, 2)
-
-
-@pytest.mark.parametrize("windowed", [False, True])
-@pytest.mark.parametrize("cache_class", [KVCache, RowCache])
-def test_lanes_of_any_length_share_passes_over_the_cache(cache_class, windowed, monkeypatch):
-    """Texts of 1 to 8 blocks, an idle lane, windows of their own; NaN stays in its lane."""
-    monkeypatch.setattr(cache_class, "BLOCK", 8)
-    cfg, rng, length = GEMMA, np.random.default_rng(3), 60
-    cache = cache_class.zeros(cfg, num_slots=4, length=length)
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
-    k, v = (draw(4, length, cfg.num_kv_heads, cfg.head_dim) for _ in "kv")
-    loops, slots = jnp.array([0, 1, 1, 0]), jnp.array([2, 0, 1, 3])
-    every = jnp.broadcast_to(jnp.arange(length), (4, length))
-    cache = cache.write(k, v, loops, np.int32(1), slots, every)
-    positions = jnp.array([[3], [length - 1], [cache.length + 2], [17]])
-    windows = jnp.array([2, 20, 5, 0]) if windowed else None
-    q = jnp.asarray(draw(4, 1, cfg.num_heads, cfg.head_dim))
-    how = windows, 0.3, 5.0
-    where = loops, np.int32(1), slots
-    ours = jax.jit(attend_cached, static_argnums=(5, 6))(q, cache, where, positions, *how)
-    mask = attention_mask(positions, every, None, windows)
-    expected = attend(q, k, v, mask, *how[1:])
-    busy = np.array([0, 1, 3])
-    np.testing.assert_allclose(ours[busy], expected[busy], atol=1e-5)
-    assert np.isfinite(ours).all()
-
-    nan = v[:1, :1] * np.nan
-    bad = cache.write(nan, nan, 1, np.int32(1), jnp.array([0]), jnp.array([[length - 20]]))
-    after = attend_cached(q, bad, where, positions, *how)
-    assert np.isnan(after[1]).all()
-    others = np.array([0, 2, 3])
-    np.testing.assert_allclose(after[others], ours[others], atol=1e-6)
+    np.testing.assert_allclose(logits, expected, atol=2e-5)
 
 
 def test_a_prompt_chunk_runs_beside_others_at_another_loop():

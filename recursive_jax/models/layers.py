@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
@@ -15,9 +14,6 @@ ACTIVATION_FNS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
 }
-
-# Projections that read the same rows, by the module they are in: name of the joint param, members.
-JOINT = {"attention": ("qkv", ("q", "k", "v")), "mlp": ("gate_up", ("gate", "up"))}
 
 
 def at_loop(table: jax.Array, loop: jax.Array, ndim: int) -> jax.Array:
@@ -59,22 +55,40 @@ class Linear(nn.Module):
     init_scale: float = 0.02
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, loop: jax.Array, known: tuple[jax.Array, jax.Array] | None = None
-    ) -> jax.Array:
-        """`known`: this projection's part of `joint_products`; x is not looked at then."""
-        _, out_dim = self.cfg.projections[self.projection]
-        lead = x.shape[:-1]
-        if known is None and self.has_variable("params", "wt"):
-            known = _products(self.variables["params"], x, self.dtype)
-        if known is None:
-            y = self._stacked(x, loop)
+    def __call__(self, x: jax.Array, loop: jax.Array) -> jax.Array:
+        cfg, rank = self.cfg, self.cfg.rank(self.projection)
+        in_dim, out_dim = cfg.projections[self.projection]
+        w = self.param(
+            "w",
+            nn.with_logical_partitioning(nn.initializers.normal(self.init_scale), self.axes),
+            (in_dim, out_dim),
+        )
+        # Two axes only: a weight gradient that contracts over both B and T is compiled, on the
+        # CPU, into transposed copies of its operands.
+        lead, x = x.shape[:-1], x.astype(self.dtype)
+        if not jnp.ndim(loop):
+            x = x.reshape(-1, in_dim)
+        if rank:
+            a = self.param(
+                "lora_a",
+                nn.with_logical_partitioning(
+                    nn.initializers.normal(in_dim**-0.5), ("loop", self.axes[0], "rank")
+                ),
+                (cfg.num_loops, in_dim, rank),
+            )
+            b = self.param(
+                "lora_b",
+                nn.with_logical_partitioning(nn.initializers.zeros, ("loop", "rank", self.axes[1])),
+                (cfg.num_loops, rank, out_dim),
+            )
+            tokens = x.size // in_dim // self.data_shards
+            y = apply_lora(
+                x, w, a, b, loop, lora_form(jnp.ndim(loop), tokens, in_dim, out_dim), self.dtype
+            )
         else:
-            y, wide = known
-            if self.cfg.rank(self.projection):
-                y = y + _masked(wide, loop, self.cfg.num_loops) @ _wide(self._lora_b(), self.dtype)
+            y = x @ w.astype(self.dtype)
         if self.use_bias:
-            loops = self.cfg.vector_loops("bias")
+            loops = cfg.vector_loops("bias")
             bias = self.param(
                 "b",
                 nn.with_logical_partitioning(
@@ -86,40 +100,6 @@ class Linear(nn.Module):
             bias = bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
             y = y + bias.astype(self.dtype)
         return y.reshape(*lead, out_dim)
-
-    def _stacked(self, x, loop):
-        cfg, rank = self.cfg, self.cfg.rank(self.projection)
-        in_dim, out_dim = cfg.projections[self.projection]
-        w = self.param(
-            "w",
-            nn.with_logical_partitioning(nn.initializers.normal(self.init_scale), self.axes),
-            (in_dim, out_dim),
-        )
-        # Two axes only: a weight gradient that contracts over both B and T is compiled, on the
-        # CPU, into transposed copies of its operands.
-        x = x.astype(self.dtype)
-        if not jnp.ndim(loop):
-            x = x.reshape(-1, in_dim)
-        if not rank:
-            return x @ w.astype(self.dtype)
-        a = self.param(
-            "lora_a",
-            nn.with_logical_partitioning(
-                nn.initializers.normal(in_dim**-0.5), ("loop", self.axes[0], "rank")
-            ),
-            (cfg.num_loops, in_dim, rank),
-        )
-        form = lora_form(jnp.ndim(loop), x.size // in_dim // self.data_shards, in_dim, out_dim)
-        return apply_lora(x, w, a, self._lora_b(), loop, form, self.dtype)
-
-    def _lora_b(self):
-        rank = self.cfg.rank(self.projection)
-        _, out_dim = self.cfg.projections[self.projection]
-        return self.param(
-            "lora_b",
-            nn.with_logical_partitioning(nn.initializers.zeros, ("loop", "rank", self.axes[1])),
-            (self.cfg.num_loops, rank, out_dim),
-        )
 
 
 def apply_lora(x, w, a, b, loop, form: str, dtype) -> jax.Array:
@@ -135,50 +115,12 @@ def apply_lora(x, w, a, b, loop, form: str, dtype) -> jax.Array:
         y = x @ w.astype(dtype)
         if form == "per_token":
             return y + (x @ a[loop].astype(dtype)) @ b[loop].astype(dtype)
-        wide_a = jnp.moveaxis(a, 0, 1).reshape(-1, a.shape[0] * a.shape[2]).astype(dtype)
-        return y + _masked(x @ wide_a, loop, a.shape[0]) @ _wide(b, dtype)
-
-
-def _wide(b, dtype):
-    """b of all loops, one below the other: `[L·R, out]`."""
-    return b.reshape(-1, b.shape[-1]).astype(dtype)
-
-
-def _masked(wide, loop, num_loops: int):
-    """x @ a of all loops, `[..., L·R]`: zeros but for the loop that runs (scalar, or `[B]`)."""
-    rank = wide.shape[-1] // num_loops
-    mask = jnp.repeat(jax.nn.one_hot(loop, num_loops, dtype=wide.dtype), rank, axis=-1)
-    return wide * mask.reshape(*mask.shape[:-1], *(1,) * (wide.ndim - mask.ndim), mask.shape[-1])
-
-
-def joint_products(module: nn.Module, room: str, x: jax.Array) -> dict[str, tuple]:
-    """Products of the projections in `JOINT[room]`, as `Linear` takes them; {} if they are apart.
-
-    `decoder.split_layers` joins them as a param of the module they belong to.
-    """
-    name, projections = JOINT[room]
-    if not module.has_variable("params", name):
-        return {}
-    cfg, parts = module.cfg, []
-    widths = (
-        [cfg.projections[p][1] for p in projections],
-        [cfg.num_loops * cfg.rank(p) for p in projections],
-    )
-    for product, width in zip(
-        _products(module.get_variable("params", name), x, module.dtype), widths, strict=True
-    ):
-        parts.append(jnp.split(product, np.cumsum(width)[:-1], axis=-1))
-    return dict(zip(projections, zip(*parts, strict=True), strict=True))
-
-
-def _products(params, x, dtype):
-    """x times weights that `decoder.split_layers` made: `x @ w`, and `x @ a` of all loops."""
-    x = x.astype(dtype)
-    with jax.named_scope("split"):
-        y = x @ params["wt"].T.astype(dtype)
-        if "lora_at" not in params:
-            return y, jnp.zeros((*y.shape[:-1], 0), dtype)
-        return y, x @ params["lora_at"].T.astype(dtype)
+        num_loops, _, rank = a.shape
+        wide_a = jnp.moveaxis(a, 0, 1).reshape(-1, num_loops * rank).astype(dtype)
+        wide_b = b.reshape(num_loops * rank, -1).astype(dtype)
+        mask = jnp.repeat(jax.nn.one_hot(loop, num_loops, dtype=dtype), rank, axis=-1)
+        mask = mask.reshape(mask.shape[0], *(1,) * (x.ndim - 2), mask.shape[-1])
+        return y + ((x @ wide_a) * mask) @ wide_b
 
 
 class Norm(nn.Module):
@@ -232,10 +174,9 @@ class Mlp(nn.Module):
             name=name,
         )
         act = ACTIVATION_FNS[cfg.activation]
-        joint = joint_products(self, "mlp", x)
-        up = linear("up", ("embed", "mlp"))(x, loop, joint.get("up"))
+        up = linear("up", ("embed", "mlp"))(x, loop)
         if cfg.gated_mlp:
-            hidden = act(linear("gate", ("embed", "mlp"))(x, loop, joint.get("gate"))) * up
+            hidden = act(linear("gate", ("embed", "mlp"))(x, loop)) * up
         else:
             hidden = act(up)
         hidden = nn.with_logical_constraint(hidden, ("batch", "seq", "mlp"))
