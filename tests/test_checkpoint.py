@@ -179,6 +179,15 @@ def test_checksum_sees_every_bit_and_every_exchange(dtype):
     assert before == {"['x']": expected}
 
 
+@pytest.mark.parametrize("shape", [(7, 5), (40,), ()])
+def test_checksum_is_the_same_in_pieces_and_on_a_device(shape, monkeypatch):
+    x = np.asarray(np.random.default_rng(0).normal(size=shape), np.float32)
+    whole = checkpoint.checksums({"x": x})
+    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 45)
+    assert checkpoint.checksums({"x": x}) == whole
+    assert checkpoint.checksums({"x": jnp.asarray(x)}) == whole
+
+
 # Damage
 
 

@@ -12,7 +12,6 @@ of every tokenizer file, verified on load.
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
@@ -33,6 +32,7 @@ FORMAT = 1
 CONFIG = "config.json"
 CERTIFICATE = "certificate.json"
 STEPS = "checkpoints"
+PIECE_BYTES = 64 << 20  # of an array at a time in a checksum
 
 
 def write_json(path: pathlib.Path, data: Any) -> None:
@@ -143,25 +143,33 @@ def checksums(tree: Any) -> dict[str, int]:
 
 
 def _checksum(x: jax.Array | np.ndarray) -> int:
-    x = jnp.atleast_1d(x)
-    rows = len(x)
-    if len(x.sharding.device_set) == 1:
+    x = x if np.ndim(x) else x.reshape(1)  # `jnp.atleast_1d` copies what it leaves as it is
+    rows, here = len(x), isinstance(x, np.ndarray)
+    if here or len(x.sharding.device_set) == 1:
         # In pieces: the integers of an array take as much memory as it does.
-        rows = max(1, (64 << 20) * rows // max(x.nbytes, 1))
-    starts = range(0, len(x), rows)
-    return sum(int(_sum(x, start, min(rows, len(x) - start))) for start in starts) % 2**32
+        rows = max(1, PIECE_BYTES * rows // max(x.nbytes, 1))
+    total = 0
+    for start in range(0, len(x), rows):
+        size = min(rows, len(x) - start)
+        piece = x[start : start + size] if here else _rows(x, start, size)
+        total += int(_sum(piece, start))
+    return total % 2**32
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _sum(x: jax.Array, start: int, rows: int) -> jax.Array:
-    """What rows `[start, start + rows)` of `x` are in its checksum."""
+def _rows(x, start, size):
+    # a static slice would be compiled for every start
+    return x if size == len(x) else jax.lax.dynamic_slice_in_dim(x, start, size)
+
+
+@jax.jit
+def _sum(x: jax.Array, start: int) -> jax.Array:
+    """What x, rows of an array from `start` on, are in its checksum."""
     width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    x = x if rows == len(x) else jax.lax.dynamic_slice_in_dim(x, start, rows)
     bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
     weight = jnp.zeros(x.shape, jnp.uint32)
     for axis in range(x.ndim):  # the row-major index, modulo 2³²
         iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        iota = iota if axis else iota + jnp.uint32(start)
+        iota = iota if axis else iota + start.astype(jnp.uint32)
         weight = weight * jnp.uint32(x.shape[axis]) + iota
     return (bits * (2 * weight + 1)).sum(dtype=jnp.uint32)
 
