@@ -2,8 +2,12 @@
 
 import base64
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
+import hub_server
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -417,3 +421,32 @@ def test_hub_ids_download_safetensors_only(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     with pytest.raises(FileNotFoundError, match=r"recursive_jax\[hub\]"):
         hf.resolve("someone/a-model")
+
+
+def test_a_hub_model_is_downloaded_once_by_the_real_client(tmp_path):
+    """From a hub on loopback: whole, without its pickle, and offline from then on."""
+    pytest.importorskip("huggingface_hub")
+    model = write_directory(tmp_path / "model", "llama_gqa_llama3_rope", shards=2)
+    (model / "pytorch_model.bin").write_bytes(b"a pickle")
+    server = hub_server.serve({"someone/a-model": model})
+    here = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    here["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+
+    def resolve(name, **more):
+        code = f"from recursive_jax.weights import hf; print(hf.resolve({name!r}))"
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | here | more, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+
+    done = resolve("someone/a-model")
+    assert done.returncode == 0, done.stderr
+    got = pathlib.Path(done.stdout.strip().splitlines()[-1])
+    wanted = {file.name for file in model.iterdir()} - {"pytorch_model.bin"}
+    assert {file.name for file in got.iterdir()} == wanted
+    assert all((got / name).read_bytes() == (model / name).read_bytes() for name in wanted)
+    assert not any(".bin" in path for path in server.asked)
+    assert "someone/another does not exist here" in resolve("someone/another").stderr
+    server.shutdown(), server.server_close()
+    again = resolve("someone/a-model", HF_HUB_OFFLINE="1")
+    assert again.stdout == done.stdout, again.stderr
