@@ -263,8 +263,8 @@ def attend_cached(
         mine, good = mine & good[None], (there & good)[:, None, None]
         tops = jnp.where(mine[..., None, None], top[None], MASKED)
         new_most = jnp.maximum(most, jnp.max(tops, axis=1))
-        share = jnp.where(good, jnp.exp(top - new_most[lane]), 0.0)
-        share = jnp.where(good, share * sums, 0.0)
+        # `part` is an average, as of `attend`: a single piece is rounded as there
+        share = jnp.where(good, jnp.exp(top - new_most[lane]) * sums, 0.0)
         pieces = share, jnp.where(good[..., None], share[..., None] * part, 0.0)
         kept = jnp.exp(most - new_most)
         more, more_y = (
