@@ -16,7 +16,7 @@ import threading
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def serve(repos, port=0):
+def serve(repos):
     """A server, in a thread of its own, of `{hub id: directory}`; its `asked` lists the paths."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -57,7 +57,7 @@ def serve(repos, port=0):
         def log_message(self, *_):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.asked = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server

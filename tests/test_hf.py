@@ -429,8 +429,12 @@ def test_a_hub_model_is_downloaded_once_by_the_real_client(tmp_path):
     model = write_directory(tmp_path / "model", "llama_gqa_llama3_rope", shards=2)
     (model / "pytorch_model.bin").write_bytes(b"a pickle")
     server = hub_server.serve({"someone/a-model": model})
-    here = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    here["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+    here = {
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_OFFLINE": "0",
+        "NO_PROXY": "127.0.0.1",
+    }
 
     def resolve(name, **more):
         code = f"from recursive_jax.weights import hf; print(hf.resolve({name!r}))"
