@@ -53,7 +53,9 @@ def params_of(cfg):
     return jax.device_put(jax.tree.map(draw, abstract_params(cfg)))
 
 
-@functools.cache
+# A few at a time: an engine is a thousand memory mappings, a process may have 65,530, and XLA's
+# compiler dies without a word when there are no more.
+@functools.lru_cache(maxsize=8)
 def engine_of(cfg, num_slots=3, chunk_length=4, **options):
     options = {"num_slots": num_slots, "context_length": CONTEXT, **options}
     return Engine(Decoder(cfg), params_of(cfg), chunk_length=chunk_length, **options)

@@ -40,7 +40,7 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=8)  # as `engine_of`
 def engine_on(cfg, mode, data, tensor):
     """Eight slots on `data` x `tensor` devices."""
     mesh = sharding.make_mesh(data, 1, tensor, devices=jax.devices()[: data * tensor])
