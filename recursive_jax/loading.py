@@ -47,8 +47,8 @@ class Opened:
         else:
             params = sharding.put_stacks(self.source.params, where, dtype)
         block = sum(leaf.nbytes for leaf in jax.tree.leaves(params["block"]))
-        split = mesh.devices.flat[0].platform == "cpu" and block > SPLIT_BYTES
-        split &= passes > SPLIT_PASSES
+        split = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+        split &= block > SPLIT_BYTES and passes > SPLIT_PASSES
         decoder = Decoder(
             self.cfg,
             dtype=dtype,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from recursive_jax.models.attention import attend, attend_cached, attention_mask
 from recursive_jax.models.config import DecoderConfig, Rope
 from recursive_jax.models.decoder import Decoder, abstract_params, split_layers
 from recursive_jax.models.kv_cache import KVCache, RowCache
@@ -225,9 +226,11 @@ def test_a_chunk_beside_lanes_equals_it_alone(small_blocks):
     chex.assert_trees_all_close(written, cache, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gemma", "neox"])
+@pytest.mark.parametrize("name", ["gemma", "neox", "tied", "uneven"])
 def test_split_layers_equal_scanned_ones(name):
-    cfg = CONFIGS[name]
+    """'uneven': of the weights that are joined, one has no LoRA."""
+    uneven = GEMMA.replace(lora_ranks=dict(k=3, v=2, up=4))
+    cfg = uneven if name == "uneven" else CONFIGS[name]
     tokens, expected = tokens_of(cfg, batch=2), forward(cfg, tokens_of(cfg, batch=2))
     stacked = jax.tree.map(jnp.copy, params_of(cfg))
     params = split_layers(stacked)
@@ -236,6 +239,47 @@ def test_split_layers_equal_scanned_ones(name):
     hidden, _ = decoder.apply({"params": params}, tokens, positions_of(tokens))
     logits = decoder.apply({"params": params}, hidden, method="unembed")
     np.testing.assert_allclose(logits, expected, atol=2e-5)
+
+    # lanes at loops of their own take other products: joint ones, and of all loops' LoRA
+    x = np.random.default_rng(1).normal(size=(4, 1, cfg.embed_dim)).astype(np.float32)
+    loops, cache = jnp.array([1, 0, 0, 1]), KVCache.zeros(cfg, num_slots=4, length=LENGTH)
+    run = lambda decoder, params: decoder.apply(  # noqa: E731
+        {"params": params}, x, loops, jnp.full((4, 1), 3), cache=cache, method="run_loop"
+    )
+    ours, theirs = run(decoder, params), run(Decoder(cfg), params_of(cfg))
+    chex.assert_trees_all_close(ours, theirs, atol=5e-6)
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+@pytest.mark.parametrize("cache_class", [KVCache, RowCache])
+def test_lanes_of_any_length_share_passes_over_the_cache(cache_class, windowed, monkeypatch):
+    """Texts of 1 to 8 blocks, an idle lane, windows of their own; NaN stays in its lane."""
+    monkeypatch.setattr(cache_class, "BLOCK", 8)
+    cfg, rng, length = GEMMA, np.random.default_rng(3), 60
+    cache = cache_class.zeros(cfg, num_slots=4, length=length)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    k, v = (draw(4, length, cfg.num_kv_heads, cfg.head_dim) for _ in "kv")
+    loops, slots = jnp.array([0, 1, 1, 0]), jnp.array([2, 0, 1, 3])
+    every = jnp.broadcast_to(jnp.arange(length), (4, length))
+    cache = cache.write(k, v, loops, np.int32(1), slots, every)
+    positions = jnp.array([[3], [length - 1], [cache.length + 2], [17]])
+    windows = jnp.array([2, 20, 5, 0]) if windowed else None
+    q = jnp.asarray(draw(4, 1, cfg.num_heads, cfg.head_dim))
+    how = windows, 0.3, 5.0
+    where = loops, np.int32(1), slots
+    ours = jax.jit(attend_cached, static_argnums=(5, 6))(q, cache, where, positions, *how)
+    mask = attention_mask(positions, every, None, windows)
+    expected = attend(q, k, v, mask, *how[1:])
+    busy = np.array([0, 1, 3])
+    np.testing.assert_allclose(ours[busy], expected[busy], atol=1e-5)
+    assert np.isfinite(ours).all()
+
+    nan = v[:1, :1] * np.nan
+    bad = cache.write(nan, nan, 1, np.int32(1), jnp.array([0]), jnp.array([[length - 20]]))
+    after = attend_cached(q, bad, where, positions, *how)
+    assert np.isnan(after[1]).all()
+    others = np.array([0, 2, 3])
+    np.testing.assert_allclose(after[others], ours[others], atol=1e-6)
 
 
 def test_a_prompt_chunk_runs_beside_others_at_another_loop():

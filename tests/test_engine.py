@@ -469,18 +469,21 @@ def test_stop_tokens_end_an_answer():
         assert other.tokens[len(mine.tokens)] in request.stop
 
 
-def test_split_layers_and_blocks_of_the_cache_change_nothing(monkeypatch):
+@pytest.mark.parametrize("name", ["gemma", "neox"])
+def test_split_layers_and_blocks_of_the_cache_change_nothing(name, monkeypatch):
     """What a CPU decodes a large model with."""
+    cfg = CONFIGS[name]
     monkeypatch.setattr(KVCache, "BLOCK", 16)
     jax.clear_caches()
-    params = split_layers(jax.tree.map(jnp.copy, params_of(GEMMA)))
+    params = split_layers(jax.tree.map(jnp.copy, params_of(cfg)))
     engine = Engine(
-        Decoder(GEMMA, scan_layers=False), params, 3, CONTEXT, chunk_length=4, measure=Recorded(),
+        Decoder(cfg, scan_layers=False), params, 3, CONTEXT, chunk_length=4, measure=Recorded(),
         missing_kv="propagate",
     )  # fmt: skip
-    requests = requests_of(GEMMA, 6, seed=3, recorded=True)
+    requests = requests_of(cfg, 6, seed=3, recorded=True)
     ours, _ = serve(engine, requests, seed=4)
-    assert set(follows(GEMMA, ours, requests, as_recorded, "propagate")) == {1, 2}
+    loops = set(range(1, cfg.num_loops + 1))
+    assert set(follows(cfg, ours, requests, as_recorded, "propagate")) == loops
     jax.clear_caches()
 
 

@@ -130,10 +130,10 @@ def test_any_mesh_decodes_like_one_request_at_a_time(mode, data, tensor):
         count, crossing = collectives(engine._executables[name].as_text(), tensor)
         assert crossing == 0
         assert (count > 0) == (tensor > 1 and name != "wipe")
-    keys = engine._cache.keys
-    shard = keys.addressable_shards[0].data.shape
+    shard = engine._cache.keys.addressable_shards[0].data.shape
+    shard = dict(zip(engine._cache.AXES["keys"], shard, strict=True))
     split = 1 if WIDE.num_kv_heads % tensor else tensor
-    assert shard[2:4] == (8 // data, WIDE.num_kv_heads // split)
+    assert (shard["slot"], shard["kv_heads"]) == (8 // data, WIDE.num_kv_heads // split)
     memory = engine.memory()["tick"]  # of one device
     assert memory.alias_size_in_bytes >= engine.cache_bytes // (data * split)
 

@@ -30,7 +30,8 @@ def rows_of(cache):
     slots = jnp.arange(SLOTS)
     return {
         (loop, layer): jax.tree.map(
-            np.asarray, cache.read(jnp.int32(loop), np.int32(layer), slots, 0, LENGTH)
+            np.asarray,
+            cache.read(jnp.full(SLOTS, loop), np.int32(layer), slots, jnp.zeros(SLOTS, int))[:2],
         )
         for loop in range(CFG.num_loops)
         for layer in range(CFG.num_layers)
@@ -51,8 +52,31 @@ def test_written_rows_are_read_back():
     k, v = rows_of(ours)[1, 1]
     assert (k[3, :, :, 4:] != 0).all() and (v[3, :, 4:] != 0).all()
     assert (k[3, :, :, :4] == 0).all() and (k[:3] == 0).all()
-    part, _ = ours.read(jnp.int32(1), np.int32(1), jnp.arange(SLOTS), 3, 2)
-    np.testing.assert_array_equal(part, k[..., 3:5])
+
+
+def test_blocks_hold_the_rows_one_after_another(monkeypatch):
+    """40 rows in blocks of at most 16 (three, filled up to whole vectors), as in one of all."""
+    length = 40
+    monkeypatch.setattr(KVCache, "BLOCK", length)
+    whole = KVCache.zeros(CFG, SLOTS, length)
+    monkeypatch.setattr(KVCache, "BLOCK", 16)
+    monkeypatch.setattr(RowCache, "BLOCK", 16)
+    parts, rows = KVCache.zeros(CFG, SLOTS, length), RowCache.zeros(CFG, SLOTS, length)
+    assert (whole.block_length, whole.length) == (40, 40)
+    assert (parts.block_length, parts.length) == (16, 48)
+    assert (rows.block_length, rows.length) == (16, 40)
+    k, v = np.random.default_rng(1).normal(size=(2, 2, length, 2, 4)).astype(np.float32)
+    where = jnp.array([2, 0]), np.int32(1), jnp.array([3, 1])  # loop, layer, slots
+    positions = jnp.broadcast_to(jnp.arange(length), (2, length))
+    caches = [c.write(k, v, *where, positions) for c in (whole, parts, rows)]
+    for block, first in enumerate((0, 16, 32)):
+        expected_k, expected_v, _ = caches[0].read(*where, jnp.zeros(2, int))
+        for cache, start in ((caches[1], first), (caches[2], min(first, 24))):
+            k, v, found = cache.read(*where, jnp.full(2, block))
+            assert (found == start).all()
+            until = min(start + 16, length)
+            np.testing.assert_array_equal(k[..., : until - start], expected_k[..., start:until])
+            np.testing.assert_array_equal(v[:, :, : until - start], expected_v[:, :, start:until])
 
 
 def test_copied_and_wiped_rows():

@@ -72,12 +72,12 @@ def sample(
       penalties, temperature and filters. NaN logits give a NaN log-probability.
     """
     penalised = logits if history is None else penalise(logits, params, positions, history)
-    greedy = jnp.argmax(penalised, axis=-1).astype(jnp.int32)
+    greedy = _largest(penalised)
 
     def draw():
         scores = filter_logits(penalised, params)
         scores += gumbel_noise(seeds, positions, logits.shape[-1])
-        drawn = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+        drawn = _largest(scores)
         return jnp.where(params.temperature > 0, drawn, greedy)
 
     with jax.named_scope("sample"):
@@ -85,6 +85,16 @@ def sample(
         tokens = jax.lax.cond(jnp.any(params.temperature > 0), draw, lambda: greedy)
         picked = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
         return tokens, picked - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _largest(x: jax.Array) -> jax.Array:
+    """Argmax of x `[B, V]`, the first of several; the last id where there is NaN.
+
+    In two reductions that a CPU runs in vectors; that of `jnp.argmax` goes number by number.
+    """
+    ids = jnp.arange(x.shape[-1], dtype=jnp.int32)
+    at = x == jnp.max(x, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(at, ids, x.shape[-1] - 1), axis=-1)
 
 
 def penalise(

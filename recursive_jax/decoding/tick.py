@@ -279,14 +279,14 @@ class Ticks:
         """
         lanes, exited, missing = state.lanes, state.exited, None
         # Idle rows write beyond the cache, each elsewhere: scatters assume unique rows.
-        beyond = self.context_length + self._layout.lane_of_slot
+        beyond = cache.length + self._layout.lane_of_slot
         rows = (
             lanes.x,
             jnp.minimum(lanes.loop, self.num_loops - 1),
             jnp.where(active, lanes.position, beyond),
             self._layout.slot_of,
         )
-        beyond = self.context_length + self.lanes_per_slot
+        beyond = cache.length + self.lanes_per_slot
         if self.can_exit and self.missing_kv == "propagate":
             deeper = jnp.arange(1, self.num_loops, dtype=jnp.int32)
             lacks = deeper[:, None] >= exited.loops[None]  # [L - 1, S]
@@ -337,7 +337,7 @@ class Ticks:
         if not self.can_exit or self.completes:
             return cache, exited
         if self.missing_kv == "copy":
-            at = jnp.where(leaves, lanes.position, self.context_length)
+            at = jnp.where(leaves, lanes.position, cache.length)
             return cache.copy_deeper(loops, self._layout.slot_of, at), exited
         left = jnp.where(leaves, loops, self.num_loops)  # a lane is a slot here
         return cache, Exited(x, left, lanes.position)

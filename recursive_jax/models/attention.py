@@ -14,7 +14,7 @@ from flax import struct
 from recursive_jax.models import paged
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.kv_cache import Cache
-from recursive_jax.models.layers import Linear, Norm
+from recursive_jax.models.layers import Linear, Norm, joint_parts
 
 # Finite, so that a row whose keys are all masked (padding) gives numbers, not NaN.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -91,9 +91,10 @@ class Attention(nn.Module):
         if context.missing is not None:
             batch -= context.missing.loop.shape[0]
             loop = loop[:batch]
-        q = self._heads("q", "heads", x[:batch], loop)
-        k = self._heads("k", "kv_heads", x, row_loop)
-        v = self._heads("v", "kv_heads", x, row_loop)
+        joint = joint_parts(self, "attention", x, row_loop)
+        q = self._heads("q", "heads", x, loop, joint)
+        k = self._heads("k", "kv_heads", x, row_loop, joint)
+        v = self._heads("v", "kv_heads", x, row_loop, joint)
         if cfg.qk_norm:
             loops = cfg.vector_loops("qk_norm")
             q = Norm(cfg, loops, "head_dim", self.dtype, name="q_norm")(q, loop)
@@ -134,9 +135,12 @@ class Attention(nn.Module):
             how = positions, window, cfg.attention_scale, cfg.attn_softcap
             return attend_cached(q, cache, where, *how)
 
-    def _heads(self, name, axis, x, loop):
-        """A projection of x, split into heads: `[B, T, heads, H]`."""
-        y = self._linear(name, ("embed", axis), self.cfg.qkv_bias)(x, loop)
+    def _heads(self, name, axis, x, loop, joint):
+        """A projection of x, split into heads: `[B, T, heads, H]`; of the rows that have a loop."""
+        known = joint.get(name)
+        if jnp.ndim(loop):
+            x, known = jax.tree.map(lambda part: part[: loop.shape[0]], (x, known))
+        y = self._linear(name, ("embed", axis), self.cfg.qkv_bias)(x, loop, known)
         return y.reshape(*x.shape[:2], -1, self.cfg.head_dim)
 
     def _linear(self, name, axes, bias, scale=0.02):
@@ -207,8 +211,10 @@ def attend_cached(
 ) -> jax.Array:
     """`attend` over the rows of a cache, block by block.
 
-    From the first row that a window still holds to the last query: what it costs is the text so
-    far, not the length of the cache. Queries at positions >= that length are idle.
+    The blocks of a lane reach from the first row that its window still holds to its last query.
+    Those of all lanes stand in one queue, and each pass takes as many as there are lanes: what it
+    costs is the text there is, however it is spread over the lanes. Queries at positions >= the
+    cache's length are idle.
 
     Args:
       q: `[B, T, N, H]`.
@@ -216,34 +222,62 @@ def attend_cached(
       positions: `[B, T]`.
       window: as `attention_mask`.
     """
-    size = min(cache.BLOCK, cache.length)
+    size, num_lanes = cache.block_length, q.shape[0]
     by_head = _by_kv_head(q, cache.num_kv_heads)
+    loop, layer, slots = where
+    positions, slots = jnp.asarray(positions), jnp.asarray(slots)
+    loop = jnp.broadcast_to(loop, slots.shape)
+    window = None if window is None else jnp.broadcast_to(window, slots.shape)
     at = jnp.where(positions < cache.length, positions, -1)
-    last, first = jnp.maximum(jnp.max(at), 0), 0
+    last, first = jnp.max(at, axis=1), jnp.zeros_like(slots)
     if window is not None:
-        window_of = jnp.reshape(window, (-1, 1))
-        first = jnp.where((window_of > 0) & (at >= 0), positions - window_of + 1, cache.length)
-        unlimited = jnp.any((window_of == 0) & (at >= 0))
-        first = jnp.where(unlimited, 0, jnp.clip(jnp.min(first), 0, last))
+        start = jnp.where(at >= 0, at, cache.length) - window[:, None] + 1
+        first = jnp.where(window > 0, jnp.maximum(jnp.min(start, axis=1), 0), 0)
+    first = first // size
+    count = jnp.where(last >= 0, last // size + 1 - first, 0)
+    ends = jnp.cumsum(count)
+    lanes = jnp.arange(num_lanes, dtype=jnp.int32)
 
-    def block(i, carry):
-        most, total, y = carry
-        start = jnp.minimum(i * size, cache.length - size)  # the last block may begin earlier
-        k, v = cache.read(*where, start, size)
-        keys = start + jnp.arange(size, dtype=jnp.int32)[None]
-        mask = attention_mask(positions, keys, None, window) & (keys >= i * size)[None]
-        scores = _scores(by_head, k, mask, scale, softcap)
-        new_most = jnp.maximum(most, jnp.max(scores, axis=-1))
-        weights, total = jnp.exp(scores - new_most[..., None]), total * jnp.exp(most - new_most)
-        new_total = total + jnp.sum(weights, axis=-1)
-        # y stays an average, so that one block is rounded as `attend` is
-        seen = (weights / new_total[..., None]).astype(q.dtype), v.astype(q.dtype)
-        y = y * (total / new_total)[..., None]
-        return new_most, new_total, y + jnp.matmul(*seen, preferred_element_type=jnp.float32)
+    def some(i, carry):
+        most, total, y, broken = carry
+        place = i * num_lanes + lanes  # in the queue
+        lane = jnp.sum(place[:, None] >= ends[None], axis=1)
+        mine = lanes[:, None] == lane[None]  # [B, B]: whose pieces; those beyond are nobody's
+        there, lane = lane < num_lanes, jnp.minimum(lane, num_lanes - 1)
+        block = jnp.where(there, first[lane] + place - ends[lane] + count[lane], 0)
+        k, v, start = cache.read(loop[lane], layer, slots[lane], block)
+        keys = start[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
+        mask = (
+            attention_mask(positions[lane], keys, None, None if window is None else window[lane])
+            & (keys >= block[:, None] * size)[:, None]
+        )
+        scores = _scores(by_head[lane], k, mask, scale, softcap)
+        top = jnp.max(scores, axis=-1)  # [B, K, G·T]
+        weights = jnp.exp(scores - top[..., None])
+        sums = jnp.sum(weights, axis=-1)
+        seen = (weights / sums[..., None]).astype(q.dtype), v.astype(q.dtype)
+        part = jnp.matmul(*seen, preferred_element_type=jnp.float32)
+        # Pieces meet in a product, where zero times NaN is NaN: a lane must not break the others.
+        good = jnp.all(jnp.isfinite(part), axis=(1, 2, 3)) & jnp.all(jnp.isfinite(top), axis=(1, 2))
+        broken |= jnp.any(mine & ~good[None], axis=1)
+        mine, good = mine & good[None], (there & good)[:, None, None]
+        tops = jnp.where(mine[..., None, None], top[None], MASKED)
+        new_most = jnp.maximum(most, jnp.max(tops, axis=1))
+        # `part` is an average, as of `attend`: a single piece is rounded as there
+        share = jnp.where(good, jnp.exp(top - new_most[lane]) * sums, 0.0)
+        pieces = share, jnp.where(good[..., None], share[..., None] * part, 0.0)
+        kept = jnp.exp(most - new_most)
+        more, more_y = (
+            jnp.einsum("ab,b...->a...", mine.astype(x.dtype), x, precision="highest")
+            for x in pieces
+        )
+        return new_most, total * kept + more, y * kept[..., None] + more_y, broken
 
     zeros = jnp.zeros(by_head.shape[:-1], jnp.float32)  # [B, K, G·T]
-    start = zeros + MASKED, zeros, jnp.zeros(by_head.shape, jnp.float32)
-    _, _, y = jax.lax.fori_loop(first // size, last // size + 1, block, start)
+    start = zeros + MASKED, zeros, jnp.zeros(by_head.shape, jnp.float32), jnp.zeros_like(lanes) > 0
+    passes = (ends[-1] + num_lanes - 1) // num_lanes
+    _, total, y, broken = jax.lax.fori_loop(0, passes, some, start)
+    y = jnp.where(broken[:, None, None, None], jnp.nan, y / jnp.maximum(total, 1e-30)[..., None])
     return _by_position(y.astype(q.dtype), q.shape)
 
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from recursive_jax.models.attention import (
     Attention,
@@ -27,7 +28,7 @@ from recursive_jax.models.attention import (
 )
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.kv_cache import Cache
-from recursive_jax.models.layers import Mlp, Norm
+from recursive_jax.models.layers import JOINT, Mlp, Norm
 
 # Named remat policies: what the backward pass keeps instead of recomputing.
 REMAT_POLICIES = {
@@ -264,14 +265,36 @@ def head_params(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def split_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Params for `Decoder(scan_layers=False)`; deletes the stacks, so weights are there once."""
-    stacks, tree = jax.tree.flatten(params["block"])
-    layers = [[] for _ in range(stacks[0].shape[0])]
-    for stack in stacks:
-        for i, leaves in enumerate(layers):
-            leaves.append(stack[i])
-        stack.delete()
-    split = {f"layers_{i}": jax.tree.unflatten(tree, leaves) for i, leaves in enumerate(layers)}
+    """Params for `Decoder(scan_layers=False)` on one device.
+
+    Weights lie as a CPU multiplies few rows by them fastest: `wt [out, in]`, LoRA of all loops as
+    `lora_at [L·R, in]`, and those that read the same rows as one matrix (`layers.JOINT`). Deletes
+    the stacks, so weights are there once.
+    """
+    stacks = flatten_dict(params["block"])
+    layers: list[dict] = [{} for _ in range(next(iter(stacks.values())).shape[0])]
+    renamed = {"w": "wt", "lora_a": "lora_at"}
+
+    def put(path, *parts):
+        turned = path[-1] in renamed.values()
+        for i, layer in enumerate(layers):
+            mine = [part[i] for part in parts]
+            if turned:
+                mine = [jnp.swapaxes(w, -2, -1).reshape(-1, w.shape[-2]) for w in mine]
+            layer[path] = jnp.concatenate(mine) if len(mine) > 1 else mine[0]
+        for part in parts:
+            part.delete()
+
+    for room, (joint, projections) in JOINT.items():
+        joins = all((room, projection, "w") in stacks for projection in projections)
+        for name, new in renamed.items():
+            paths = [(room, projection, name) for projection in projections]
+            there = [stacks.pop(path) for path in paths if path in stacks and joins]
+            if there:
+                put((room, joint, new), *there)
+    for (*room, name), stack in stacks.items():
+        put((*room, renamed.get(name, name)), stack)
+    split = {f"layers_{i}": unflatten_dict(layer) for i, layer in enumerate(layers)}
     return {name: value for name, value in params.items() if name != "block"} | split
 
 
@@ -306,7 +329,7 @@ def parameter_counts(params: Mapping[str, Any]) -> dict[str, int]:
         keys = [p.key for p in path]
         if keys[0] in ("embedding", "head"):
             group = "embedding"
-        elif keys[-1] == "w":
+        elif keys[-1] in ("w", "wt"):
             group = "shared"
         elif keys[-1].startswith("lora_"):
             group = "lora"

@@ -20,7 +20,7 @@ class Cache(abc.ABC):
     (never as scan input/output, never through a branching `cond`): it is then updated in place.
 
     `AXES` names the axes of its arrays; loop, layer and slot come first. `BLOCK` is how many rows
-    are best read at once.
+    are best read at once, `block_length` how many are.
     """
 
     AXES: ClassVar[dict[str, tuple[str, ...]]]
@@ -28,12 +28,17 @@ class Cache(abc.ABC):
 
     @classmethod
     def zeros(cls, cfg: DecoderConfig, num_slots: int, length: int, dtype=jnp.float32):
-        """An empty cache of `num_slots` requests of up to `length` tokens each."""
+        """An empty cache of `num_slots` requests of up to `length` tokens each, or some more."""
+        blocks = -(-length // cls.BLOCK)
+        rows = -(-length // blocks)
         sizes = {
             "loop": cfg.num_loops,
             "layer": cfg.num_layers,
             "slot": num_slots,
             "length": length,
+            "block": blocks,
+            # whole vectors of a CPU, where it is not less than those anyway
+            "row": rows if blocks == 1 else min(-(-rows // 8) * 8, cls.BLOCK),
             "kv_heads": cfg.num_kv_heads,
             "pair": 2,
             "head_dim": cfg.head_dim,
@@ -42,8 +47,14 @@ class Cache(abc.ABC):
         return cls(**{name: jnp.zeros(shape(axes), dtype) for name, axes in cls.AXES.items()})
 
     @property
+    @abc.abstractmethod
     def length(self) -> int:
-        return self._size("length")
+        """Rows of a slot."""
+
+    @property
+    @abc.abstractmethod
+    def block_length(self) -> int:
+        """Rows that `read` reads."""
 
     @property
     def num_slots(self) -> int:
@@ -68,10 +79,11 @@ class Cache(abc.ABC):
         )
 
     @abc.abstractmethod
-    def read(self, loop, layer, slots, start, size: int) -> tuple[jax.Array, jax.Array]:
-        """Rows start … start + size - 1 of slots `[B]` at `loop` (scalar or `[B]`).
+    def read(self, loop, layer, slots, block) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The rows of a block of every slot, at `loop`; slots, loop and block are `[B]`.
 
-        k `[B, K, H, size]`, v `[B, K, size, H]`. All indices must be in range.
+        k `[B, K, H, R]`, v `[B, K, R, H]`, and the position `[B]` of the first of the R rows: the
+        last block may begin with rows of the one before. All indices must be in range.
         """
 
     def copy_deeper(self, loops, slots, positions):
@@ -105,9 +117,9 @@ class Cache(abc.ABC):
     def _arrays_of(self, k, v) -> dict[str, jax.Array]:
         """k and v as this layout stores them, by array, after two axes for rows."""
 
+    @abc.abstractmethod
     def _row(self, name: str, loop, layer, slot, position) -> tuple:
-        between = self.AXES[name].index("length") - 3
-        return (loop, layer, slot, *(slice(None),) * between, position)
+        """Index of rows in an array."""
 
     def _updated(self, update):
         return self.replace(**{name: update(name, getattr(self, name)) for name in self.AXES})
@@ -119,29 +131,42 @@ class Cache(abc.ABC):
 
 @struct.dataclass
 class KVCache(Cache):
-    """As the products of attention read them: keys transposed, heads before positions."""
+    """As the products of attention read them: keys transposed, and what is read at once together.
+
+    A block of a slot is one piece of memory: a CPU reads it nearly twice as fast as pieces of it
+    that are a context apart.
+    """
 
     keys: jax.Array
     values: jax.Array
 
     AXES = {
-        "keys": ("loop", "layer", "slot", "kv_heads", "head_dim", "length"),
-        "values": ("loop", "layer", "slot", "kv_heads", "length", "head_dim"),
+        "keys": ("loop", "layer", "slot", "block", "kv_heads", "head_dim", "row"),
+        "values": ("loop", "layer", "slot", "block", "kv_heads", "row", "head_dim"),
     }
-    BLOCK = 64  # of all lanes together they stay in a CPU's cache
+    BLOCK = 32  # little is read in vain, and it stays in a CPU's cache
 
-    def read(self, loop, layer, slots, start, size):
-        loop, slots = jnp.broadcast_arrays(loop, slots)
-        _, _, _, kv_heads, head_dim, _ = self.keys.shape
+    @property
+    def length(self):
+        return self._size("block") * self.block_length
 
-        def one(loop, slot):
-            at = loop, layer, slot, 0
-            k = (*at, 0, start), (1, 1, 1, kv_heads, head_dim, size)
-            v = (*at, start, 0), (1, 1, 1, kv_heads, size, head_dim)
-            slice_ = lambda array, where: jax.lax.dynamic_slice(array, *where)[0, 0, 0]  # noqa: E731
-            return slice_(self.keys, k), slice_(self.values, v)
+    @property
+    def block_length(self):
+        return self._size("row")
 
-        return jax.vmap(one)(loop, slots)
+    def read(self, loop, layer, slots, block):
+        def one(array, loop, slot, block):
+            at, whole = (loop, layer, slot, block), array.shape[4:]
+            return jax.lax.dynamic_slice(array, (*at, 0, 0, 0), (1, 1, 1, 1, *whole))[0, 0, 0, 0]
+
+        of_lanes = jax.vmap(one, in_axes=(None, 0, 0, 0))
+        k, v = (of_lanes(array, loop, slots, block) for array in (self.keys, self.values))
+        return k, v, block * self.block_length
+
+    def _row(self, name, loop, layer, slot, position):
+        block, row = position // self.block_length, position % self.block_length
+        heads = (slice(None),) * (self.AXES[name].index("row") - 4)
+        return (loop, layer, slot, block, *heads, row)
 
     def _arrays_of(self, k, v):
         return {"keys": k, "values": v}
@@ -156,17 +181,30 @@ class RowCache(Cache):
     AXES = {"rows": ("loop", "layer", "slot", "length", "kv_heads", "pair", "head_dim")}
     BLOCK = 512  # as the kernel
 
-    def read(self, loop, layer, slots, start, size):
-        loop, slots = jnp.broadcast_arrays(loop, slots)
+    @property
+    def length(self):
+        return self._size("length")
 
-        def one(loop, slot):
+    @property
+    def block_length(self):
+        return min(self.BLOCK, self.length)
+
+    def read(self, loop, layer, slots, block):
+        size = self.block_length
+        start = jnp.minimum(block * size, self.length - size)
+
+        def one(loop, slot, start):
             sizes = (1, 1, 1, size, *self.rows.shape[4:])
             at = loop, layer, slot, start, 0, 0, 0
             return jax.lax.dynamic_slice(self.rows, at, sizes)[0, 0, 0]
 
         # One by one: a TPU's gather of pieces this large goes through all of the cache.
-        rows = jnp.stack([one(loop[i], slots[i]) for i in range(slots.shape[0])])
-        return rows[..., 0, :].transpose(0, 2, 3, 1), rows[..., 1, :].transpose(0, 2, 1, 3)
+        rows = jnp.stack([one(loop[i], slots[i], start[i]) for i in range(slots.shape[0])])
+        k, v = rows[..., 0, :].transpose(0, 2, 3, 1), rows[..., 1, :].transpose(0, 2, 1, 3)
+        return k, v, start
+
+    def _row(self, name, loop, layer, slot, position):
+        return loop, layer, slot, position
 
     def _arrays_of(self, k, v):
         return {"rows": jnp.stack([k, v], axis=3)}

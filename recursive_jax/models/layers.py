@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
@@ -14,6 +15,9 @@ ACTIVATION_FNS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
 }
+
+# Projections that read the same rows, by the module they are in: name of the joint param, members.
+JOINT = {"attention": ("qkv", ("q", "k", "v")), "mlp": ("gate_up", ("gate", "up"))}
 
 
 def at_loop(table: jax.Array, loop: jax.Array, ndim: int) -> jax.Array:
@@ -55,40 +59,22 @@ class Linear(nn.Module):
     init_scale: float = 0.02
 
     @nn.compact
-    def __call__(self, x: jax.Array, loop: jax.Array) -> jax.Array:
-        cfg, rank = self.cfg, self.cfg.rank(self.projection)
-        in_dim, out_dim = cfg.projections[self.projection]
-        w = self.param(
-            "w",
-            nn.with_logical_partitioning(nn.initializers.normal(self.init_scale), self.axes),
-            (in_dim, out_dim),
-        )
-        # Two axes only: a weight gradient that contracts over both B and T is compiled, on the
-        # CPU, into transposed copies of its operands.
-        lead, x = x.shape[:-1], x.astype(self.dtype)
-        if not jnp.ndim(loop):
-            x = x.reshape(-1, in_dim)
-        if rank:
-            a = self.param(
-                "lora_a",
-                nn.with_logical_partitioning(
-                    nn.initializers.normal(in_dim**-0.5), ("loop", self.axes[0], "rank")
-                ),
-                (cfg.num_loops, in_dim, rank),
-            )
-            b = self.param(
-                "lora_b",
-                nn.with_logical_partitioning(nn.initializers.zeros, ("loop", "rank", self.axes[1])),
-                (cfg.num_loops, rank, out_dim),
-            )
-            tokens = x.size // in_dim // self.data_shards
-            y = apply_lora(
-                x, w, a, b, loop, lora_form(jnp.ndim(loop), tokens, in_dim, out_dim), self.dtype
-            )
+    def __call__(
+        self, x: jax.Array, loop: jax.Array, known: tuple[jax.Array, jax.Array] | None = None
+    ) -> jax.Array:
+        """`known`: this projection's part of `joint_parts`."""
+        _, out_dim = self.cfg.projections[self.projection]
+        lead = x.shape[:-1]
+        if known is None and self.has_variable("params", "wt"):
+            known = _split_parts(self.variables["params"], x, loop, self.dtype)
+        if known is not None and jnp.ndim(loop):
+            y, wide = known
+            if self.cfg.rank(self.projection):
+                y = y + _masked(wide, loop, self.cfg.num_loops) @ _wide(self._lora_b(), self.dtype)
         else:
-            y = x @ w.astype(self.dtype)
+            y = self._applied(x, loop, known)
         if self.use_bias:
-            loops = cfg.vector_loops("bias")
+            loops = self.cfg.vector_loops("bias")
             bias = self.param(
                 "b",
                 nn.with_logical_partitioning(
@@ -100,6 +86,42 @@ class Linear(nn.Module):
             bias = bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
             y = y + bias.astype(self.dtype)
         return y.reshape(*lead, out_dim)
+
+    def _applied(self, x, loop, known):
+        cfg, rank = self.cfg, self.cfg.rank(self.projection)
+        in_dim, out_dim = cfg.projections[self.projection]
+        # Two axes only: a weight gradient that contracts over both B and T is compiled, on the
+        # CPU, into transposed copies of its operands.
+        x = x.astype(self.dtype)
+        if not jnp.ndim(loop):
+            x = x.reshape(-1, in_dim)
+        if known is None:
+            weight = nn.with_logical_partitioning(
+                nn.initializers.normal(self.init_scale), self.axes
+            )
+            w = self.param("w", weight, (in_dim, out_dim))
+        else:
+            w = known[0].T
+        if not rank:
+            return x @ w.astype(self.dtype)
+        if known is None:
+            start = nn.with_logical_partitioning(
+                nn.initializers.normal(in_dim**-0.5), ("loop", self.axes[0], "rank")
+            )
+            a = self.param("lora_a", start, (cfg.num_loops, in_dim, rank))
+        else:
+            a = known[1].reshape(cfg.num_loops, rank, in_dim).swapaxes(1, 2)
+        form = lora_form(jnp.ndim(loop), x.size // in_dim // self.data_shards, in_dim, out_dim)
+        return apply_lora(x, w, a, self._lora_b(), loop, form, self.dtype)
+
+    def _lora_b(self):
+        rank = self.cfg.rank(self.projection)
+        _, out_dim = self.cfg.projections[self.projection]
+        return self.param(
+            "lora_b",
+            nn.with_logical_partitioning(nn.initializers.zeros, ("loop", "rank", self.axes[1])),
+            (self.cfg.num_loops, rank, out_dim),
+        )
 
 
 def apply_lora(x, w, a, b, loop, form: str, dtype) -> jax.Array:
@@ -115,12 +137,55 @@ def apply_lora(x, w, a, b, loop, form: str, dtype) -> jax.Array:
         y = x @ w.astype(dtype)
         if form == "per_token":
             return y + (x @ a[loop].astype(dtype)) @ b[loop].astype(dtype)
-        num_loops, _, rank = a.shape
-        wide_a = jnp.moveaxis(a, 0, 1).reshape(-1, num_loops * rank).astype(dtype)
-        wide_b = b.reshape(num_loops * rank, -1).astype(dtype)
-        mask = jnp.repeat(jax.nn.one_hot(loop, num_loops, dtype=dtype), rank, axis=-1)
-        mask = mask.reshape(mask.shape[0], *(1,) * (x.ndim - 2), mask.shape[-1])
-        return y + ((x @ wide_a) * mask) @ wide_b
+        wide_a = jnp.moveaxis(a, 0, 1).reshape(-1, a.shape[0] * a.shape[2]).astype(dtype)
+        return y + _masked(x @ wide_a, loop, a.shape[0]) @ _wide(b, dtype)
+
+
+def _wide(b, dtype):
+    """b of all loops, one below the other: `[L·R, out]`."""
+    return b.reshape(-1, b.shape[-1]).astype(dtype)
+
+
+def _masked(wide, loop, num_loops: int):
+    """x @ a of all loops, `[..., L·R]`: zeros but for the loop that runs (scalar, or `[B]`)."""
+    rank = wide.shape[-1] // num_loops
+    mask = jnp.repeat(jax.nn.one_hot(loop, num_loops, dtype=wide.dtype), rank, axis=-1)
+    return wide * mask.reshape(*mask.shape[:-1], *(1,) * (wide.ndim - mask.ndim), mask.shape[-1])
+
+
+def joint_parts(module: nn.Module, room: str, x: jax.Array, loop: jax.Array) -> dict[str, tuple]:
+    """What `Linear` takes of the projections in `JOINT[room]`; {} where they are apart.
+
+    `decoder.split_layers` joins them as a param of the module they belong to.
+    """
+    name, projections = JOINT[room]
+    if not module.has_variable("params", name):
+        return {}
+    cfg, parts = module.cfg, []
+    whole = _split_parts(module.get_variable("params", name), x, loop, module.dtype)
+    for array, width in zip(
+        whole,
+        (lambda p: cfg.projections[p][1], lambda p: cfg.num_loops * cfg.rank(p)),
+        strict=True,
+    ):
+        ends = np.cumsum([width(p) for p in projections])
+        parts.append(jnp.split(array, ends[:-1], axis=-1 if jnp.ndim(loop) else 0))
+    return dict(zip(projections, zip(*parts, strict=True), strict=True))
+
+
+def _split_parts(params, x, loop, dtype):
+    """Of weights that `decoder.split_layers` made, for lanes: `x @ w`, and `x @ a` of all loops.
+
+    With one loop for all, the weights `[out, in]` and `[L·R, in]` themselves: the form of the LoRA
+    is then `lora_form`'s to choose.
+    """
+    wt = params["wt"]
+    lora_at = params.get("lora_at", jnp.zeros((0, wt.shape[1]), dtype))
+    if not jnp.ndim(loop):
+        return wt, lora_at
+    x = x.astype(dtype)
+    with jax.named_scope("split"):
+        return x @ wt.T.astype(dtype), x @ lora_at.T.astype(dtype)
 
 
 class Norm(nn.Module):
@@ -174,9 +239,10 @@ class Mlp(nn.Module):
             name=name,
         )
         act = ACTIVATION_FNS[cfg.activation]
-        up = linear("up", ("embed", "mlp"))(x, loop)
+        joint = joint_parts(self, "mlp", x, loop)
+        up = linear("up", ("embed", "mlp"))(x, loop, joint.get("up"))
         if cfg.gated_mlp:
-            hidden = act(linear("gate", ("embed", "mlp"))(x, loop)) * up
+            hidden = act(linear("gate", ("embed", "mlp"))(x, loop, joint.get("gate"))) * up
         else:
             hidden = act(up)
         hidden = nn.with_logical_constraint(hidden, ("batch", "seq", "mlp"))
