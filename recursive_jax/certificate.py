@@ -103,7 +103,7 @@ def full_rank_identity(source: Source, recipe, windows: text.Windows) -> dict[st
       ValueError: the logits differ by more than 1e-4 of their scale.
     """
     if recipe["method"] == "random":
-        return {"skipped": "a random start keeps nothing of the source"}
+        return {"skipped": "a random start keeps no layer of the source"}
     loops = recipe["num_loops"]
     layers = source.cfg.depth // loops
     depths = [loop * layers + layer for loop in range(loops) for layer in sorted({0, layers - 1})]

@@ -117,7 +117,8 @@ def print_certificate(certificate: Mapping[str, Any], out) -> None:
         for group in ("shared", "lora", "vectors", "embedding", "total")
     ]
     metrics.say("\n" + metrics.table(rows, ("parameters", "source", "recursive")))
-    used = "none kept" if certificate["recipe"]["method"] == "random" else "every one consumed"
+    random = certificate["recipe"]["method"] == "random"
+    used = "those of the layers not kept" if random else "every one consumed"
     metrics.say(
         f"{sizes['ratio_to_source']:.1%} of the source's size "
         f"(layers alone {sizes['block_ratio_to_source']:.1%}); "

@@ -9,6 +9,7 @@ import tracemalloc
 import weakref
 from collections.abc import Mapping
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -638,21 +639,25 @@ def test_norms_start_with_the_weights_that_a_loop_uses():
     np.testing.assert_array_equal(start("average", "svd", 2, norms="tied"), own.mean(axis=1))
 
 
-def test_random_keeps_nothing_of_the_source():
+def test_random_keeps_no_layer_of_the_source():
     params, cfg = vanilla("neox")
     fresh, fresh_cfg = tying.tie(params, cfg, 2, "random", lora_ranks={"up": 4}, seed=3)
     assert fresh_cfg.num_loops == 2 and fresh_cfg.rank("up") == 4
     assert jax.tree.map(lambda x: x.shape, fresh) == jax.tree.map(
         lambda x: x.shape, abstract_params(fresh_cfg)
     )
+    outside = lambda tree: {name: x for name, x in tree.items() if name != "block"}  # noqa: E731
+    assert set(outside(fresh)) == {"embedding", "head", "final_norm"}
+    chex.assert_trees_all_equal(outside(fresh), outside(params))
     assert (fresh["block"]["pre_mlp_norm"]["scale"] == 1).all()
     assert not fresh["block"]["mlp"]["up"]["lora_b"].any()
-    assert fresh["embedding"].std() == pytest.approx(0.02, rel=0.1)
-    assert fresh["block"]["mlp"]["down"]["w"].std() == pytest.approx(0.02 / 12**0.5, rel=0.1)
+    up = weight(fresh, "block/mlp/up/w")
+    assert up.std() == pytest.approx(0.02, rel=0.1)
+    assert weight(fresh, "block/mlp/down/w").std() == pytest.approx(0.02 / 12**0.5, rel=0.1)
     again, _ = tying.tie(params, cfg, 2, "random", lora_ranks={"up": 4}, seed=3)
     other, _ = tying.tie(params, cfg, 2, "random", lora_ranks={"up": 4}, seed=4)
-    np.testing.assert_array_equal(fresh["embedding"], again["embedding"])
-    assert not np.array_equal(fresh["embedding"], other["embedding"])
+    np.testing.assert_array_equal(up, weight(again, "block/mlp/up/w"))
+    assert not np.array_equal(up, weight(other, "block/mlp/up/w"))
 
 
 @pytest.mark.parametrize("loops", [2, 3])
@@ -763,8 +768,8 @@ def test_memory_is_the_result_and_one_stack():
         (dict(lora_ranks="half"), "rank 'half' of projection"),
         (dict(lora_ranks={"qkv": 4}), r"unknown projections \['qkv'\].*'q', 'k'"),
         (dict(lora="none", lora_ranks=4), "contradicts"),
-        (dict(method="random", lora="svd", lora_ranks=4), "keeps nothing of the source"),
-        (dict(method="random", norm_start="zero"), "keeps nothing of the source"),
+        (dict(method="random", lora="svd", lora_ranks=4), "keeps nothing of the layers"),
+        (dict(method="random", norm_start="zero"), "keeps nothing of the layers"),
         (dict(method="lower", lora="split", lora_ranks=4), "starts from method='average'"),
         (dict(norms="tied", norm_start="own"), "impossible with norms='tied'"),
         (dict(norms="folded", norm_start="zero"), "impossible with norms='folded'"),

@@ -28,7 +28,7 @@ from recursive_jax.models.attention import (
 )
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.kv_cache import Cache
-from recursive_jax.models.layers import JOINT, Mlp, Norm
+from recursive_jax.models.layers import JOINT, Mlp, Norm, few_rows
 
 # Named remat policies: what the backward pass keeps instead of recomputing.
 REMAT_POLICIES = {
@@ -222,10 +222,13 @@ class Decoder(nn.Module):
         with jax.named_scope("unembed"):
             lead, axes = x.shape[:-1], ("batch", "seq")[: x.ndim - 1]
             x = nn.with_logical_constraint(self.final_norm(x), (*axes, "embed_activation"))
-            head = self.embedding.T if self.cfg.tied_head else self.head
-            head = nn.with_logical_constraint(head, ("embed_activation", "vocab"))
             x = x.reshape(-1, x.shape[-1])
-            logits = jnp.matmul(x, head.astype(self.dtype), preferred_element_type=jnp.float32)
+            if self.cfg.tied_head and not self.scan_layers:
+                logits = few_rows(x, self.embedding.astype(self.dtype), jnp.float32)
+            else:
+                head = self.embedding.T if self.cfg.tied_head else self.head
+                head = nn.with_logical_constraint(head, ("embed_activation", "vocab"))
+                logits = jnp.matmul(x, head.astype(self.dtype), preferred_element_type=jnp.float32)
             if self.cfg.final_softcap is not None:
                 logits = jnp.tanh(logits / self.cfg.final_softcap) * self.cfg.final_softcap
             return nn.with_logical_constraint(logits.reshape(*lead, -1), (*axes, "vocab"))
@@ -267,33 +270,35 @@ def head_params(params: Mapping[str, Any]) -> dict[str, Any]:
 def split_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     """Params for `Decoder(scan_layers=False)` on one device.
 
-    Weights lie as a CPU multiplies few rows by them fastest: `wt [out, in]`, LoRA of all loops as
-    `lora_at [L·R, in]`, and those that read the same rows as one matrix (`layers.JOINT`). Deletes
-    the stacks, so weights are there once.
+    Weights lie as a CPU multiplies few rows by them fastest (`layers.few_rows`): `wt [out, in]`,
+    LoRA of all loops as `lora_at [L·R, in]` and `lora_bt [out, L·R]`, and those that read the same
+    rows as one matrix (`layers.JOINT`). Deletes the stacks, so weights are there once.
     """
     stacks = flatten_dict(params["block"])
     layers: list[dict] = [{} for _ in range(next(iter(stacks.values())).shape[0])]
-    renamed = {"w": "wt", "lora_a": "lora_at"}
+    turned = {
+        "w": ("wt", lambda w: w.T),
+        "lora_a": ("lora_at", lambda a: a.swapaxes(1, 2).reshape(-1, a.shape[1])),
+        "lora_b": ("lora_bt", lambda b: b.reshape(-1, b.shape[2]).T),
+    }
 
-    def put(path, *parts):
-        turned = path[-1] in renamed.values()
+    def put(room, name, *parts):
+        name, turn = turned.get(name, (name, lambda vector: vector))
         for i, layer in enumerate(layers):
-            mine = [part[i] for part in parts]
-            if turned:
-                mine = [jnp.swapaxes(w, -2, -1).reshape(-1, w.shape[-2]) for w in mine]
-            layer[path] = jnp.concatenate(mine) if len(mine) > 1 else mine[0]
+            mine = [turn(part[i]) for part in parts]
+            layer[(*room, name)] = jnp.concatenate(mine) if len(mine) > 1 else mine[0]
         for part in parts:
             part.delete()
 
     for room, (joint, projections) in JOINT.items():
         joins = all((room, projection, "w") in stacks for projection in projections)
-        for name, new in renamed.items():
+        for name in ("w", "lora_a"):
             paths = [(room, projection, name) for projection in projections]
             there = [stacks.pop(path) for path in paths if path in stacks and joins]
             if there:
-                put((room, joint, new), *there)
+                put((room, joint), name, *there)
     for (*room, name), stack in stacks.items():
-        put((*room, renamed.get(name, name)), stack)
+        put(room, name, stack)
     split = {f"layers_{i}": unflatten_dict(layer) for i, layer in enumerate(layers)}
     return {name: value for name, value in params.items() if name != "block"} | split
 

@@ -58,7 +58,9 @@ def tie(
       num_loops: must divide the depth.
       method: where the shared weights come from. 'stepwise': layers at regular intervals, first
         and last included; 'average': the mean over loops; 'lower' / 'upper': the first / last
-        `num_layers` layers; 'random': nothing is kept, embeddings included (the paper's baseline).
+        `num_layers` layers; 'random': fresh weights and norms, and the source's embeddings, final
+        norm and head (the paper's random models, App. F, have fresh ones of those too: train one
+        from scratch).
         None: 'average', or 'stepwise' without LoRA or with a 'zero' one (paper §3.4, §3.5).
       lora: how the LoRAs start. 'svd': truncated SVD of the residuals; 'zero': Gaussian times
         zero; 'split': shared weights and LoRAs fitted together, from 'average'; 'none'. None:
@@ -89,19 +91,20 @@ def tie(
         left over.
     """
     recipe = _recipe(cfg, num_loops, method, lora, lora_ranks, norms, rounding, norm_start)
-    if recipe.method == "random":
-        fresh = jax.jit(init_params, static_argnums=0)(recipe.cfg, jax.random.key(seed))
-        return jax.tree.map(place, fresh), recipe.cfg
-
     source = _Source(params, cfg)
     out, vectors, stacks = {}, {}, []
     for path in source.shapes:
         if not path.startswith("block/"):
             out[path] = place(source.stored(path))
+        elif recipe.method == "random":
+            continue
         elif path.endswith("/w"):
             stacks.append(path)
         else:
             vectors[path] = source(path)  # [depth, F]
+    if recipe.method == "random":
+        fresh = jax.jit(lambda key: init_params(recipe.cfg, key)["block"])(jax.random.key(seed))
+        return names.nested(out) | {"block": jax.tree.map(place, fresh)}, recipe.cfg
     folds = {}
     if norms == "folded":
         for path, shape in names.shapes(recipe.cfg).items():
@@ -287,7 +290,7 @@ def _recipe(cfg, num_loops, method, lora, lora_ranks, norms, rounding, norm_star
         lora = "zero" if method in ("stepwise", "random") else "svd"
     if method == "random" and (lora in ("svd", "split") or norm_start):
         raise ValueError(
-            f"method='random' keeps nothing of the source that lora={lora!r} with "
+            f"method='random' keeps nothing of the layers that lora={lora!r} with "
             f"norm_start={norm_start!r} could start from; use lora='zero' and no norm_start"
         )
     if lora == "split" and method != "average":

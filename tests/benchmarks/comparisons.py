@@ -13,12 +13,15 @@ import pathlib
 from configs import quickstart
 from recursive_jax import metrics
 from recursive_jax.train import train
+from recursive_jax.weights.source import open_source
+from recursive_jax.weights.tying import tied_config
 
 ROWS = {
     "stepwise": {"model.method": "stepwise", "model.lora_rank": 0},
     "average": {"model.method": "average", "model.lora_rank": 0},
     "lower": {"model.method": "lower", "model.lora_rank": 0},
-    "random": {"model.method": "random", "model.lora_rank": 0},
+    "random": {"model.method": "random", "model.lora_rank": 0},  # layers; embeddings are kept
+    "looped, from scratch": {"source": "", "tokenizer": "tiny"},  # embeddings random as well
     "reduced": {"model.reduced_baseline": True},  # random, half the layers, no loop
     "average, zero LoRA": {"model.method": "average", "model.lora_init": "zero"},
     "average, SVD LoRA": {"model.method": "average", "model.lora_init": "svd"},
@@ -33,6 +36,9 @@ def run(name: str, workdir: pathlib.Path, tokens: int, rank: int) -> dict:
         config = quickstart.get_config(f"rank={rank},tokens={tokens}")
         config.objective.kd = 0.0
         config.update_from_flattened_dict(ROWS[name])
+        if not config.source:
+            vanilla = open_source("tiny").cfg
+            config.scratch = tied_config(vanilla, config.model.num_loops).to_json()
         metrics.say(f"\n== {name}")
         train(config, directory)
     return json.loads(summary.read_text())
