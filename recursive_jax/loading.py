@@ -15,7 +15,7 @@ from recursive_jax.models.decoder import Decoder, logical_axes, split_layers
 from recursive_jax.weights import checkpoint
 from recursive_jax.weights.source import Source, open_source
 
-# A CPU's products read a layer's weights faster where they are than out of a stack, but compiling
+# One CPU's products read a layer's weights faster where they are than out of a stack, but compiling
 # every layer takes longer: done for blocks of more bytes than a processor's cache holds, and for so
 # many passes of the block that they win back what compiling takes.
 SPLIT_BYTES, SPLIT_PASSES = 64 << 20, 500

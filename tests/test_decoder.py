@@ -127,7 +127,7 @@ def test_packed_documents_equal_separate_ones(name):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Cache rows are attended to five at once; the last block overlaps the one before."""
+    """Cache rows are attended to five at once; the last block is filled up, or overlaps another."""
     for cache_class in (KVCache, RowCache):
         monkeypatch.setattr(cache_class, "BLOCK", 5)
     jax.clear_caches()

@@ -79,7 +79,7 @@ class Engine:
       model: its dtype is also the cache's.
       params: on their devices.
       num_slots: S; on a mesh a multiple of the devices that share the batch.
-      context_length: cache rows of a slot: prompt and answer together fit into it.
+      context_length: cache rows of a slot, or a few less: prompt and answer together fit.
       chunk_length: prompt tokens that run beside the lanes in a tick.
       num_stop: the most stop ids any request has.
       measure: says which tokens leave early; None runs all loops.

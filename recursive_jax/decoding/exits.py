@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from recursive_jax.decoding.early_exit import Look, Measure
 from recursive_jax.decoding.layout import Layout
-from recursive_jax.decoding.sampling import History, sample
+from recursive_jax.decoding.sampling import History, largest, sample
 from recursive_jax.decoding.state import NO_TOKEN, Lanes, Seen
 from recursive_jax.models.decoder import Decoder, head_params
 
@@ -99,7 +99,7 @@ class Exits:
             token, logprob = sample(logits, sampling, settings.seeds[slot], following[at], history)
             guess, score = token, logprob
             if self.reads_logits:
-                guess = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+                guess = largest(logits)
                 score = self.measure.score(mine.replace(logits=logits))
             return jax.tree.map(spread, Seen(token, logprob, guess, score))
 

@@ -72,12 +72,12 @@ def sample(
       penalties, temperature and filters. NaN logits give a NaN log-probability.
     """
     penalised = logits if history is None else penalise(logits, params, positions, history)
-    greedy = _largest(penalised)
+    greedy = largest(penalised)
 
     def draw():
         scores = filter_logits(penalised, params)
         scores += gumbel_noise(seeds, positions, logits.shape[-1])
-        drawn = _largest(scores)
+        drawn = largest(scores)
         return jnp.where(params.temperature > 0, drawn, greedy)
 
     with jax.named_scope("sample"):
@@ -87,7 +87,7 @@ def sample(
         return tokens, picked - jax.nn.logsumexp(logits, axis=-1)
 
 
-def _largest(x: jax.Array) -> jax.Array:
+def largest(x: jax.Array) -> jax.Array:
     """Argmax of x `[B, V]`, the first of several; the last id where there is NaN.
 
     In two reductions that a CPU runs in vectors; that of `jnp.argmax` goes number by number.

@@ -136,7 +136,7 @@ class Attention(nn.Module):
             return attend_cached(q, cache, where, *how)
 
     def _heads(self, name, axis, x, loop, joint):
-        """A projection of x, split into heads: `[B, T, heads, H]`; of the rows that have a loop."""
+        """A projection of as many rows of x as `loop` has, by head: `[B, T, heads, H]`."""
         known = joint.get(name)
         if jnp.ndim(loop):
             x, known = jax.tree.map(lambda part: part[: loop.shape[0]], (x, known))

@@ -89,8 +89,9 @@ class Decoder(nn.Module):
       remat_policy: one of `REMAT_CHOICES`.
       data_shards: devices the batch is spread over (only LoRA's cheapest form depends on it).
       unroll_layers: how many layers of the scan are unrolled; trades compile time for speed.
-      scan_layers: False: every layer has params of its own (`split_layers`), which products then
-        read where they are. A CPU's copy theirs out of a stack; a TPU's do not.
+      scan_layers: False: every layer has params of its own, as `split_layers` makes them (`init`
+        does not), which products then read where they are. A CPU's copy theirs out of a stack; a
+        TPU's do not.
       paged: lanes attend through the TPU's kernel (`models.paged`), which must not refuse `cfg`.
     """
 
@@ -110,11 +111,12 @@ class Decoder(nn.Module):
             (cfg.vocab_size, cfg.embed_dim),
         )
         if not cfg.tied_head:
-            self.head = self.param(
-                "head",
-                nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed", "vocab")),
-                (cfg.embed_dim, cfg.vocab_size),
-            )
+            axes, start = ("embed", "vocab"), nn.initializers.normal(0.02)
+            shape = cfg.embed_dim, cfg.vocab_size
+            if not self.scan_layers:
+                axes, shape = axes[::-1], shape[::-1]
+            head = nn.with_logical_partitioning(start, axes)
+            self.head = self.param("head" if self.scan_layers else "head_t", head, shape)
         self.final_norm = Norm(cfg, dtype=self.dtype)
         layer = Layer
         if self.remat_policy != "none":
@@ -223,10 +225,11 @@ class Decoder(nn.Module):
             lead, axes = x.shape[:-1], ("batch", "seq")[: x.ndim - 1]
             x = nn.with_logical_constraint(self.final_norm(x), (*axes, "embed_activation"))
             x = x.reshape(-1, x.shape[-1])
-            if self.cfg.tied_head and not self.scan_layers:
-                logits = few_rows(x, self.embedding.astype(self.dtype), jnp.float32)
+            head = self.embedding if self.cfg.tied_head else self.head
+            if not self.scan_layers:
+                logits = few_rows(x, head.astype(self.dtype), jnp.float32)
             else:
-                head = self.embedding.T if self.cfg.tied_head else self.head
+                head = head.T if self.cfg.tied_head else head
                 head = nn.with_logical_constraint(head, ("embed_activation", "vocab"))
                 logits = jnp.matmul(x, head.astype(self.dtype), preferred_element_type=jnp.float32)
             if self.cfg.final_softcap is not None:
@@ -259,7 +262,7 @@ class Decoder(nn.Module):
         return carry
 
 
-HEAD_PARAMS = ("embedding", "head", "final_norm")
+HEAD_PARAMS = ("embedding", "head", "head_t", "final_norm")
 
 
 def head_params(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -272,7 +275,8 @@ def split_layers(params: Mapping[str, Any]) -> dict[str, Any]:
 
     Weights lie as a CPU multiplies few rows by them fastest (`layers.few_rows`): `wt [out, in]`,
     LoRA of all loops as `lora_at [L·R, in]` and `lora_bt [out, L·R]`, and those that read the same
-    rows as one matrix (`layers.JOINT`). Deletes the stacks, so weights are there once.
+    rows as one matrix (`layers.JOINT`). An untied head becomes `head_t [V, D]`. Deletes the stacks
+    and that head, so weights are there once.
     """
     stacks = flatten_dict(params["block"])
     layers: list[dict] = [{} for _ in range(next(iter(stacks.values())).shape[0])]
@@ -282,25 +286,33 @@ def split_layers(params: Mapping[str, Any]) -> dict[str, Any]:
         "lora_b": ("lora_bt", lambda b: b.reshape(-1, b.shape[2]).T),
     }
 
-    def put(room, name, *parts):
+    def put(room, name, *paths):
         name, turn = turned.get(name, (name, lambda vector: vector))
-        for i, layer in enumerate(layers):
-            mine = [turn(part[i]) for part in parts]
+        parts = []
+        for path in paths:  # one stack after the other, so that only one is there twice
+            stack = stacks.pop(path)
+            parts.append([turn(stack[i]) for i in range(len(layers))])
+            jax.block_until_ready(parts[-1])
+            stack.delete()
+        for layer, *mine in zip(layers, *parts, strict=True):
             layer[(*room, name)] = jnp.concatenate(mine) if len(mine) > 1 else mine[0]
-        for part in parts:
-            part.delete()
 
     for room, (joint, projections) in JOINT.items():
         joins = all((room, projection, "w") in stacks for projection in projections)
         for name in ("w", "lora_a"):
             paths = [(room, projection, name) for projection in projections]
-            there = [stacks.pop(path) for path in paths if path in stacks and joins]
+            there = [path for path in paths if path in stacks and joins]
             if there:
                 put((room, joint), name, *there)
-    for (*room, name), stack in stacks.items():
-        put(room, name, stack)
+    for path in list(stacks):
+        put(path[:-1], path[-1], path)
     split = {f"layers_{i}": unflatten_dict(layer) for i, layer in enumerate(layers)}
-    return {name: value for name, value in params.items() if name != "block"} | split
+    outer = {name: value for name, value in params.items() if name != "block"}
+    if "head" in outer:
+        head = outer.pop("head")
+        outer["head_t"] = head.T
+        head.delete()
+    return outer | split
 
 
 def init_params(cfg: DecoderConfig, key: jax.Array) -> dict[str, Any]:
@@ -332,7 +344,7 @@ def parameter_counts(params: Mapping[str, Any]) -> dict[str, int]:
     counts = dict.fromkeys(("shared", "lora", "vectors", "embedding", "total"), 0)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         keys = [p.key for p in path]
-        if keys[0] in ("embedding", "head"):
+        if keys[0] in ("embedding", "head", "head_t"):
             group = "embedding"
         elif keys[-1] in ("w", "wt"):
             group = "shared"

@@ -37,7 +37,7 @@ class Cache(abc.ABC):
             "slot": num_slots,
             "length": length,
             "block": blocks,
-            # whole vectors of a CPU, where it is not less than those anyway
+            # whole vectors of a CPU, unless one block holds all
             "row": rows if blocks == 1 else min(-(-rows // 8) * 8, cls.BLOCK),
             "kv_heads": cfg.num_kv_heads,
             "pair": 2,

@@ -47,7 +47,8 @@ class Linear(nn.Module):
     """`x [..., in] -> [..., out]`: weight `w [in, out]`, LoRA `a [L, in, R]` and `b [L, R, out]`.
 
     The effective weight of a loop is `w + a[loop] @ b[loop]`: LoRA has no scaling factor
-    (paper §2.3).
+    (paper §2.3). `decoder.split_layers` keeps `wt`, `lora_at` and `lora_bt` instead, those of
+    `JOINT` in the module above.
     """
 
     cfg: DecoderConfig
@@ -155,7 +156,7 @@ def few_rows(x: jax.Array, wt: jax.Array, out_dtype=None) -> jax.Array:
 
 
 def _masked(wide, loop, num_loops: int):
-    """x @ a of all loops, `[..., L·R]`: zeros but for the loop that runs (scalar, or `[B]`)."""
+    """x @ a of all loops, `[B, ..., L·R]`: zeros but for the loop `[B]` that runs."""
     rank = wide.shape[-1] // num_loops
     mask = jnp.repeat(jax.nn.one_hot(loop, num_loops, dtype=wide.dtype), rank, axis=-1)
     return wide * mask.reshape(*mask.shape[:-1], *(1,) * (wide.ndim - mask.ndim), mask.shape[-1])

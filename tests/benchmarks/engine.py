@@ -381,6 +381,8 @@ def main():
     options.add_argument("part", choices=PARTS)
     options.add_argument("--load", type=float, default=0.7, help="arrivals: share of the capacity")
     args = options.parse_args()
+    if args.part == "memory":  # what is compiled is not to be kept
+        return memory(args)
     with tempfile.TemporaryDirectory() as directory:  # the parts are compiled once, not every round
         jax.config.update("jax_compilation_cache_dir", directory)
         PARTS[args.part](args)
