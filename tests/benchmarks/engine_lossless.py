@@ -32,11 +32,11 @@ def lossless(args):
         params, cfg = checkpoint.load_params(args.checkpoint)
         cases = [(Decoder(cfg), params, args.checkpoint)]  # a small one: scanned, as in `loading`
     else:
-        cases = [(*agreeing(args, n, 0.8), args.model) for n in (2, 3)]
+        cases = [(*agreeing(args, n, 0.8), args.model) for n in args.loops]
     for model, params, name in cases:
         for slots in (1, 4, 16):
-            args.slots = slots
-            todo = sampled(4 * slots, args, model.cfg.vocab_size)
+            args.slots, args.requests = slots, 4 * slots
+            todo = sampled(args.requests, args, model.cfg.vocab_size)
             exact = make(model, params, args)
             drafting = make(model, params, args, measure=Static(1), lossless=True)
             serve(exact, todo[:slots]), serve(drafting, todo[:slots])  # warm up
@@ -60,7 +60,7 @@ def lossless(args):
                 agreement=round(accepted(stats, model) / max(stats.drafted, 1), 3),
                 ticks_per_token=round(stats.ticks_per_token, 3),
                 rank="full, o and down" if args.checkpoint is None else "its own",
-                requests=len(todo),
+                temperature=args.temperature,
                 tokens_per_second={w: round(statistics.median(r), 1) for w, r in rates.items()},
                 gain=round(statistics.median(gains), 3),
                 share_of_predicted=round(statistics.median(shares), 3),
@@ -68,9 +68,9 @@ def lossless(args):
 
 
 def sampled(count: int, args, vocab: int) -> list[Request]:
-    """At temperature 1, as greedy answers of such models repeat themselves."""
+    """At temperature 1 by default: greedy answers of such models repeat themselves."""
     return [
-        dataclasses.replace(r, sampling=Sampling(temperature=1.0, seed=i))
+        dataclasses.replace(r, sampling=Sampling(temperature=args.temperature, seed=i))
         for i, r in enumerate(requests(count, args.prompt, args.new, vocab))
     ]
 
@@ -120,6 +120,8 @@ def agreeing(args, num_loops: int, wanted: float):
 def main():
     options = parser(__doc__)
     options.add_argument("--checkpoint", help="of ours")
+    options.add_argument("--temperature", type=float, default=1.0)
+    options.add_argument("--loops", type=int, nargs="*", default=(2, 3), help="with --model")
     lossless(options.parse_args())
 
 

@@ -1,0 +1,68 @@
+"""How fast this machine multiplies few rows by the weights of SmolLM2, one form beside the other.
+
+    python tests/benchmarks/products.py
+
+All products of a tick and nothing else: `layers.few_rows` (weight on the left), the weight on the
+right, and torch's `linear` where it is installed. They take turns; prints a JSON row of medians.
+"""
+
+import json
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from recursive_jax.models.layers import few_rows
+
+SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536))  # [out, in]: qkv, o, gate and up, down
+LAYERS, ROUNDS = 30, 9
+
+
+def through(product, layers, x):
+    """Each product feeds the next, so that none is left out or moved."""
+    for qkv, o, gate_up, down in layers:
+        x = product(product(x, qkv)[:, :576], o)
+        x = product(product(x, gate_up)[:, :1536], down)
+    return x
+
+
+def forms(weights):
+    on_device = jax.tree.map(jnp.asarray, weights)
+    ways = {"weight on the left": few_rows, "weight on the right": lambda x, w: x @ w.T}
+    for name, product in ways.items():
+        run = jax.jit(lambda layers, x, product=product: through(product, layers, x))
+        yield name, lambda x, run=run: run(on_device, x).block_until_ready()
+    try:
+        import torch
+    except ImportError:
+        return
+    theirs = [[torch.from_numpy(w) for w in layer] for layer in weights]
+    linear = lambda x, w: torch.nn.functional.linear(x, w).contiguous()  # noqa: E731
+
+    def run_torch(x):
+        with torch.inference_mode():
+            through(linear, theirs, torch.from_numpy(x))
+
+    yield "torch", run_torch
+
+
+def main():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    weights = [[draw(*s) * s[1] ** -0.5 for s in SHAPES] for _ in range(LAYERS)]
+    ways = dict(forms(weights))
+    for rows in (1, 2, 4, 8, 16, 32):
+        x, times = draw(rows, 576), {name: [] for name in ways}
+        for _ in range(ROUNDS + 1):  # the first compiles
+            for name, run in ways.items():
+                began = time.perf_counter()
+                run(x)
+                times[name].append(time.perf_counter() - began)
+        ms = {name: round(1e3 * statistics.median(t[1:]), 1) for name, t in times.items()}
+        print(json.dumps({"result": "products", "rows": rows, "ms": ms, "jax": jax.__version__}))
+
+
+if __name__ == "__main__":
+    main()
