@@ -114,6 +114,8 @@ def bound(args):
         (2, "80 % leave after loop 1", [0.8, 0.2]),
         (3, "3 loops, E[loops] 1.75", [0.5, 0.25, 0.25]),
     ):
+        if num_loops not in args.loops:
+            continue
         model, params = recursive(args.model, num_loops, args.rank)
         loops = None if shares is None else trace(args.requests, args.new, shares)
         todo = requests(args.requests, args.prompt, args.new, model.cfg.vocab_size, loops)
@@ -379,6 +381,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 def main():
     options = parser(__doc__)
     options.add_argument("part", choices=PARTS)
+    options.add_argument("--loops", type=int, nargs="*", default=(2, 3), help="bound: only these")
     options.add_argument("--load", type=float, default=0.7, help="arrivals: share of the capacity")
     args = options.parse_args()
     if args.part == "memory":  # what is compiled is not to be kept
