@@ -143,15 +143,12 @@ def apply_lora(x, w, a, b, loop, form: str, dtype) -> jax.Array:
 def few_rows(x: jax.Array, wt: jax.Array, out_dtype=None) -> jax.Array:
     """`x [..., in] @ wt.T` for `wt [out, in]`, as a CPU multiplies a few rows by a large matrix.
 
-    With the matrix on the left it takes 0.7 to 0.8 of the time (docs/results.md), but for one row.
-    The barrier keeps XLA from turning the product around again.
+    With the matrix on the left it takes 0.7 to 0.8 of the time (docs/results.md). The barrier keeps
+    XLA from turning the product around again, and from making one row part of a slow loop.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] == 1:
-        y = jnp.matmul(rows, wt.T, preferred_element_type=out_dtype)
-    else:
-        y = jnp.matmul(wt, rows.T, preferred_element_type=out_dtype)
-        y = jax.lax.optimization_barrier(y).T
+    y = jnp.matmul(wt, rows.T, preferred_element_type=out_dtype)
+    y = jax.lax.optimization_barrier(y).T
     return y.reshape(*x.shape[:-1], wt.shape[0])
 
 
