@@ -16,7 +16,22 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# What they compile runs a few times, so XLA's code generator need not optimise it: 0.6 of the time.
+QUICKLY_COMPILED = {"test_engine", "test_engine_mesh", "test_sharding"}
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(request):
+    jax.config.update("jax_disable_most_optimizations", request.module.__name__ in QUICKLY_COMPILED)
+
+
+@pytest.fixture
+def full_compilation(quick_compilation):
+    """For a test of a quickly compiled file that asks what the compiler made of a program."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

@@ -169,8 +169,8 @@ def test_lanes_at_different_loops_equal_float64(name, cache_class):
     """Depth-wise: each tick every lane runs its own loop of its own position, or idles.
 
     Post norms enlarge what is left where sums cancel, and rounding with it: at one token of
-    'gemma' tenfold. Two float32 programs may be too far apart there while both are right; the
-    forward pass is compared with wherever it is itself within half the bound of the truth.
+    'gemma' tenfold. Two float32 programs may be further apart there than either is from the truth:
+    where the forward pass is itself beyond half the bound, it is met within 1e-5 of the scale.
     """
     cfg = CONFIGS[name]
     lanes, starts = 3, (0, 1, 3)  # the tick each request arrives at: loops are out of step
@@ -201,8 +201,8 @@ def test_lanes_at_different_loops_equal_float64(name, cache_class):
             if loop[lane] == cfg.num_loops:
                 at = lane, position[lane]
                 np.testing.assert_allclose(logits[lane, 0], expected[at], atol=2e-5)
-                if sound[at]:
-                    np.testing.assert_allclose(logits[lane, 0], by_forward[at], atol=2e-5)
+                apart = 2e-5 if sound[at] else 1e-5 * np.abs(expected).max()
+                np.testing.assert_allclose(logits[lane, 0], by_forward[at], atol=apart)
                 loop[lane], position[lane] = 0, position[lane] + 1
     assert mixed and (position == LENGTH).all()
 

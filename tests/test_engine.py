@@ -543,7 +543,7 @@ def test_nothing_compiles_after_warm_up():
     ],
     ids=str,
 )
-def test_the_cache_is_updated_in_place(options):
+def test_the_cache_is_updated_in_place(options, full_compilation):
     """Bytes, by the compiler's account: the donated cache is the output, and not copied."""
     cfg = RELAXED.replace(num_layers=16)
     shapes = abstract_params(cfg)

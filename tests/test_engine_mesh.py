@@ -32,14 +32,6 @@ COLLECTIVE = re.compile(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """What is compiled here runs a few times, so XLA need not optimise it; partitioning stays."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.lru_cache(maxsize=8)  # as `engine_of`
 def engine_on(cfg, mode, data, tensor):
     """Eight slots on `data` x `tensor` devices."""
@@ -95,8 +87,6 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "data", "tensor"),
     [
-        pytest.param("full_depth", 8, 1, marks=slow),
-        pytest.param("full_depth", 4, 2, marks=slow),
         pytest.param("full_depth", 1, 8, marks=slow),  # kv heads do not divide: replicated
         ("full_depth", 2, 4),
         pytest.param("complete", 4, 2, marks=slow),

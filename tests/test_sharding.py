@@ -28,14 +28,6 @@ BATCH, LENGTH, STEPS = 8, 16, 3
 WARNING = "Involuntary full rematerialization"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """What is compiled here runs a few times, so XLA need not optimise it; partitioning stays."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def test_mesh_sizes():
     assert dict(sharding.make_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1}
     assert dict(sharding.make_mesh(2, -1, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
