@@ -11,8 +11,8 @@ What it reproduces (quoted from the paper, Table I.2; not measured here): TinyLl
 tokens of SlimPajama with distillation, mean accuracy over seven tasks. Tied 44.3 · rank 64 45.1 ·
 rank 512 45.9 · the source checkpoint (105B tokens) 43.3. Hardware there: 8 × H100.
 Without `paper` it is sized for one small machine: SmolLM2-135M as the source, 200k tokens of
-novels, took 44 minutes on two busy CPU cores and 6 GB of memory. Expect a held-out perplexity of
-about 49 (source), millions (converted) and 230 (uptrained), 87 % of the gap in nll
+novels, took 98 minutes on one CPU core and 6 GB of memory. Expect a held-out perplexity of
+about 49 (source), millions (converted) and 229 (uptrained), 87 % of the gap in nll
 (docs/results.md).
 """
 

@@ -17,7 +17,9 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # What they compile runs a few times, so XLA's code generator need not optimise it: 0.6 of the time.
-QUICKLY_COMPILED = {"test_engine", "test_engine_mesh", "test_sharding"}
+QUICKLY_COMPILED = {
+    f"test_{n}" for n in ("engine", "engine_mesh", "sharding", "text_session", "timing")
+}
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
 
