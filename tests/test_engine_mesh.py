@@ -87,6 +87,8 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "data", "tensor"),
     [
+        pytest.param("full_depth", 8, 1, marks=slow),
+        pytest.param("full_depth", 4, 2, marks=slow),
         pytest.param("full_depth", 1, 8, marks=slow),  # kv heads do not divide: replicated
         ("full_depth", 2, 4),
         pytest.param("complete", 4, 2, marks=slow),

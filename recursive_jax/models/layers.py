@@ -143,8 +143,9 @@ def apply_lora(x, w, a, b, loop, form: str, dtype) -> jax.Array:
 def few_rows(x: jax.Array, wt: jax.Array, out_dtype=None) -> jax.Array:
     """`x [..., in] @ wt.T` for `wt [out, in]`, as a CPU multiplies a few rows by a large matrix.
 
-    With the matrix on the left it takes 0.7 to 0.8 of the time (docs/results.md). The barrier keeps
-    XLA from turning the product around again, and from making one row part of a slow loop.
+    With the matrix on the left two rows and more take 0.7 to 0.8 of the time (docs/results.md). The
+    barrier keeps XLA from turning the product around again, and from making one row part of a slow
+    loop; a product of one row on its own is quicker the other way around.
     """
     rows = x.reshape(-1, x.shape[-1])
     y = jnp.matmul(wt, rows.T, preferred_element_type=out_dtype)
