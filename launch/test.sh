@@ -10,7 +10,7 @@ extras=test
 [ "${TPU:-0}" = 1 ] && extras=test,tpu
 make_venv ".venv-test-$version" "[$extras]"
 if [ "${TORCH:-0}" = 1 ] && [ "$version" = 3.11 ]; then
-  "$PY" -m pip install --quiet --disable-pip-version-check "torch==2.13.0" accelerate sentencepiece
+  install "torch==2.13.0" accelerate sentencepiece
 fi
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 "$PY" -m ruff check .

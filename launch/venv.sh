@@ -12,6 +12,11 @@ find_python() {
   return 1
 }
 
+# What is imported is compiled when it is; compiling all that is installed doubles the time.
+install() {
+  "$PY" -m pip install --quiet --disable-pip-version-check --no-compile "$@"
+}
+
 make_venv() {
   local directory=$1 extras=${2:-} python
   python=$(find_python)
@@ -21,5 +26,5 @@ make_venv() {
   fi
   PY=$directory/bin/python
   echo "installing recursive_jax$extras (a minute or two the first time)"
-  "$PY" -m pip install --quiet --disable-pip-version-check -e ".$extras"
+  install -e ".$extras"
 }
