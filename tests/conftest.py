@@ -8,8 +8,8 @@ import pathlib
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 FLAGS = {"xla_force_host_platform_device_count": "8"}
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # Its older code generator compiles these programs in half of the time. A later jaxlib has one
-    # only; and what a test runs as a command is compiled as for users everywhere.
+    # Its older code generator compiles these programs in half of the time. A later jaxlib has the
+    # newer one only, and commands that a test starts are compiled by the one that users have.
     FLAGS["xla_cpu_use_fusion_emitters"] = "false"
 given = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join(
@@ -21,8 +21,8 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# What they compile runs a few times, so XLA's code generator need not optimise it: 0.6 of the time.
-# Not `generate`: there the engine's programs are those of users.
+# What they compile runs a few times, so XLA's code generator need not optimise it. Not `generate`:
+# there the engine's programs are optimised, and on a later jaxlib those of users.
 QUICKLY_COMPILED = {
     f"test_{name}" for name in ("engine", "engine_mesh", "sharding", "text_session", "timing")
 }

@@ -1,6 +1,7 @@
 """The convert job on a small model with real file formats; its certificate against the paper."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -60,8 +61,10 @@ def log_probabilities(cfg, params, tokens):
 
 
 def run(*arguments):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # as a user's
     return subprocess.run(
         [sys.executable, "-m", "recursive_jax.convert", *map(str, arguments)],
+        env=environment,
         capture_output=True,
         text=True,
     )
