@@ -34,31 +34,43 @@ def lossless(args):
     else:
         cases = [(*agreeing(args, n, 0.8), args.model) for n in args.loops]
     for model, params, name in cases:
-        for slots in (1, 4, 16):
-            args.slots, args.requests = slots, 4 * slots
+        for slots in args.lanes:
+            # with one slot, too, all requests on which `agreeing` measured
+            args.slots, args.requests = slots, max(4 * slots, 16)
             todo = sampled(args.requests, args, model.cfg.vocab_size)
+            pieces = [todo[i : i + 4 * slots] for i in range(0, len(todo), 4 * slots)]
             exact = make(model, params, args)
             drafting = make(model, params, args, measure=Static(1), lossless=True)
             serve(exact, todo[:slots]), serve(drafting, todo[:slots])  # warm up
-            gains, shares, rates = [], [], {"lossless": [], "full": []}
+            gains, predictions, rates, all_stats = [], [], {"lossless": [], "full": []}, []
             for _ in range(args.rounds):
-                full, _ = serve(exact, todo)
-                rate, stats = serve(drafting, todo)
-                head_rows = stats.head_rows / stats.ticks
+                for piece in pieces:  # small ones in turn: the machine drifts
+                    full, _ = serve(exact, piece)
+                    rate, stats = serve(drafting, piece)
+                    rates["lossless"].append(rate), rates["full"].append(full)
+                    gains.append(rate / full)
+                    all_stats.append(stats)
                 times = timing.measure(drafting)
-                predicted = times.lossless_gain(
-                    slots, model.cfg.num_loops, stats.ticks_per_token, head_rows
-                )
-                rates["lossless"].append(rate), rates["full"].append(full)
-                gains.append(rate / full)
-                shares.append(rate / full / predicted)
+                predictions += [
+                    times.lossless_gain(
+                        slots,
+                        model.cfg.num_loops,
+                        stats.ticks_per_token,
+                        stats.head_rows / stats.ticks,
+                    )
+                    for stats in all_stats[-len(pieces) :]
+                ]
+            shares = [gain / predicted for gain, predicted in zip(gains, predictions, strict=True)]
+            drafted = sum(stats.drafted for stats in all_stats)
             row(
                 args,
                 "engine lossless",
                 source=pathlib.Path(name).name,
                 num_loops=model.cfg.num_loops,
-                agreement=round(accepted(stats, model) / max(stats.drafted, 1), 3),
-                ticks_per_token=round(stats.ticks_per_token, 3),
+                agreement=round(sum(accepted(s, model) for s in all_stats) / max(drafted, 1), 3),
+                ticks_per_token=round(
+                    statistics.mean(stats.ticks_per_token for stats in all_stats), 3
+                ),
                 rank="full, o and down" if args.checkpoint is None else "its own",
                 temperature=args.temperature,
                 tokens_per_second={w: round(statistics.median(r), 1) for w, r in rates.items()},
@@ -122,6 +134,7 @@ def main():
     options.add_argument("--checkpoint", help="of ours")
     options.add_argument("--temperature", type=float, default=1.0)
     options.add_argument("--loops", type=int, nargs="*", default=(2, 3), help="with --model")
+    options.add_argument("--lanes", type=int, nargs="*", default=(1, 4, 16), help="slots, in turn")
     lossless(options.parse_args())
 
 

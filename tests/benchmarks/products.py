@@ -2,11 +2,14 @@
 
     python tests/benchmarks/products.py
 
-All products of a tick and nothing else: `layers.few_rows` (weight on the left), the weight on the
-right, and torch's `linear` where it is installed. They take turns; prints a JSON row of medians.
+All products of a tick and nothing else: `layers.few_rows` (weight on the left, rows of zeros up to
+4 or a multiple of 8), the same without such rows, the weight on the right, and torch's `linear`
+where it is installed. They take turns in random order, since one's threads may linger in the time
+of the next; prints a JSON row of medians.
 """
 
 import json
+import random
 import statistics
 import time
 
@@ -17,7 +20,7 @@ import numpy as np
 from recursive_jax.models.layers import few_rows
 
 SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536))  # [out, in]: qkv, o, gate and up, down
-LAYERS, ROUNDS = 30, 9
+LAYERS, ROUNDS = 30, 25
 
 
 def through(product, layers, x):
@@ -30,7 +33,11 @@ def through(product, layers, x):
 
 def forms(weights):
     on_device = jax.tree.map(jnp.asarray, weights)
-    ways = {"weight on the left": few_rows, "weight on the right": lambda x, w: x @ w.T}
+    ways = {
+        "weight on the left": few_rows,
+        "as many rows as there are": lambda x, w: jax.lax.optimization_barrier(w @ x.T).T,
+        "weight on the right": lambda x, w: x @ w.T,
+    }
     for name, product in ways.items():
         run = jax.jit(lambda layers, x, product=product: through(product, layers, x))
         yield name, lambda x, run=run: run(on_device, x).block_until_ready()
@@ -53,10 +60,10 @@ def main():
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
     weights = [[draw(*s) * s[1] ** -0.5 for s in SHAPES] for _ in range(LAYERS)]
     ways = dict(forms(weights))
-    for rows in (1, 2, 4, 8, 16, 32):
+    for rows in (1, 2, 4, 6, 8, 12, 16, 28, 32):
         x, times = draw(rows, 576), {name: [] for name in ways}
         for _ in range(ROUNDS + 1):  # the first compiles
-            for name, run in ways.items():
+            for name, run in random.sample(list(ways.items()), len(ways)):
                 began = time.perf_counter()
                 run(x)
                 times[name].append(time.perf_counter() - began)
