@@ -34,7 +34,7 @@ def lossless(args):
     else:
         cases = [(*agreeing(args, n, 0.8), args.model) for n in args.loops]
     for model, params, name in cases:
-        for slots in args.lanes:
+        for slots in args.slot_counts:
             # with one slot, too, all requests on which `agreeing` measured
             args.slots, args.requests = slots, max(4 * slots, 16)
             todo = sampled(args.requests, args, model.cfg.vocab_size)
@@ -134,7 +134,7 @@ def main():
     options.add_argument("--checkpoint", help="of ours")
     options.add_argument("--temperature", type=float, default=1.0)
     options.add_argument("--loops", type=int, nargs="*", default=(2, 3), help="with --model")
-    options.add_argument("--lanes", type=int, nargs="*", default=(1, 4, 16), help="slots, in turn")
+    options.add_argument("--slot_counts", type=int, nargs="*", default=(1, 4, 16), help="in turn")
     lossless(options.parse_args())
 
 
