@@ -13,7 +13,6 @@ from recursive_jax.models.attention import attend, attend_cached, attention_mask
 from recursive_jax.models.config import DecoderConfig, Rope
 from recursive_jax.models.decoder import Decoder, abstract_params, split_layers
 from recursive_jax.models.kv_cache import KVCache, RowCache
-from recursive_jax.models.layers import few_rows
 
 LENGTH = 12
 _TINY = dict(vocab_size=29, embed_dim=16, mlp_dim=24, num_layers=2, num_loops=2, max_length=32)
@@ -225,14 +224,6 @@ def test_a_chunk_beside_lanes_equals_it_alone(small_blocks):
     )  # fmt: skip
     np.testing.assert_allclose(y, jnp.concatenate([lanes, chunk[0][:, None]]), atol=1e-5)
     chex.assert_trees_all_close(written, cache, atol=1e-5)
-
-
-@pytest.mark.parametrize("lead", [(1,), (2,), (5,), (8,), (3, 3)])
-def test_few_rows_are_a_product(lead):
-    """However many rows of zeros it is filled up with."""
-    rng = np.random.default_rng(0)
-    x, wt = rng.normal(size=(*lead, 6)).astype("f"), rng.normal(size=(7, 6)).astype("f")
-    np.testing.assert_allclose(jax.jit(few_rows)(x, wt), x @ wt.T, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gemma", "neox", "tied", "uneven"])

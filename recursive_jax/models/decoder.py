@@ -27,8 +27,9 @@ from recursive_jax.models.attention import (
     rope_tables,
 )
 from recursive_jax.models.config import DecoderConfig
+from recursive_jax.models.few_rows import few_rows
 from recursive_jax.models.kv_cache import Cache
-from recursive_jax.models.layers import JOINT, Mlp, Norm, few_rows
+from recursive_jax.models.layers import JOINT, Mlp, Norm
 
 # Named remat policies: what the backward pass keeps instead of recomputing.
 REMAT_POLICIES = {
@@ -273,7 +274,7 @@ def head_params(params: Mapping[str, Any]) -> dict[str, Any]:
 def split_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     """Params for `Decoder(scan_layers=False)` on one device.
 
-    Weights lie as a CPU multiplies few rows by them fastest (`layers.few_rows`): `wt [out, in]`,
+    Weights lie as a CPU multiplies few rows by them fastest (`few_rows`): `wt [out, in]`,
     LoRA of all loops as `lora_at [L·R, in]` and `lora_bt [out, L·R]`, and those that read the same
     rows as one matrix (`layers.JOINT`). An untied head becomes `head_t [V, D]`. Deletes the stacks
     and that head, so weights are there once.

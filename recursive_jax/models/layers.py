@@ -9,6 +9,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from recursive_jax.models.config import DecoderConfig
+from recursive_jax.models.few_rows import few_rows
 
 ACTIVATION_FNS = {
     "silu": nn.silu,
@@ -138,23 +139,6 @@ def apply_lora(x, w, a, b, loop, form: str, dtype) -> jax.Array:
         wide_a = jnp.moveaxis(a, 0, 1).reshape(-1, a.shape[0] * a.shape[2]).astype(dtype)
         wide_b = b.reshape(-1, b.shape[-1]).astype(dtype)
         return y + _masked(x @ wide_a, loop, a.shape[0]) @ wide_b
-
-
-def few_rows(x: jax.Array, wt: jax.Array, out_dtype=None) -> jax.Array:
-    """`x [..., in] @ wt.T` for `wt [out, in]`, as a CPU multiplies a few rows by a large matrix.
-
-    With the matrix on the left two rows and more take 0.7 to 0.8 of the time (docs/results.md). The
-    barrier keeps XLA from turning the product around again, and from making one row part of a slow
-    loop; a product of one row on its own is quicker the other way around. Rows of zeros fill up
-    what the CPU's kernel takes at once: without them 12 rows take longer than 16.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    count = len(rows)
-    full = count if count == 1 else 4 if count <= 4 else -(-count // 8) * 8
-    rows = jnp.pad(rows, ((0, full - count), (0, 0)))
-    y = jnp.matmul(wt, rows.T, preferred_element_type=out_dtype)
-    y = jax.lax.optimization_barrier(y).T[:count]
-    return y.reshape(*x.shape[:-1], wt.shape[0])
 
 
 def _masked(wide, loop, num_loops: int):

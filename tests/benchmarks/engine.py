@@ -305,7 +305,7 @@ def lora(args):
         ranks = {n: min(rank, *shape) for n, shape in cfg.projections.items()} if rank else {}
         relaxed = cfg.replace(lora_ranks=ranks)
         params = jax.jit(init_params, static_argnums=0)(relaxed, jax.random.key(0))
-        engines[rank] = make(Decoder(relaxed), params, args)
+        engines[rank] = make(Decoder(relaxed, scan_layers=False), split_layers(params), args)
         ticks[rank] = []
     for _ in range(args.rounds):
         for rank, engine in engines.items():

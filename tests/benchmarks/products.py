@@ -2,10 +2,10 @@
 
     python tests/benchmarks/products.py
 
-All products of a tick and nothing else: `layers.few_rows` (weight on the left, rows of zeros up to
-4 or a multiple of 8), the same without such rows, the weight on the right, and torch's `linear`
-where it is installed. They take turns in random order, since one's threads may linger in the time
-of the next; prints a JSON row of medians.
+All products of a tick and nothing else: by the kernel of `few_rows`, by XLA (weight on the left,
+rows of zeros up to 4 or a multiple of 8), the same without such rows, the weight on the right, and
+torch's `linear` where it is installed. They take turns in random order, since one's threads may
+linger in the time of the next; prints a JSON row of medians.
 """
 
 import json
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from recursive_jax.models.layers import few_rows
+from recursive_jax.models.few_rows import by_kernel, by_xla, kernel
 
 SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536))  # [out, in]: qkv, o, gate and up, down
 LAYERS, ROUNDS = 30, 25
@@ -34,10 +34,13 @@ def through(product, layers, x):
 def forms(weights):
     on_device = jax.tree.map(jnp.asarray, weights)
     ways = {
-        "weight on the left": few_rows,
+        "few_rows.cc": by_kernel,
+        "weight on the left": by_xla,
         "as many rows as there are": lambda x, w: jax.lax.optimization_barrier(w @ x.T).T,
         "weight on the right": lambda x, w: x @ w.T,
     }
+    if not kernel():  # it has said why
+        del ways["few_rows.cc"]
     for name, product in ways.items():
         run = jax.jit(lambda layers, x, product=product: through(product, layers, x))
         yield name, lambda x, run=run: run(on_device, x).block_until_ready()

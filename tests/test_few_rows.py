@@ -1,0 +1,122 @@
+"""Few rows on a CPU: our kernel's and XLA's products against numpy, and life without a compiler."""
+
+import importlib
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+# the function of the same name hides the module
+module = importlib.import_module("recursive_jax.models.few_rows")
+MOST = module.MOST_ROWS
+
+
+def draw(*shape):
+    return np.random.default_rng(shape[0]).normal(size=shape).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    if not any(map(shutil.which, ["c++", "g++", "clang++"])):
+        pytest.skip("no C++ compiler on this machine")
+    assert module.kernel()
+
+
+@pytest.mark.parametrize("lead", [(1,), (2,), (5,), (8,), (3, 3), (MOST,), (MOST + 1,)])
+@pytest.mark.parametrize("shape", [(7, 6), (1, 37), (390, 264)])
+def test_it_is_a_product(lead, shape):
+    """Whoever multiplies; the largest matrix is one that threads share."""
+    x, wt = draw(*lead, shape[1]), draw(*shape)
+    expected = x.astype(np.float64) @ wt.T.astype(np.float64)
+    np.testing.assert_allclose(jax.jit(module.few_rows)(x, wt), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8, 9])
+def test_rows_of_zeros_are_cut_off_again(count):
+    """XLA's form, which machines without a compiler take."""
+    x, wt = draw(count, 6), draw(7, 6)
+    y = jax.jit(module.by_xla)(x, wt)
+    assert y.shape == (count, 7)
+    np.testing.assert_allclose(y, x @ wt.T, atol=1e-5)
+
+
+def test_the_kernel_takes_few_rows_of_float32_and_no_others(kernel):
+    def takes(rows, dtype=jnp.float32, out_dtype=None):
+        x, wt = jax.ShapeDtypeStruct((rows, 6), dtype), jax.ShapeDtypeStruct((7, 6), dtype)
+        run = jax.jit(lambda x, wt: module.few_rows(x, wt, out_dtype))
+        return module._TARGET in run.lower(x, wt).as_text()
+
+    assert takes(1) and takes(MOST) and takes(2, out_dtype=jnp.float32)
+    assert not takes(MOST + 1)
+    assert not takes(2, jnp.bfloat16) and not takes(2, jnp.bfloat16, jnp.float32)
+
+
+def test_a_row_does_not_depend_on_the_others(kernel):
+    """To the bit, so a token is the same in any batch of up to MOST lanes; not even on NaN."""
+    x, wt = draw(MOST, 1000), draw(500, 1000)
+    alone = np.concatenate([jax.jit(module.few_rows)(x[i : i + 1], wt) for i in range(MOST)])
+    for count in range(2, MOST + 1):
+        np.testing.assert_array_equal(jax.jit(module.few_rows)(x[:count], wt), alone[:count])
+    x[3] = np.nan
+    together = np.asarray(jax.jit(module.few_rows)(x, wt))
+    assert np.isnan(together[3]).all()
+    np.testing.assert_array_equal(np.delete(together, 3, 0), np.delete(alone, 3, 0))
+
+
+def test_many_products_at_once(kernel):
+    """Independent ones, whose helpers come late or never while the others' threads are busy."""
+    x, wts = draw(2, 256), [draw(300 + i, 256) for i in range(40)]
+    run = jax.jit(lambda x, wts: [module.few_rows(x, wt) for wt in wts])
+    for _ in range(20):
+        for y, wt in zip(run(x, wts), wts, strict=True):
+            np.testing.assert_allclose(y, x @ wt.T, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "said"),
+    [
+        (None, "no C++ compiler (looked for c++, g++, clang++; or set CXX)"),
+        ("no-such-compiler", "no C++ compiler (looked for no-such-compiler; or set CXX)"),
+        ("#!/bin/sh\necho it is broken >&2; exit 1", "it is broken"),
+        ("#!/bin/sh\necho nonsense > $(echo $* | grep -o '[^ ]*\\.so'); exit 0", "too short"),
+    ],
+)
+def test_without_a_compiler_it_warns_once_and_xla_multiplies(tmp_path, compiler, said):
+    environment = dict(os.environ, PATH=str(tmp_path), XDG_CACHE_HOME=str(tmp_path / "cache"))
+    environment.pop("CXX", None)
+    if compiler and compiler.startswith("#!"):
+        script = tmp_path / "broken"
+        script.write_text(compiler.replace("sh\n", f"sh\nPATH={os.environ['PATH']}\n"))
+        script.chmod(0o755)
+        compiler = str(script)
+    if compiler:
+        environment["CXX"] = compiler
+    code = (
+        "import numpy as np; from recursive_jax.models.few_rows import few_rows\n"
+        "x, wt = np.ones((2, 6), 'f'), np.ones((7, 6), 'f')\n"
+        "assert (few_rows(x, wt) == 6).all() and (few_rows(x[:1], wt) == 6).all()"
+    )
+    root = pathlib.Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("few_rows.cc is not used") == 1 and said in done.stderr
+
+
+def test_an_unwritable_cache_is_no_end(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("not a directory")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    module.kernel.cache_clear()
+    try:
+        y = jax.jit(lambda x, wt: module.few_rows(x, wt))(draw(2, 6), draw(7, 6))
+        np.testing.assert_allclose(y, draw(2, 6) @ draw(7, 6).T, atol=1e-5)
+        assert not module.kernel() and "few_rows.cc is not used" in caplog.text
+    finally:
+        module.kernel.cache_clear()
