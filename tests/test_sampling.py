@@ -116,6 +116,16 @@ def test_noise_is_a_function_of_seed_and_position_alone():
     assert stats.kstest(many, "gumbel_r").pvalue > 1e-3
 
 
+@pytest.mark.parametrize("vocab_size", [1, 7, 49152])
+def test_noise_is_that_of_jax(vocab_size):
+    seeds, positions = np.array([5, 2**32 - 1], np.uint32), np.array([0, 2**30], np.int32)
+    noise = np.asarray(jax.jit(gumbel_noise, static_argnums=2)(seeds, positions, vocab_size))
+    with jax.threefry_partitionable(True):
+        for mine, seed, position in zip(noise, seeds, positions, strict=True):
+            key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
+            np.testing.assert_array_equal(mine, jax.random.gumbel(key, (vocab_size,)))
+
+
 def test_greedy_and_sampled_rows_share_a_batch():
     logits = np.random.default_rng(1).normal(size=(len(MIXED), VOCAB)).astype(np.float32)
     seeds = np.arange(len(MIXED), dtype=np.uint32)
