@@ -13,6 +13,10 @@
 #include <memory>
 #include <thread>
 
+#ifdef __FMA__
+#include <immintrin.h>
+#endif
+
 #include "xla/ffi/api/ffi.h"
 
 namespace {
@@ -20,58 +24,80 @@ namespace {
 namespace ffi = xla::ffi;
 
 constexpr int kLane = 8;                 // floats of a vector
+constexpr int kLine = 16;                // floats of a line of the cache
 constexpr int kOuts = 4;                 // rows of wt taken together
 constexpr int kRows = 3;                 // rows of x taken together: 4 x 3 sums fit the registers
 constexpr int64_t kSmallest = 16 << 10;  // numbers of wt that are worth another thread
 
 typedef float Vector __attribute__((vector_size(kLane * sizeof(float))));
 
-inline Vector Load(const float* from) {
-  Vector v;
-  std::memcpy(&v, from, sizeof v);
+// `count` numbers, and zeros after them.
+inline Vector Load(const float* from, int64_t count = kLane) {
+  Vector v = {};
+  std::memcpy(&v, from, count * sizeof(float));
   return v;
 }
 
-// `Outs` rows of wt times `Rows` of x. While the first rows of x are multiplied, the rows of wt
-// that come next are fetched.
+// Rounded once, where the CPU can. Left to themselves compilers do so in some loops and not in
+// others, and a row's numbers would depend on how many rows there are.
+inline Vector MultiplyAdd(Vector a, Vector b, Vector c) {
+#ifdef __FMA__
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline float Sum(const Vector& v) {
+  typedef float Half __attribute__((vector_size(kLane / 2 * sizeof(float))));
+  Half halves[2];
+  std::memcpy(halves, &v, sizeof v);
+  const Half h = halves[0] + halves[1];
+  return (h[0] + h[2]) + (h[1] + h[3]);
+}
+
+// `Outs` rows of wt times `Rows` of x. Meanwhile what comes next of wt is fetched, `stride` numbers
+// of it for every vector: spread out, for memory that is asked for all at once is waited for.
 template <int Outs, int Rows>
-inline void Tile(const float* w, const float* x, float* y, int64_t in, int64_t out, bool fetch) {
+inline void Tile(const float* w, const float* x, float* y, int64_t in, int64_t out,
+                 const float* next, int64_t stride) {
   Vector sums[Outs][Rows] = {};
-  int64_t i = 0;
-  for (; i + kLane <= in; i += kLane) {
-    if (fetch) {
-#pragma GCC unroll 4
-      for (int o = 0; o < Outs; o++) __builtin_prefetch(w + (o + Outs) * in + i);
-    }
+  const auto add = [&](int64_t i, int64_t count) __attribute__((always_inline)) {
     Vector mine[Rows];
 #pragma GCC unroll 4
-    for (int r = 0; r < Rows; r++) mine[r] = Load(x + r * in + i);
+    for (int r = 0; r < Rows; r++) mine[r] = Load(x + r * in + i, count);
 #pragma GCC unroll 4
     for (int o = 0; o < Outs; o++) {
-      const Vector weights = Load(w + o * in + i);
+      const Vector weights = Load(w + o * in + i, count);
 #pragma GCC unroll 4
-      for (int r = 0; r < Rows; r++) sums[o][r] += weights * mine[r];
+      for (int r = 0; r < Rows; r++) sums[o][r] = MultiplyAdd(weights, mine[r], sums[o][r]);
     }
+  };
+  int64_t i = 0;
+  for (; i + kLane <= in; i += kLane, next += stride) {
+    __builtin_prefetch(next);
+    __builtin_prefetch(next + kLine);
+    add(i, kLane);
   }
+  if (i < in) add(i, in - i);
 #pragma GCC unroll 4
   for (int o = 0; o < Outs; o++) {
 #pragma GCC unroll 4
-    for (int r = 0; r < Rows; r++) {
-      float sum = 0;
-      for (int lane = 0; lane < kLane; lane++) sum += sums[o][r][lane];
-      for (int64_t j = i; j < in; j++) sum += w[o * in + j] * x[r * in + j];
-      y[r * out + o] = sum;
-    }
+    for (int r = 0; r < Rows; r++) y[r * out + o] = Sum(sums[o][r]);
   }
 }
 
 template <int Outs>
 void AllRows(const float* w, const float* x, float* y, int64_t in, int64_t out, int64_t rows) {
-  int64_t r = 0;
-  for (; rows - r >= kRows; r += kRows)
-    Tile<Outs, kRows>(w, x + r * in, y + r * out, in, out, r == 0);
-  if (rows - r == 2) Tile<Outs, 2>(w, x + r * in, y + r * out, in, out, r == 0);
-  if (rows - r == 1) Tile<Outs, 1>(w, x + r * in, y + r * out, in, out, r == 0);
+  const int64_t tiles = (rows + kRows - 1) / kRows, stride = (kLane * Outs + tiles - 1) / tiles;
+  const float* next = w + Outs * in;
+  for (int64_t left = rows, take; left; left -= take) {
+    take = left == kRows + 1 ? 2 : std::min<int64_t>(left, kRows);  // not three and one
+    if (take == 3) Tile<Outs, 3>(w, x, y, in, out, next, stride);
+    if (take == 2) Tile<Outs, 2>(w, x, y, in, out, next, stride);
+    if (take == 1) Tile<Outs, 1>(w, x, y, in, out, next, stride);
+    x += take * in, y += take * out, next += in / kLane * stride;
+  }
 }
 
 struct Product {
