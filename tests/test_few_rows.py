@@ -84,6 +84,7 @@ def test_many_products_at_once(kernel):
         (None, "no C++ compiler (looked for c++, g++, clang++; or set CXX)"),
         ("no-such-compiler", "no C++ compiler (looked for no-such-compiler; or set CXX)"),
         ("#!/bin/sh\necho it is broken >&2; exit 1", "it is broken"),
+        ("#!/bin/sh\necho >&2; exit 1", "non-zero exit status"),
         ("#!/bin/sh\necho nonsense > $(echo $* | grep -o '[^ ]*\\.so'); exit 0", "too short"),
     ],
 )

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -63,17 +64,16 @@ def by_xla(rows: jax.Array, wt: jax.Array, out_dtype=None) -> jax.Array:
 def kernel() -> bool:
     """Whether `few_rows.cc` can be used here; compiles and registers it. Warns if not."""
     try:
-        library = ctypes.CDLL(str(_compiled()))
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
+        handler = ctypes.CDLL(str(_compiled())).FewRows
+    except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
+        said = str(getattr(error, "stderr", None) or "").strip() or str(error)
         logging.warning(
             "%s is not used, and a CPU decodes few requests more slowly: %s",
             _SOURCE.name,
-            said.strip().splitlines()[0],
+            said.splitlines()[0],
         )
         return False
-    handler = jax.ffi.pycapsule(library.FewRows)
-    jax.ffi.register_ffi_target(_TARGET, handler, platform="cpu")
+    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(handler), platform="cpu")
     return True
 
 
@@ -81,15 +81,18 @@ def _compiled() -> pathlib.Path:
     """The library for this source, compiler, CPU and interface of XLA, made if it is not there.
 
     Raises:
-      OSError, subprocess.SubprocessError: no compiler, it fails, or the cache cannot be written.
+      OSError, RuntimeError, subprocess.SubprocessError: no compiler, it fails, there is no home, or
+        the cache cannot be written.
     """
-    wanted = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
-    compiler = next(filter(None, map(shutil.which, wanted)), None)
+    given = shlex.split(os.environ.get("CXX", ""))  # a compiler and options, or "ccache g++"
+    wanted = given[:1] or ["c++", "g++", "clang++"]
+    compiler = next(filter(shutil.which, wanted), None)
     if compiler is None:
         raise FileNotFoundError(f"no C++ compiler (looked for {', '.join(wanted)}; or set CXX)")
     run = functools.partial(subprocess.run, check=True, capture_output=True, text=True, timeout=120)
+    command = [compiler, *given[1:], *_FLAGS]
     # What the compiler defines tells its version and what the CPU can do.
-    defined = run([compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull]).stdout
+    defined = run([*command, "-dM", "-E", "-x", "c++", os.devnull]).stdout
     headers = pathlib.Path(jax.ffi.include_dir())
     interface = (headers / "xla" / "ffi" / "api" / "c_api.h").read_text()
     what = hashlib.sha256("\0".join([_SOURCE.read_text(), interface, defined]).encode())
@@ -99,6 +102,6 @@ def _compiled() -> pathlib.Path:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             made = pathlib.Path(scratch) / library.name
-            run([compiler, *_FLAGS, "-isystem", headers, _SOURCE, "-o", made])
+            run([*command, "-isystem", headers, _SOURCE, "-o", made])
             made.replace(library)  # whole or not at all: others may be at it too
     return library
