@@ -112,7 +112,7 @@ def as_recorded(request):
     return lambda look: look.loops >= request.recorded_loops[look.index]
 
 
-def follows(cfg, ours, requests, leaves_of, policy="complete"):
+def follows(cfg, ours, requests, leaves_of, policy="complete", params=None, context=CONTEXT):
     """Token for token what the slow reference says; a doubtful difference ends a comparison.
 
     Returns the loops executed, of all tokens.
@@ -121,10 +121,10 @@ def follows(cfg, ours, requests, leaves_of, policy="complete"):
     for mine, request in zip(ours, requests, strict=True):
         expected = slow_reference.answer(
             cfg,
-            params_of(cfg),
+            params or params_of(cfg),
             request.tokens,
             request.max_new_tokens,
-            CONTEXT,
+            context,
             leaves_of(request),
             policy,
             request.sampling,

@@ -51,8 +51,18 @@ def test_an_engine_is_as_before_when_it_was_measured(monkeypatch):
     assert times.bound(3, 1.5) > 0
     assert answer() == before
 
+    def fails(*_):
+        raise MemoryError("no room for a head")
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError, match="no room"):
+        patch.setattr(timing, "_head", fails)
+        timing.measure(engine)
+    assert answer() == before, "it has its cache again"
+
     # what a chunk adds is a difference of two times
     alone = {"embed": 1, ("lanes", 6): 5, ("lanes", 3): 3, "chunk": 7}
-    monkeypatch.setattr(timing, "_medians", lambda calls: {n: alone.get(n, 2) for n in calls})
-    times = timing.measure(engine)
+    watch = timing.Stopwatch(engine)
+    watch._seconds = {name: [alone.get(name, 2)] for name in watch._calls}
+    times = watch.times()
+    watch.close()
     assert (times.tick, times.tick_of_slots, times.embed, times.chunk) == (5, 3, 1, 2)

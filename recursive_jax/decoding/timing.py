@@ -9,10 +9,11 @@ tokens leave:
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -77,40 +78,80 @@ class Times:
         return seconds | {"head": {str(rows): t for rows, t in self.head}}
 
 
+class Stopwatch:
+    """Times the parts of an engine's tick, once or again and again while others work.
+
+    The engine forgets its requests, and serves none until `close`: its cache is used, since two
+    might not fit into memory. Its ticks need not be compiled.
+    """
+
+    def __init__(self, engine: Engine):
+        self._engine, self._box = engine, [engine._cache]
+        engine._cache = None
+        model = engine._ticks.model  # with the attention that its ticks use
+        params, slots, box = engine.params, engine.num_slots, self._box
+        self._propagates = engine.can_exit and engine._ticks.missing_kv == "propagate"
+        self._rows = sorted({max(1, slots * n // 8) for n in (1, 2, 4, 8)} | {2 * slots})
+        calls: dict[Any, Callable[[int], Any]] = {
+            "embed": _embed(model, head_params(params), slots)
+        }
+        self._calls, self._seconds = calls, collections.defaultdict[Any, list[float]](list)
+        try:
+            for lanes in sorted({engine.num_lanes, slots}):
+                calls["lanes", lanes] = _block(model, params, box, **_lanes(engine, lanes))
+            if self._propagates:
+                missing = _missing(model, slots)
+                filled = _lanes(engine, slots) | {"missing": missing}
+                calls["filled"] = _block(model, params, box, **filled)
+            beside = _beside(_lanes(engine, engine.num_lanes), engine.chunk_length)
+            calls["chunk"] = _block(model, params, box, **beside, together=engine.chunk_length)
+            for n in self._rows:
+                calls["head", n] = _head(model, head_params(params), n)
+            self._counts = {name: _count(call) for name, call in calls.items()}
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """The engine is as if new."""
+        self._box.clear()
+        self._engine.reset()
+
+    def run(self) -> None:
+        """Time every part once more; takes about `SECONDS` for each."""
+        for name, call in self._calls.items():
+            start = time.perf_counter()
+            call(self._counts[name])
+            self._seconds[name].append((time.perf_counter() - start) / self._counts[name])
+
+    def times(self) -> Times:
+        """Medians of all runs so far."""
+        seconds = {name: statistics.median(runs) for name, runs in self._seconds.items()}
+        lanes, slots = self._engine.num_lanes, self._engine.num_slots
+        fill = seconds["filled"] - seconds["lanes", slots] if self._propagates else 0.0
+        return Times(
+            tick=seconds["lanes", lanes],
+            tick_of_slots=seconds["lanes", slots],
+            embed=seconds["embed"],
+            head=tuple((n, seconds["head", n]) for n in self._rows),
+            chunk=max(seconds["chunk"] - seconds["lanes", lanes], 0.0),
+            fill=max(fill, 0.0),
+        )
+
+
 def measure(engine: Engine) -> Times:
     """Times of an engine's model, lanes and cache; takes a few seconds, on one device.
 
-    The engine forgets its requests: its cache is used, since two might not fit into memory.
+    All parts in turn, again and again: when the machine is busy for a while, all are. The engine
+    forgets its requests.
     """
-    model = engine._ticks.model  # with the attention that its ticks use
-    params, slots = engine.params, engine.num_slots
-    box, engine._cache = [engine._cache], None
-    propagates = engine.can_exit and engine._ticks.missing_kv == "propagate"
-    rows = sorted({max(1, slots * n // 8) for n in (1, 2, 4, 8)} | {2 * slots})
-    calls: dict[Any, Callable[[int], Any]] = {"embed": _embed(model, head_params(params), slots)}
+    watch = Stopwatch(engine)
     try:
-        for lanes in sorted({engine.num_lanes, slots}):
-            calls["lanes", lanes] = _block(model, params, box, **_lanes(engine, lanes))
-        if propagates:
-            missing = _missing(model, slots)
-            filled = _lanes(engine, slots) | {"missing": missing}
-            calls["filled"] = _block(model, params, box, **filled)
-        beside = _beside(_lanes(engine, engine.num_lanes), engine.chunk_length)
-        calls["chunk"] = _block(model, params, box, **beside, together=engine.chunk_length)
-        for n in rows:
-            calls["head", n] = _head(model, head_params(params), n)
-        seconds = _medians(calls)
+        for _ in range(REPEATS):
+            watch.run()
+        return watch.times()
     finally:
-        box.clear()
-        engine.reset()
-    return Times(
-        tick=seconds["lanes", engine.num_lanes],
-        tick_of_slots=seconds["lanes", slots],
-        embed=seconds["embed"],
-        head=tuple((n, seconds["head", n]) for n in rows),
-        chunk=max(seconds["chunk"] - seconds["lanes", engine.num_lanes], 0.0),
-        fill=max(seconds["filled"] - seconds["lanes", slots], 0.0) if propagates else 0.0,
-    )
+        watch.close()
 
 
 def _lanes(engine: Engine, lanes: int) -> dict[str, Any]:
@@ -203,21 +244,6 @@ def _embed(model, params, slots: int) -> Callable[[int], Any]:
 def _compiled(function: Callable, params, x) -> Callable[[int], Any]:
     run = jax.jit(function).lower(params, np.int32(1), x).compile()
     return lambda count: jax.block_until_ready(run(params, np.int32(count), x))
-
-
-def _medians(calls: Mapping[Any, Callable[[int], Any]]) -> dict[Any, float]:
-    """Seconds of one of `count` in a row, by name.
-
-    All in turn, again and again: when the machine is busy for a while, all are.
-    """
-    counts = {name: _count(call) for name, call in calls.items()}
-    times: dict[Any, list[float]] = {name: [] for name in calls}
-    for _ in range(REPEATS):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call(counts[name])
-            times[name].append((time.perf_counter() - start) / counts[name])
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def _count(call: Callable[[int], Any]) -> int:

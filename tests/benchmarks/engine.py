@@ -14,9 +14,10 @@ and exits are recorded ones.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
-import dataclasses
 import gc
+import itertools
 import json
 import pathlib
 import re
@@ -79,21 +80,45 @@ def trace(count: int, new: int, shares: list[float]) -> np.ndarray:
     return exits
 
 
+EVERY = 7  # round trips between timings of the parts; odd, so that they precede all in turn
+
+
 def serve(engine: Engine, todo: list[Request]):
     """Answer all; (tokens/s, stats)."""
-    session = Session(engine)
-    for request in todo:
+    ((rate, stats),) = serve_in_turn([engine], todo)
+    return rate, stats
+
+
+def serve_in_turn(
+    engines: list[Engine], todo: list[Request], watch: timing.Stopwatch | None = None
+):
+    """All answer all, (tokens/s, stats) of each by its own seconds.
+
+    Whoever is behind goes on for one round trip, and now and then `watch` times the parts of a
+    tick: when the machine is busy for a while, it is for all of them alike.
+    """
+    sessions, total = [Session(engine) for engine in engines], sum(r.max_new_tokens for r in todo)
+    for session, request in itertools.product(sessions, todo):
         session.submit(request)
-    began, tokens = time.perf_counter(), 0
-    while not session.idle:
-        events, _ = session.round()
-        tokens += sum(len(e.tokens) for e in events)
-    seconds = time.perf_counter() - began
-    assert tokens == sum(r.max_new_tokens for r in todo)
-    return tokens / seconds, session.stats
+    seconds, tokens = [0.0] * len(engines), [0] * len(engines)
+    for trip in itertools.count():
+        working = [i for i, session in enumerate(sessions) if not session.idle]
+        if watch and (trip % EVERY == 0 or not working):
+            watch.run()
+        if not working:
+            break
+        i = min(working, key=tokens.__getitem__)
+        began = time.perf_counter()
+        events, _ = sessions[i].round()
+        seconds[i] += time.perf_counter() - began
+        tokens[i] += sum(len(e.tokens) for e in events)
+    assert tokens == [total] * len(engines)
+    return [(total / s, session.stats) for s, session in zip(seconds, sessions, strict=True)]
 
 
-def make(model, params, args, loops=None, missing_kv="propagate", **options) -> Engine:
+def make(
+    model, params, args, loops=None, missing_kv="propagate", compile=True, **options
+) -> Engine:
     """`loops`: recorded exits; without them no token leaves early, unless `options` say so."""
     if loops is not None:
         options["measure"] = Recorded()
@@ -103,8 +128,19 @@ def make(model, params, args, loops=None, missing_kv="propagate", **options) -> 
     engine = Engine(
         model, params, *sizes, chunk_length=args.chunk, missing_kv=missing_kv, **options
     )
-    engine.compile()
+    if compile:
+        engine.compile()
     return engine
+
+
+@contextlib.contextmanager
+def stopwatch(model, params, args, loops=None, **options):
+    """For the parts of a tick of an engine as `make` makes it, while such engines serve."""
+    watch = timing.Stopwatch(make(model, params, args, loops, **options, compile=False))
+    try:
+        yield watch
+    finally:
+        watch.close()
 
 
 def bound(args):
@@ -132,24 +168,23 @@ def bound(args):
         rates, bounds = {w: [] for w in ways}, {w: [] for w in ways}
         simulated, once = [], []
         for _ in range(args.rounds):
-            # the machine drifts: parts are timed before and after the answers they are held to
-            before = timing.measure(ways["depthwise"])
-            for way in WAYS:
-                rates[way].append(serve(ways[way], todo)[0])
-            times = halfway(before, timing.measure(ways["depthwise"]))
+            with stopwatch(model, params, args, loops) as watch:
+                served = serve_in_turn([*ways.values()], todo, watch)
+                times = watch.times()
+            for way, (tokens_per_second, _) in zip(ways, served, strict=True):
+                rates[way].append(tokens_per_second)
             bounds["depthwise"].append(times.bound(args.slots, mean))
             bounds["sequencewise"].append(times.bound(args.slots, slowest))
             simulated.append(simulate(args, num_loops, loops, times))
             # without exits all tokens end in one tick, and the head runs in that one only
             ticks = num_loops * times.tick + times.head_of(args.slots) + times.embed
             once.append(args.slots / ticks)
-            if "complete" in ways:
+            if "complete" in ways:  # its lanes are more
                 bounds["complete"].append(timing.measure(ways["complete"]).bound(args.slots, mean))
-                rates["complete"].append(serve(ways["complete"], todo)[0])
         rate = {w: statistics.median(r) for w, r in rates.items()}
         limit = {w: statistics.median(b) for w, b in bounds.items()}
-        ratio = rate["depthwise"] / rate["sequencewise"]
-        predicted = limit["depthwise"] / limit["sequencewise"]  # the same times in both
+        ratio = share(rates["depthwise"], rates["sequencewise"])
+        predicted = share(bounds["depthwise"], bounds["sequencewise"])  # the same times in both
         row(
             args,
             "engine bound",
@@ -164,8 +199,8 @@ def bound(args):
                 if loops is not None
                 else {"share_of_bound_with_one_head": share(rates["depthwise"], once)}
             ),
-            depthwise_over_sequencewise=round(ratio, 3),
-            predicted=round(predicted, 3),
+            depthwise_over_sequencewise=ratio,
+            predicted=predicted,
             share_of_predicted=round(ratio / predicted, 3),
             simulated={
                 n: round(statistics.median(s[n] for s in simulated), 1) for n in simulated[0]
@@ -176,17 +211,6 @@ def bound(args):
 
 def share(rates: list[float], limits: list[float]) -> float:
     return round(statistics.median(r / b for r, b in zip(rates, limits, strict=True)), 3)
-
-
-def halfway(one: timing.Times, other: timing.Times) -> timing.Times:
-    """The mean of two measurements of the same engine."""
-    mean = {
-        f.name: (getattr(one, f.name) + getattr(other, f.name)) / 2
-        for f in dataclasses.fields(one)
-        if f.name != "head"
-    }
-    head = tuple((n, (a + b) / 2) for (n, a), (_, b) in zip(one.head, other.head, strict=True))
-    return timing.Times(**mean, head=head)
 
 
 def simulate(args, num_loops: int, loops, times) -> dict[str, float]:

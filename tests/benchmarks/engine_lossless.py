@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import pathlib
+import pydoc_data.topics
 import statistics
 
 import jax
 import jax.numpy as jnp
-from engine import halfway, make, parser, requests, row, serve
+from engine import make, parser, requests, row, serve, serve_in_turn, stopwatch
 
-from recursive_jax.decoding import timing
+from recursive_jax import text
 from recursive_jax.decoding.early_exit import Static
 from recursive_jax.decoding.requests import Request, Sampling
 from recursive_jax.models.decoder import Decoder, split_layers
@@ -30,7 +31,8 @@ def lossless(args):
     """Benchmark 4: drafts from loop 1, verified by the last, against full depth."""
     if args.checkpoint:
         params, cfg = checkpoint.load_params(args.checkpoint)
-        cases = [(Decoder(cfg), params, args.checkpoint)]  # a small one: scanned, as in `loading`
+        tokenizer = text.load_tokenizer(pathlib.Path(args.checkpoint) / "tokenizer")
+        cases = [(Decoder(cfg, scan_layers=False), split_layers(params), args.checkpoint)]
     else:
         cases = [(*agreeing(args, n, 0.8), args.model) for n in args.loops]
     for model, params, name in cases:
@@ -38,21 +40,22 @@ def lossless(args):
             # with one slot, too, all requests on which `agreeing` measured
             args.slots, args.requests = slots, max(4 * slots, 16)
             todo = sampled(args.requests, args, model.cfg.vocab_size)
+            if args.checkpoint:
+                todo = on_text(todo, tokenizer)
             pieces = [todo[i : i + 4 * slots] for i in range(0, len(todo), 4 * slots)]
             exact = make(model, params, args)
             drafting = make(model, params, args, measure=Static(1), lossless=True)
             serve(exact, todo[:slots]), serve(drafting, todo[:slots])  # warm up
             gains, predictions, rates, all_stats = [], [], {"lossless": [], "full": []}, []
             for _ in range(args.rounds):
-                # the machine drifts: parts are timed before and after the answers they are held to
-                before = timing.measure(drafting)
-                for piece in pieces:  # small ones in turn: the machine drifts
-                    full, _ = serve(exact, piece)
-                    rate, stats = serve(drafting, piece)
-                    rates["lossless"].append(rate), rates["full"].append(full)
-                    gains.append(rate / full)
-                    all_stats.append(stats)
-                times = halfway(before, timing.measure(drafting))
+                options = dict(measure=Static(1), lossless=True)
+                with stopwatch(model, params, args, **options) as watch:
+                    for piece in pieces:
+                        (full, _), (rate, stats) = serve_in_turn([exact, drafting], piece, watch)
+                        rates["lossless"].append(rate), rates["full"].append(full)
+                        gains.append(rate / full)
+                        all_stats.append(stats)
+                    times = watch.times()
                 predictions += [
                     times.lossless_gain(
                         slots,
@@ -87,6 +90,15 @@ def sampled(count: int, args, vocab: int) -> list[Request]:
         dataclasses.replace(r, sampling=Sampling(temperature=args.temperature, seed=i))
         for i, r in enumerate(requests(count, args.prompt, args.new, vocab))
     ]
+
+
+def on_text(todo: list[Request], tokenizer) -> list[Request]:
+    """A trained model is at home in texts: passages of Python's manual, as long as the prompts."""
+    manual = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+    tokens = tokenizer(manual)["input_ids"]
+    apart = len(tokens) // len(todo)
+    passages = [tokens[i * apart :][: len(r.tokens)] for i, r in enumerate(todo)]
+    return [dataclasses.replace(r, tokens=p) for r, p in zip(todo, passages, strict=True)]
 
 
 def accepted(stats, model) -> int:
