@@ -5,6 +5,7 @@ import functools
 import pydoc_data.topics
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_engine import as_recorded, follows, serve
@@ -44,7 +45,8 @@ def engine_on(path, num_slots=4, **options):
     """As `generate` makes it for a long job on one CPU: layers apart, our kernel for few rows."""
     params, cfg, _ = folded(path)
     model = Decoder(cfg, scan_layers=False)
-    return Engine(model, split_layers(params), num_slots, CONTEXT, chunk_length=8, **options)
+    params = split_layers(jax.tree.map(jnp.copy, params))  # it takes the stacks apart
+    return Engine(model, params, num_slots, CONTEXT, chunk_length=8, **options)
 
 
 def test_full_depth_answers_as_transformers_does(smollm2):

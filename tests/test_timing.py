@@ -9,7 +9,7 @@ import pytest
 from recursive_jax.decoding import timing
 from recursive_jax.decoding.early_exit import Static
 from recursive_jax.decoding.engine import Engine
-from recursive_jax.decoding.requests import Request
+from recursive_jax.decoding.requests import Request, Sampling
 from recursive_jax.decoding.session import generate
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import Decoder, abstract_params
@@ -60,9 +60,14 @@ def test_an_engine_is_as_before_when_it_was_measured(monkeypatch):
     assert engine.cache_bytes, "it has its cache again"
     assert answer() == before
 
-    # what a chunk adds is a difference of two times
+    # heads choose as those do that are timed; what a chunk adds is a difference of two times
+    chosen, choose = [], timing.sample
+    monkeypatch.setattr(
+        timing, "sample", lambda x, s, *at: chosen.append(s.temperature) or choose(x, s, *at)
+    )
     alone = {"embed": 1, ("lanes", 6): 5, ("lanes", 3): 3, "chunk": 7}
-    watch = timing.Stopwatch(engine)
+    watch = timing.Stopwatch(engine, Sampling(temperature=0.75))
+    assert len(chosen) == 3 and {t for row in chosen for t in row.tolist()} == {0.75}
     watch._seconds = {name: [alone.get(name, 2)] for name in watch._calls}
     times = watch.times()
     watch.close()

@@ -103,7 +103,8 @@ class Exits:
                 score = self.measure.score(mine.replace(logits=logits))
             return jax.tree.map(spread, Seen(token, logprob, guess, score))
 
-        sizes = sorted({0, capacity, *(n for n in (capacity // 2, capacity // 4) if n >= SMALL)})
+        fewer = [capacity * quarters // 4 for quarters in (1, 2, 3)]
+        sizes = sorted({0, capacity, *(n for n in fewer if n >= SMALL)})
         branch = jnp.searchsorted(jnp.asarray(sizes), jnp.sum(looked))
         with jax.named_scope("exit"):
             return jax.lax.switch(branch, [functools.partial(rows, n) for n in sizes], order)

@@ -29,6 +29,7 @@ from recursive_jax.models.kv_cache import Cache
 
 REPEATS = 7  # medians of so many
 SECONDS = 0.05  # a repeat takes at least so long, that the host's share does not count
+GREEDY = Sampling()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Times:
       tick: one pass of the block over all lanes of the engine, at mixed loops.
       tick_of_slots: the same with one lane per slot, which is `tick` unless tokens complete.
       embed: embedding one token of every slot.
-      head: final norm, vocabulary head and greedy choice, by rows; ascending.
+      head: final norm, vocabulary head and the choice of a token, by rows; ascending.
       chunk: what a whole chunk of a prompt adds to a tick.
       fill: what the keys and values that exited tokens lack add to a tick; 0 unless they are
         propagated.
@@ -82,10 +83,11 @@ class Stopwatch:
     """Times the parts of an engine's tick, once or again and again while others work.
 
     The engine forgets its requests, and serves none until `close`: its cache is used, since two
-    might not fit into memory. Its ticks need not be compiled.
+    might not fit into memory. Its ticks need not be compiled. Tokens are chosen as `sampling`
+    says, for the noise of those at random takes time as well.
     """
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, sampling: Sampling = GREEDY):
         self._engine, self._box = engine, [engine._cache]
         engine._cache = None
         model = engine._ticks.model  # with the attention that its ticks use
@@ -106,7 +108,7 @@ class Stopwatch:
             beside = _beside(_lanes(engine, engine.num_lanes), engine.chunk_length)
             calls["chunk"] = _block(model, params, box, **beside, together=engine.chunk_length)
             for n in self._rows:
-                calls["head", n] = _head(model, head_params(params), n)
+                calls["head", n] = _head(model, head_params(params), n, sampling)
             self._counts = {name: _count(call) for name, call in calls.items()}
         except BaseException:
             self.close()
@@ -214,14 +216,14 @@ def _block(model, params, box: list[Cache], positions, missing=None, **where):
     return call
 
 
-def _head(model, params, rows: int) -> Callable[[int], Any]:
-    sampling = SamplingParams.stack([Sampling()] * rows)
+def _head(model, params, rows: int, sampling: Sampling) -> Callable[[int], Any]:
+    stacked = SamplingParams.stack([sampling] * rows)
     seeds, positions = np.zeros(rows, np.uint32), np.zeros(rows, np.int32)
 
     def heads(params, count, x):
-        def one(_, x):
+        def one(i, x):
             logits = model.apply({"params": params}, x, method="unembed")
-            _, logprob = sample(logits, sampling, seeds, positions)
+            _, logprob = sample(logits, stacked, seeds, positions + i)  # noise of its own
             return _unit(x + logprob[:, None].astype(x.dtype))  # each waits for the one before
 
         return jax.lax.fori_loop(0, count, one, x)

@@ -134,9 +134,9 @@ def make(
 
 
 @contextlib.contextmanager
-def stopwatch(model, params, args, loops=None, **options):
+def stopwatch(model, params, args, loops=None, sampling=timing.GREEDY, **options):
     """For the parts of a tick of an engine as `make` makes it, while such engines serve."""
-    watch = timing.Stopwatch(make(model, params, args, loops, **options, compile=False))
+    watch = timing.Stopwatch(make(model, params, args, loops, **options, compile=False), sampling)
     try:
         yield watch
     finally:

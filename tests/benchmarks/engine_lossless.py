@@ -48,8 +48,14 @@ def lossless(args):
             serve(exact, todo[:slots]), serve(drafting, todo[:slots])  # warm up
             gains, predictions, rates, all_stats = [], [], {"lossless": [], "full": []}, []
             for _ in range(args.rounds):
-                options = dict(measure=Static(1), lossless=True)
-                with stopwatch(model, params, args, **options) as watch:
+                with stopwatch(
+                    model,
+                    params,
+                    args,
+                    sampling=Sampling(args.temperature),
+                    measure=Static(1),
+                    lossless=True,
+                ) as watch:
                     for piece in pieces:
                         (full, _), (rate, stats) = serve_in_turn([exact, drafting], piece, watch)
                         rates["lossless"].append(rate), rates["full"].append(full)
