@@ -15,6 +15,7 @@ import pytest
 # the function of the same name hides the module
 module = importlib.import_module("recursive_jax.models.few_rows")
 MOST = module.MOST_ROWS
+APART = 12  # rows that few_rows.cc adds up in another order (kApart)
 
 
 def draw(*shape):
@@ -57,16 +58,63 @@ def test_the_kernel_takes_few_rows_of_float32_and_no_others(kernel):
     assert not takes(2, jnp.bfloat16) and not takes(2, jnp.bfloat16, jnp.float32)
 
 
-def test_a_row_does_not_depend_on_the_others(kernel):
-    """To the bit, so a token is the same in any batch of up to MOST lanes; not even on NaN."""
-    x, wt = draw(MOST, 1003), draw(503, 1003)
-    alone = np.concatenate([jax.jit(module.few_rows)(x[i : i + 1], wt) for i in range(MOST)])
-    for count in range(2, MOST + 1):
-        np.testing.assert_array_equal(jax.jit(module.few_rows)(x[:count], wt), alone[:count])
+@pytest.mark.parametrize(("least", "most"), [(1, APART), (APART + 1, MOST)])
+def test_a_row_does_not_depend_on_the_others(kernel, least, most):
+    """To the bit, so a token is the same in any batch of 1 to 12, or 13 to 64; not even on NaN."""
+    x, wt = draw(most, 1003), draw(503, 1003)
+    run = jax.jit(module.few_rows)
+    blocks = [np.resize(x[i : i + 1], (least, 1003)) for i in range(most)]  # so many of one row
+    alone = np.concatenate([run(block, wt)[:1] for block in blocks])
+    for count in range(least + 1, most + 1):
+        np.testing.assert_array_equal(run(x[:count], wt), alone[:count])
     x[3] = np.nan
-    together = np.asarray(jax.jit(module.few_rows)(x, wt))
+    together = np.asarray(run(x, wt))
     assert np.isnan(together[3]).all()
     np.testing.assert_array_equal(np.delete(together, 3, 0), np.delete(alone, 3, 0))
+
+
+def reference(x, wt, members, lora):
+    """Row by row and projection by projection; None where nobody asks."""
+    y, out, rank = np.full((len(x), len(wt)), np.nan), 0, 0
+    x, wt = x.astype(np.float64), wt.astype(np.float64)
+    for (width, asked), bt in zip(members, lora.bts, strict=True):
+        mine = bt.shape[1] // lora.num_loops
+        for row, loop in enumerate(lora.loop[:asked]):
+            a = lora.at[rank + loop * mine :][:mine].T
+            b = bt[:, loop * mine :][:, :mine].T
+            y[row, out : out + width] = x[row] @ (wt[out : out + width].T + a @ b)
+        out, rank = out + width, rank + bt.shape[1]
+    return y
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, APART, APART + 1, 16, 21, 40])
+@pytest.mark.parametrize("num_loops", [2, 3])
+def test_each_row_has_the_lora_of_its_loop(kernel, count, num_loops):
+    """Projections of unlike ranks, none among them, and one that only the first rows ask for."""
+    rng = np.random.default_rng(count)
+    widths, ranks, size = (60, 33, 7), (5, 0, 16), 101
+    x, wt = draw(count, size), draw(sum(widths), size)
+    x[::4] = 0  # idle
+    loop = rng.integers(0, num_loops, count)
+    bts = [draw(w, num_loops * r) for w, r in zip(widths, ranks, strict=True)]
+    lora = module.Lora(loop, num_loops, draw(num_loops * sum(ranks), size), bts)
+    members = list(zip(widths, (-(-count // 2), count, count), strict=True))
+
+    @jax.jit
+    def run(x, wt, loop, at, bts):
+        return module.by_kernel(x, wt, members, module.Lora(loop, num_loops, at, bts))
+
+    y = np.asarray(run(x, wt, loop, lora.at, lora.bts))
+    expected = reference(x, wt, members, lora)
+    there = ~np.isnan(expected)
+    assert there.sum() == sum(width * asked for width, asked in members)
+    np.testing.assert_allclose(y[there], expected[there], atol=2e-3)
+    # NaN in a row stays there
+    x[1 % count] = np.nan
+    broken = np.asarray(run(x, wt, loop, lora.at, lora.bts))
+    assert np.isnan(broken[1 % count][there[1 % count]]).all()
+    others = np.arange(count) != 1 % count
+    np.testing.assert_array_equal(broken[others][there[others]], y[others][there[others]])
 
 
 def test_many_products_at_once(kernel):

@@ -90,9 +90,11 @@ class Exits:
                 nothing = jnp.zeros(num_lanes, jnp.int32)
                 return Seen(nothing, nothing * 0.0, nothing, nothing * 0.0)
             mine, slot = jax.tree.map(lambda a: a[at], look), self.layout.slot_of[at]
-            logits = self.model.apply({"params": head_params(params)}, mine.after, method="unembed")
+            # spare rows are zeros, which our kernel leaves out, and must not make the others pay
+            # for noise
+            x = jnp.where(looked[at][:, None], mine.after, jnp.zeros_like(mine.after))
+            logits = self.model.apply({"params": head_params(params)}, x, method="unembed")
             sampling = jax.tree.map(lambda a: a[slot], settings.sampling)
-            # spare rows must not make the others pay for noise
             temperature = jnp.where(looked[at], sampling.temperature, 0.0)
             sampling = sampling.replace(temperature=temperature)
             history = History(text[slot], settings.first[slot])

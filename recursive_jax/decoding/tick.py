@@ -278,10 +278,12 @@ class Ticks:
           [B, D], [C, D] (None without a chunk; it waits in `state.chunk` for its next loop), cache.
         """
         lanes, exited, missing = state.lanes, state.exited, None
+        # Idle rows are zeros: our kernel for a CPU leaves those out.
+        only = lambda mask, x: jnp.where(mask[:, None], x, jnp.zeros_like(x))  # noqa: E731
         # Idle rows write beyond the cache, each elsewhere: scatters assume unique rows.
         beyond = cache.length + self._layout.lane_of_slot
         rows = (
-            lanes.x,
+            only(active, lanes.x),
             jnp.minimum(lanes.loop, self.num_loops - 1),
             jnp.where(active, lanes.position, beyond),
             self._layout.slot_of,
@@ -293,7 +295,7 @@ class Ticks:
             positions = jnp.where(lacks, exited.position[None], beyond)
             repeated = (self.num_loops - 1, 1)
             missing = Missing(
-                x=jnp.tile(exited.x, repeated)[:, None],
+                x=only(lacks.reshape(-1), jnp.tile(exited.x, repeated))[:, None],
                 loop=jnp.repeat(deeper, self.num_slots),
                 positions=positions.reshape(-1, 1),
                 slots=jnp.tile(jnp.arange(self.num_slots), self.num_loops - 1),
@@ -325,8 +327,9 @@ class Ticks:
         rows = chunk.start + columns
         tokens = state.text[chunk.slot, jnp.minimum(rows, self.context_length - 1)]
         embedded = self._apply(params, tokens[:, None], method="embed")[:, 0]
+        x = jnp.where(chunk.loop == 0, embedded, state.chunk)
         return (
-            jnp.where(chunk.loop == 0, embedded, state.chunk),
+            jnp.where((columns < chunk.length)[:, None], x, jnp.zeros_like(x)),
             jnp.full_like(columns, chunk.loop),
             jnp.where(columns < chunk.length, rows, beyond + columns),
             jnp.full_like(columns, chunk.slot),

@@ -91,7 +91,7 @@ class Attention(nn.Module):
         if context.missing is not None:
             batch -= context.missing.loop.shape[0]
             loop = loop[:batch]
-        joint = joint_parts(self, "attention", x, row_loop)
+        joint = joint_parts(self, "attention", x, row_loop, {"q": batch})
         q = self._heads("q", "heads", x, loop, joint)
         k = self._heads("k", "kv_heads", x, row_loop, joint)
         v = self._heads("v", "kv_heads", x, row_loop, joint)
@@ -137,10 +137,8 @@ class Attention(nn.Module):
 
     def _heads(self, name, axis, x, loop, joint):
         """A projection of as many rows of x as `loop` has, by head: `[B, T, heads, H]`."""
-        known = joint.get(name)
-        if jnp.ndim(loop):
-            x, known = jax.tree.map(lambda part: part[: loop.shape[0]], (x, known))
-        y = self._linear(name, ("embed", axis), self.cfg.qkv_bias)(x, loop, known)
+        x = x[: loop.shape[0]] if jnp.ndim(loop) else x
+        y = self._linear(name, ("embed", axis), self.cfg.qkv_bias)(x, loop, joint.get(name))
         return y.reshape(*x.shape[:2], -1, self.cfg.head_dim)
 
     def _linear(self, name, axes, bias, scale=0.02):

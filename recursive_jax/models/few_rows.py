@@ -1,8 +1,9 @@
 """`x @ wt.T` for a few rows x: where decoding on a CPU spends its time.
 
 XLA's CPU kernels read the matrix once for every row, or copy it into blocks first. `few_rows.cc`
-reads it once for all rows. It is compiled for this machine when it is first needed, by the
-system's C++ compiler, and kept in the user's cache; without a compiler XLA's kernels do.
+reads it once for all rows, and adds their LoRAs on the way. It is compiled for this machine when it
+is first needed, by the system's C++ compiler, and kept in the user's cache; without a compiler
+XLA's kernels do.
 """
 
 from __future__ import annotations
@@ -17,33 +18,64 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-MOST_ROWS = 12  # of our kernel: it is bound by memory, XLA's for many rows by arithmetic
+MOST_ROWS = 64  # of our kernel: for more, XLA's take less time
 
 _SOURCE = pathlib.Path(__file__).with_suffix(".cc")
 _TARGET = "recursive_jax_few_rows"
 _FLAGS = ("-O2", "-march=native", "-std=c++17", "-shared", "-fPIC")
 
 
+class Lora(NamedTuple):
+    """LoRAs of projections that read the same rows, for all loops: what `split_layers` makes."""
+
+    loop: jax.Array  # int32 [N], of each row
+    num_loops: int
+    at: jax.Array  # [sum of L·R, in], of one projection after the other
+    bts: Sequence[jax.Array]  # [out, L·R] of each
+
+
 def few_rows(x: jax.Array, wt: jax.Array, out_dtype=None) -> jax.Array:
     """`x [..., in] @ wt.T` for `wt [out, in]`, on one CPU; speeds are in docs/results.md."""
     rows = x.reshape(-1, x.shape[-1])
-    dtypes = {jnp.dtype(d) for d in (x.dtype, wt.dtype, out_dtype or x.dtype)}
-    ours = len(rows) <= MOST_ROWS and wt.size and dtypes == {jnp.dtype(jnp.float32)}
-    if ours and jax.default_backend() == "cpu" and kernel():
+    if takes(rows, wt, out_dtype or x.dtype):
         y = by_kernel(rows, wt)
     else:
         y = by_xla(rows, wt, out_dtype)
     return y.reshape(*x.shape[:-1], wt.shape[0])
 
 
-def by_kernel(rows: jax.Array, wt: jax.Array) -> jax.Array:
-    """`rows [N, in] @ wt.T` by `few_rows.cc`, all float32; where `kernel()` is True."""
+def takes(rows: jax.Array, wt: jax.Array, out_dtype) -> bool:
+    """Whether our kernel multiplies these `rows [N, in]`: few, of float32, on a CPU."""
+    dtypes = {jnp.dtype(d) for d in (rows.dtype, wt.dtype, out_dtype)}
+    ours = 0 < len(rows) <= MOST_ROWS and wt.size and dtypes == {jnp.dtype(jnp.float32)}
+    return bool(ours and jax.default_backend() == "cpu" and kernel())
+
+
+def by_kernel(
+    rows: jax.Array,
+    wt: jax.Array,
+    members: Sequence[tuple[int, int]] = (),
+    lora: Lora | None = None,
+) -> jax.Array:
+    """`rows [N, in] @ (wt.T + a[loop] @ b[loop])` by `few_rows.cc`; where `takes` is True.
+
+    Args:
+      members: (rows of wt, first rows of x that it is asked for) of the projections that wt joins;
+        what nobody asks for is not computed, and undefined. () is one that is asked for all.
+    """
+    members = members or ((len(wt), len(rows)),)
     shape = jax.ShapeDtypeStruct((len(rows), len(wt)), jnp.float32)
-    return jax.ffi.ffi_call(_TARGET, shape)(rows, wt)
+    loras = () if lora is None else (lora.loop.astype(jnp.int32), lora.at, *lora.bts)
+    outs, asked = (np.array(numbers, np.int64) for numbers in zip(*members, strict=True))
+    loops = np.int64(0 if lora is None else lora.num_loops)
+    return jax.ffi.ffi_call(_TARGET, shape)(rows, wt, *loras, outs=outs, rows=asked, loops=loops)
 
 
 def by_xla(rows: jax.Array, wt: jax.Array, out_dtype=None) -> jax.Array:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +13,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.few_rows import few_rows
+from recursive_jax.models.few_rows import Lora, by_kernel, few_rows, takes
 
 ACTIVATION_FNS = {
     "silu": nn.silu,
@@ -62,20 +66,19 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, loop: jax.Array, known: tuple[jax.Array, jax.Array] | None = None
+        self,
+        x: jax.Array,
+        loop: jax.Array,
+        known: jax.Array | tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
         """`known`: this projection's part of `joint_parts`."""
         _, out_dim = self.cfg.projections[self.projection]
         lead = x.shape[:-1]
-        if known is None and self.has_variable("params", "wt"):
-            known = _split_parts(self.variables["params"], x, loop, self.dtype)
-        if known is not None and jnp.ndim(loop):
-            y, wide = known
-            if self.cfg.rank(self.projection):
-                bt = self.variables["params"]["lora_bt"].astype(self.dtype)
-                y = y + few_rows(_masked(wide, loop, self.cfg.num_loops), bt)
-        else:
-            y = self._applied(x, loop, known)
+        params = self.variables.get("params", {})
+        if known is None and "wt" in params:
+            loras = [params.get("lora_bt")]
+            (known,) = _split_parts(self, [self.projection], params, loras, x, loop)
+        y = known if known is not None and jnp.ndim(loop) else self._applied(x, loop, known)
         if self.use_bias:
             loops = self.cfg.vector_loops("bias")
             bias = self.param(
@@ -148,39 +151,57 @@ def _masked(wide, loop, num_loops: int):
     return wide * mask.reshape(*mask.shape[:-1], *(1,) * (wide.ndim - mask.ndim), mask.shape[-1])
 
 
-def joint_parts(module: nn.Module, room: str, x: jax.Array, loop: jax.Array) -> dict[str, tuple]:
+def joint_parts(
+    module: nn.Module, room: str, x: jax.Array, loop: jax.Array, asked: Mapping[str, int] = {}
+) -> dict[str, Any]:
     """What `Linear` takes of the projections in `JOINT[room]`; {} where they are apart.
 
-    `decoder.split_layers` joins them as a param of the module they belong to.
+    `decoder.split_layers` joins them as a param of the module they belong to. `asked`: of how many
+    lanes, the first ones, a projection is asked for, if not of all.
     """
     name, projections = JOINT[room]
-    if not module.has_variable("params", name):
+    params = module.variables.get("params", {})
+    if name not in params:
         return {}
-    cfg, parts = module.cfg, []
-    whole = _split_parts(module.get_variable("params", name), x, loop, module.dtype)
-    for array, width in zip(
-        whole,
-        (lambda p: cfg.projections[p][1], lambda p: cfg.num_loops * cfg.rank(p)),
-        strict=True,
-    ):
-        ends = np.cumsum([width(p) for p in projections])
-        parts.append(jnp.split(array, ends[:-1], axis=-1 if jnp.ndim(loop) else 0))
-    return dict(zip(projections, zip(*parts, strict=True), strict=True))
+    loras = [params.get(projection, {}).get("lora_bt") for projection in projections]
+    parts = _split_parts(module, projections, params[name], loras, x, loop, asked)
+    return dict(zip(projections, parts, strict=True))
 
 
-def _split_parts(params, x, loop, dtype):
-    """Of weights that `decoder.split_layers` made, for lanes: `x @ w`, and `x @ a` of all loops.
+def _split_parts(module, projections, params, bts, x, loop, asked: Mapping[str, int] = {}):
+    """Of projections that `decoder.split_layers` joined: for lanes what they give, LoRA included.
 
-    With one loop for all, the weights `[out, in]` and `[L·R, in]` themselves: the form of the LoRA
-    is then `lora_form`'s to choose.
+    With one loop for all, their weights `[out, in]` and `[L·R, in]`: the form of the LoRA is then
+    `lora_form`'s to choose.
     """
-    wt = params["wt"]
-    lora_at = params.get("lora_at", jnp.zeros((0, wt.shape[1]), dtype))
+    cfg, dtype, wt = module.cfg, module.dtype, params["wt"]
+    at = params.get("lora_at", jnp.zeros((0, wt.shape[1]), dtype))
+    widths = [cfg.projections[p][1] for p in projections]
+    ends, ranks = np.cumsum(widths), [cfg.num_loops * cfg.rank(p) for p in projections]
+    split_ranks = functools.partial(jnp.split, indices_or_sections=np.cumsum(ranks)[:-1])
     if not jnp.ndim(loop):
-        return wt, lora_at
-    x = x.astype(dtype)
+        return list(zip(jnp.split(wt, ends[:-1]), split_ranks(at), strict=True))
+    x, wt, at = (array.astype(dtype) for array in (x, wt, at))
+    bts = [jnp.zeros((n, 0)) if bt is None else bt for n, bt in zip(widths, bts, strict=True)]
+    bts = [bt.astype(dtype) for bt in bts]
+    lanes = [asked.get(projection, len(x)) for projection in projections]
     with jax.named_scope("split"):
-        return few_rows(x, wt.astype(dtype)), few_rows(x, lora_at.astype(dtype))
+        rows, times = x.reshape(-1, x.shape[-1]), x[0, ..., 0].size
+        if takes(rows, wt, dtype):
+            members = [(width, count * times) for width, count in zip(widths, lanes, strict=True)]
+            lora = Lora(jnp.repeat(loop, times), cfg.num_loops, at, bts) if any(ranks) else None
+            y = by_kernel(rows, wt, members, lora).reshape(*x.shape[:-1], -1)
+            return [part[:n] for part, n in zip(jnp.split(y, ends[:-1], -1), lanes, strict=True)]
+        parts = []
+        wides = split_ranks(few_rows(x, at), axis=-1) if any(ranks) else [None] * len(widths)
+        for y, wide, bt, n in zip(
+            jnp.split(few_rows(x, wt), ends[:-1], -1), wides, bts, lanes, strict=True
+        ):
+            y = y[:n]
+            if bt.size:
+                y = y + few_rows(_masked(wide[:n], loop[:n], cfg.num_loops), bt)
+            parts.append(y)
+        return parts
 
 
 class Norm(nn.Module):
