@@ -90,7 +90,7 @@ def reference(x, wt, members, lora):
 @pytest.mark.parametrize("count", [1, 2, 7, APART, APART + 1, 16, 21, 40])
 @pytest.mark.parametrize("num_loops", [2, 3])
 def test_each_row_has_the_lora_of_its_loop(kernel, count, num_loops):
-    """Projections of unlike ranks, none among them, and one that only the first rows ask for."""
+    """Unlike ranks, zero among them; a projection asked of the first rows only; NaN stays alone."""
     rng = np.random.default_rng(count)
     widths, ranks, size = (60, 33, 7), (5, 0, 16), 101
     x, wt = draw(count, size), draw(sum(widths), size)
@@ -109,7 +109,6 @@ def test_each_row_has_the_lora_of_its_loop(kernel, count, num_loops):
     there = ~np.isnan(expected)
     assert there.sum() == sum(width * asked for width, asked in members)
     np.testing.assert_allclose(y[there], expected[there], atol=2e-3)
-    # NaN in a row stays there
     x[1 % count] = np.nan
     broken = np.asarray(run(x, wt, loop, lora.at, lora.bts))
     assert np.isnan(broken[1 % count][there[1 % count]]).all()

@@ -278,12 +278,15 @@ class Ticks:
           [B, D], [C, D] (None without a chunk; it waits in `state.chunk` for its next loop), cache.
         """
         lanes, exited, missing = state.lanes, state.exited, None
-        # Idle rows are zeros: our kernel for a CPU leaves those out.
+        # Idle rows are zeros: our kernel for a CPU leaves those out. The baseline runs its batch as
+        # one, as batches of sequences are: tokens that wait for others are multiplied as well.
+        waiting = self._layout.of_lanes(state.slots.waiting)
+        running = active if self.depthwise else active | waiting
         only = lambda mask, x: jnp.where(mask[:, None], x, jnp.zeros_like(x))  # noqa: E731
         # Idle rows write beyond the cache, each elsewhere: scatters assume unique rows.
         beyond = cache.length + self._layout.lane_of_slot
         rows = (
-            only(active, lanes.x),
+            only(running, lanes.x),
             jnp.minimum(lanes.loop, self.num_loops - 1),
             jnp.where(active, lanes.position, beyond),
             self._layout.slot_of,

@@ -4,7 +4,7 @@
 // Reading the weights is what takes the time, so they are read once, front to back, whatever the
 // rows: kernels for large products first copy them into blocks, those for one row read them again
 // for every row. Rows of zeros, as idle lanes have, cost nothing. Each number of y is one sum in one
-// order: what the other rows are does not matter, nor, above `kApart`, how many.
+// order, which depends on nothing but whether the rows are more than `kApart`.
 //
 // Compiled and registered by few_rows.py.
 
@@ -118,7 +118,8 @@ inline void Copy(Vector (*to)[Wide], const Vector (*from)[Wide]) {
 }
 
 // sums += `Outs` rows of w, `stride` apart, times `Wide` vectors of x, `step` apart. Meanwhile what
-// comes next is fetched, spread out, for memory that is asked for all at once is waited for.
+// comes next is fetched, spread out, for memory that is asked for all at once is waited for: where
+// rows are apart, `pace` floats of it for every vector.
 template <bool Apart, int Outs, int Wide>
 inline void Add(Vector (*kept)[Wide], const float* w, int64_t stride, const float* x, int64_t step,
                 int64_t count, const float* next, int64_t pace) {
@@ -213,15 +214,14 @@ struct Product {
 
   // Rows o, o + 1, … of what the part is of, times `Wide` vectors of the panel.
   template <bool Apart, int Outs, int Wide>
-  void Tile(const Part& part, int64_t o, Panel& panel, int64_t v, const float* next,
-            int64_t pace) {
+  void Tile(const Part& part, int64_t o, Panel& panel, int64_t v, const float* next, int64_t pace) {
     constexpr int64_t kRows = Apart ? 1 : kLane;  // of a vector
     const Member& member = *part.member;
     const bool hidden = part.loop >= 0;
     const float* mine = (hidden ? a : w) + o * in;
     Vector sums[Outs][Wide] = {};
-    Add<Apart, Outs, Wide>(sums, mine, in, panel.At(panel.x, in, v, 0), panel.Step(in), in,
-                           next, pace);
+    const float* x = panel.At(panel.x, in, v, 0);
+    Add<Apart, Outs, Wide>(sums, mine, in, x, panel.Step(in), in, next, pace);
     if (!hidden && member.rank) AddLora<Apart, Outs, Wide>(sums, member, o, panel, v);
     float numbers[Outs][Wide * kRows];
     if constexpr (Apart) {
@@ -256,8 +256,7 @@ struct Product {
       const int64_t first = std::max(panel.first[l], v), last = std::min(panel.last[l], v + Wide);
       const auto add = [&](auto& some, auto wide, int64_t from) {
         const float* x = panel.At(panel.hidden, ranks, from, member.ranks + l * member.rank);
-        Add<Apart, Outs, wide>(some, b, stride, x, panel.Step(ranks), member.rank, next,
-                               0);
+        Add<Apart, Outs, wide>(some, b, stride, x, panel.Step(ranks), member.rank, next, 0);
       };
       if (last - first == Wide) {
         add(sums, std::integral_constant<int, Wide>(), v);
@@ -273,7 +272,7 @@ struct Product {
   }
 };
 
-// x [rows] of `from`, in the order of the panel.
+// The rows of `from`, as the panel has them.
 void Fill(Panel& panel, const float* from, int64_t in) {
   static const float zero = 0;
   panel.x = panel.Space(in);
@@ -325,7 +324,7 @@ std::vector<Panel> Panels(const float* x, const int32_t* loop, float* y, int64_t
     panel.vectors = apart ? end - at : (end - at + kLane - 1) / kLane;
     panel.first.assign(loops, 0), panel.last.assign(loops, 0);
     for (int64_t r = 0; loops && r < end - at; r++) {
-      const int32_t l = loop[at[r]];
+      const int32_t l = std::clamp<int64_t>(loop[at[r]], 0, loops - 1);  // as XLA would
       const int64_t v = apart ? r : r / kLane;
       panel.loops.push_back(l);
       if (!panel.last[l]) panel.first[l] = v;
@@ -366,7 +365,8 @@ ffi::Error Multiply(ffi::ThreadPool pool, Floats x, Floats wt, ffi::RemainingArg
     p.members.push_back(member);
   }
   const int64_t fewest = *std::min_element(rows.begin(), rows.end());
-  p.panels = Panels(x.typed_data(), loop, p.y, x.dimensions()[0], p.in, p.out, loops, p.ranks, fewest);
+  p.panels = Panels(x.typed_data(), loop, p.y, x.dimensions()[0], p.in, p.out, loops, p.ranks,
+                    fewest);
   if (p.panels.empty()) return ffi::Error::Success();
 
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
@@ -377,12 +377,16 @@ ffi::Error Multiply(ffi::ThreadPool pool, Floats x, Floats wt, ffi::RemainingArg
     }
   };
   for (const Member& of : p.members) {
-    for (int64_t l = 0, at = of.ranks; l < loops; l++, at += of.rank) split(of, l, at, at + of.rank);
+    for (int64_t l = 0, at = of.ranks; l < loops; l++, at += of.rank) {
+      split(of, l, at, at + of.rank);
+    }
   }
   p.hidden = p.parts.size();
   for (const Member& of : p.members) split(of, -1, of.begin, of.end);
   const int64_t parts = p.parts.size();
-  for (int64_t i = 1; i < std::min(threads, parts); i++) pool.Schedule([product] { product->Help(); });
+  for (int64_t i = 1; i < std::min(threads, parts); i++) {
+    pool.Schedule([product] { product->Help(); });
+  }
   p.Help();
   while (p.done < parts) std::this_thread::yield();
   return ffi::Error::Success();
