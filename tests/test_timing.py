@@ -72,3 +72,20 @@ def test_an_engine_is_as_before_when_it_was_measured(monkeypatch):
     times = watch.times()
     watch.close()
     assert (times.tick, times.tick_of_slots, times.embed, times.chunk) == (5, 3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (dict(measure=Static(1), missing_kv="propagate"), [0, 1, 0]),
+        (dict(measure=Static(1), missing_kv="propagate", depthwise=False), [0, 0, 0]),
+        (dict(), [0, 0, 0]),
+        (dict(measure=Static(1), lossless=True), [0, 0, 0]),  # of full depth: its own have six
+    ],
+)
+def test_lanes_are_timed_at_the_loops_they_would_be_at(options, expected):
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract_params(CFG))
+    engine = Engine(Decoder(CFG), params, 3, 32, **options)
+    assert timing._lanes(engine, 3)["loop"].tolist() == expected
+    if engine.num_lanes == 6:
+        assert timing._lanes(engine, 6)["loop"].tolist() == [0, 1] * 3

@@ -37,8 +37,9 @@ class Times:
     """Seconds, medians, on the device without the way to the host; texts are half the context long.
 
     Attributes:
-      tick: one pass of the block over all lanes of the engine, at mixed loops.
-      tick_of_slots: the same with one lane per slot, which is `tick` unless tokens complete.
+      tick: one pass of the block over all lanes of the engine, at the loops of its ticks.
+      tick_of_slots: the same with one lane per slot, which is `tick` unless tokens complete; then
+        that of full depth, all lanes at one loop.
       embed: embedding one token of every slot.
       head: final norm, vocabulary head and the choice of a token, by rows; ascending.
       chunk: what a whole chunk of a prompt adds to a tick.
@@ -157,11 +158,20 @@ def measure(engine: Engine) -> Times:
 
 
 def _lanes(engine: Engine, lanes: int) -> dict[str, Any]:
-    """Lanes at mixed loops; those of a slot are at different positions, as they would be."""
-    lane, per_slot = np.arange(lanes, dtype=np.int32), lanes // engine.num_slots
+    """Lanes at the loops and positions of a tick: those of a slot are apart in both.
+
+    One lane per slot is at mixed loops where tokens leave when they like. Where all leave together,
+    in batches and at full depth, all lanes are at one loop, and multiply by the LoRAs of that only.
+    """
+    lane, per_slot, ticks = (
+        np.arange(lanes, dtype=np.int32),
+        lanes // engine.num_slots,
+        engine._ticks,
+    )
     at = lane % per_slot
+    mixed = engine.num_lanes == engine.num_slots and ticks.depthwise and ticks.can_exit
     return {
-        "loop": at if per_slot > 1 else lane % engine.num_loops,
+        "loop": at if per_slot > 1 else lane % engine.num_loops if mixed else at,
         "positions": engine.context_length // 2 + at[:, None],
         "slots": lane // per_slot,
     }

@@ -24,6 +24,7 @@ import re
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -90,11 +91,11 @@ def serve(engine: Engine, todo: list[Request]):
 
 
 def serve_in_turn(
-    engines: list[Engine], todo: list[Request], watch: timing.Stopwatch | None = None
+    engines: list[Engine], todo: list[Request], watches: Sequence[timing.Stopwatch] = ()
 ):
     """All answer all, (tokens/s, stats) of each by its own seconds.
 
-    Whoever is behind goes on for one round trip, and now and then `watch` times the parts of a
+    Whoever is behind goes on for one round trip, and now and then `watches` time the parts of a
     tick: when the machine is busy for a while, it is for all of them alike.
     """
     sessions, total = [Session(engine) for engine in engines], sum(r.max_new_tokens for r in todo)
@@ -103,8 +104,9 @@ def serve_in_turn(
     seconds, tokens = [0.0] * len(engines), [0] * len(engines)
     for trip in itertools.count():
         working = [i for i, session in enumerate(sessions) if not session.idle]
-        if watch and (trip % EVERY == 0 or not working):
-            watch.run()
+        if trip % EVERY == 0 or not working:
+            for watch in watches:
+                watch.run()
         if not working:
             break
         i = min(working, key=tokens.__getitem__)
@@ -155,12 +157,10 @@ def bound(args):
         model, params = recursive(args.model, num_loops, args.rank)
         loops = None if shares is None else trace(args.requests, args.new, shares)
         todo = requests(args.requests, args.prompt, args.new, model.cfg.vocab_size, loops)
-        ways = {
-            "depthwise": make(model, params, args, loops),
-            "sequencewise": make(model, params, args, loops, depthwise=False),
-        }
+        options = {"depthwise": {}, "sequencewise": {"depthwise": False}}
         if loops is not None:
-            ways["complete"] = make(model, params, args, loops, missing_kv="complete")
+            options["complete"] = {"missing_kv": "complete"}
+        ways = {way: make(model, params, args, loops, **how) for way, how in options.items()}
         # tokens of a batch start together, so each takes as long as the slowest of them
         waves = None if loops is None else loops.reshape(-1, args.slots, args.new).max(axis=1)
         mean = num_loops if loops is None else float(loops.mean())
@@ -168,23 +168,27 @@ def bound(args):
         rates, bounds = {w: [] for w in ways}, {w: [] for w in ways}
         simulated, once = [], []
         for _ in range(args.rounds):
-            with stopwatch(model, params, args, loops) as watch:
-                served = serve_in_turn([*ways.values()], todo, watch)
-                times = watch.times()
-            for way, (tokens_per_second, _) in zip(ways, served, strict=True):
+            with contextlib.ExitStack() as stack:
+                watches = [
+                    stack.enter_context(stopwatch(model, params, args, loops, **how))
+                    for how in options.values()
+                ]
+                served = serve_in_turn([*ways.values()], todo, watches)
+                times, *others = [watch.times() for watch in watches]
+            for way, its, (tokens_per_second, _) in zip(
+                ways, [times, *others], served, strict=True
+            ):
                 rates[way].append(tokens_per_second)
-            bounds["depthwise"].append(times.bound(args.slots, mean))
-            bounds["sequencewise"].append(times.bound(args.slots, slowest))
+                loops_of_token = slowest if way == "sequencewise" else mean
+                bounds[way].append(its.bound(args.slots, loops_of_token))
             simulated.append(simulate(args, num_loops, loops, times))
             # without exits all tokens end in one tick, and the head runs in that one only
             ticks = num_loops * times.tick + times.head_of(args.slots) + times.embed
             once.append(args.slots / ticks)
-            if "complete" in ways:  # its lanes are more
-                bounds["complete"].append(timing.measure(ways["complete"]).bound(args.slots, mean))
         rate = {w: statistics.median(r) for w, r in rates.items()}
         limit = {w: statistics.median(b) for w, b in bounds.items()}
         ratio = share(rates["depthwise"], rates["sequencewise"])
-        predicted = share(bounds["depthwise"], bounds["sequencewise"])  # the same times in both
+        predicted = share(bounds["depthwise"], bounds["sequencewise"])
         row(
             args,
             "engine bound",
@@ -206,6 +210,7 @@ def bound(args):
                 n: round(statistics.median(s[n] for s in simulated), 1) for n in simulated[0]
             },
             times=times.to_json(),
+            tick_of_batches=others[0].tick,
         )
 
 

@@ -57,7 +57,7 @@ def lossless(args):
                     lossless=True,
                 ) as watch:
                     for piece in pieces:
-                        (full, _), (rate, stats) = serve_in_turn([exact, drafting], piece, watch)
+                        (full, _), (rate, stats) = serve_in_turn([exact, drafting], piece, [watch])
                         rates["lossless"].append(rate), rates["full"].append(full)
                         gains.append(rate / full)
                         all_stats.append(stats)
