@@ -163,11 +163,8 @@ def _lanes(engine: Engine, lanes: int) -> dict[str, Any]:
     One lane per slot is at mixed loops where tokens leave when they like. Where all leave together,
     in batches and at full depth, all lanes are at one loop, and multiply by the LoRAs of that only.
     """
-    lane, per_slot, ticks = (
-        np.arange(lanes, dtype=np.int32),
-        lanes // engine.num_slots,
-        engine._ticks,
-    )
+    lane, per_slot = np.arange(lanes, dtype=np.int32), lanes // engine.num_slots
+    ticks = engine._ticks
     at = lane % per_slot
     mixed = engine.num_lanes == engine.num_slots and ticks.depthwise and ticks.can_exit
     return {
