@@ -15,7 +15,6 @@ import pytest
 # the function of the same name hides the module
 module = importlib.import_module("recursive_jax.models.few_rows")
 MOST = module.MOST_ROWS
-APART = 12  # rows that few_rows.cc adds up in another order (kApart)
 
 
 def draw(*shape):
@@ -58,14 +57,12 @@ def test_the_kernel_takes_few_rows_of_float32_and_no_others(kernel):
     assert not takes(2, jnp.bfloat16) and not takes(2, jnp.bfloat16, jnp.float32)
 
 
-@pytest.mark.parametrize(("least", "most"), [(1, APART), (APART + 1, MOST)])
-def test_a_row_does_not_depend_on_the_others(kernel, least, most):
-    """To the bit, so a token is the same in any batch of 1 to 12, or 13 to 64; not even on NaN."""
-    x, wt = draw(most, 1003), draw(503, 1003)
+def test_a_row_does_not_depend_on_the_others(kernel):
+    """To the bit, so a token is the same in any batch of 1 to 64; not even on NaN."""
+    x, wt = draw(MOST, 1003), draw(503, 1003)
     run = jax.jit(module.few_rows)
-    blocks = [np.resize(x[i : i + 1], (least, 1003)) for i in range(most)]  # so many of one row
-    alone = np.concatenate([run(block, wt)[:1] for block in blocks])
-    for count in range(least + 1, most + 1):
+    alone = np.concatenate([run(x[i : i + 1], wt) for i in range(MOST)])
+    for count in range(2, MOST + 1):
         np.testing.assert_array_equal(run(x[:count], wt), alone[:count])
     x[3] = np.nan
     together = np.asarray(run(x, wt))
@@ -87,7 +84,7 @@ def reference(x, wt, members, lora):
     return y
 
 
-@pytest.mark.parametrize("count", [1, 2, 7, APART, APART + 1, 16, 21, 40])
+@pytest.mark.parametrize("count", [1, 2, 7, 12, 13, 16, 21, 40])
 @pytest.mark.parametrize("num_loops", [2, 3])
 def test_each_row_has_the_lora_of_its_loop(kernel, count, num_loops):
     """Unlike ranks, zero among them; a projection asked of the first rows only; NaN stays alone."""

@@ -4,7 +4,7 @@
 // Reading the weights is what takes the time, so they are read once, front to back, whatever the
 // rows: kernels for large products first copy them into blocks, those for one row read them again
 // for every row. Rows of zeros, as idle lanes have, cost nothing. Each number of y is one sum in one
-// order, which depends on nothing but whether the rows are more than `kApart`.
+// order, so a row's do not depend on the others, nor on how many there are.
 //
 // Compiled and registered by few_rows.py.
 
@@ -31,18 +31,10 @@ using Floats = ffi::Buffer<ffi::F32>;
 
 constexpr int64_t kLane = 8;             // floats of a vector
 constexpr int64_t kLine = 16;            // floats of a line of the cache
-constexpr int64_t kPanel = 2 * kLane;    // rows side by side in a panel
-constexpr int64_t kApart = 12;           // up to so many rows are apart
+constexpr int64_t kPanel = 2 * kLane;    // rows of a panel
 constexpr int64_t kSmallest = 16 << 10;  // weights that are worth another thread
 
 typedef float Vector __attribute__((vector_size(kLane * sizeof(float))));
-
-// `count` numbers, and zeros after them.
-inline Vector Load(const float* from, int64_t count = kLane) {
-  Vector v = {};
-  std::memcpy(&v, from, count * sizeof(float));
-  return v;
-}
 
 inline Vector Repeat(float number) {
   Vector v;  // a sum with zeros would be one more operation
@@ -60,37 +52,17 @@ inline Vector MultiplyAdd(Vector a, Vector b, Vector c) {
 #endif
 }
 
-inline float Sum(const Vector& v) {
-  typedef float Half __attribute__((vector_size(kLane / 2 * sizeof(float))));
-  Half halves[2];
-  std::memcpy(halves, &v, sizeof v);
-  const Half h = halves[0] + halves[1];
-  return (h[0] + h[2]) + (h[1] + h[3]);
-}
-
-// Some rows of x, as their product takes them. Side by side, up to 16 rows make one vector or two
-// of every number, which one weight multiplies. Apart, a row makes vectors of its own numbers, which
-// as many weights multiply: for so few rows loading single weights would take longer than memory.
+// Up to 16 rows of x, side by side: of every number the rows make one vector or two, which one
+// weight multiplies.
 struct Panel {
-  bool apart;
   std::vector<int64_t> rows;           // in x and y
   std::vector<int32_t> loops;          // of the rows; those of a loop stand together
-  std::vector<int64_t> first, last;    // vectors that have rows of a loop (rows, where apart)
-  int64_t vectors;                     // of all rows (as many as rows, where apart)
-  std::unique_ptr<Vector[]> x, hidden;  // the rows, and their products with A
+  int64_t vectors;                     // of a number
+  std::vector<int64_t> first, last;    // of the vectors, that have rows of a loop
+  std::unique_ptr<Vector[]> x, hidden;  // [number][vectors]: the rows, and their products with A
 
-  // Floats from one of `length` numbers to the next, or from one row to the next.
-  int64_t Step(int64_t length) const {
-    return apart ? (length + kLane - 1) / kLane * kLane : vectors * kLane;
-  }
-  // Where number i of vector v is, or number i of row v.
-  float* At(const std::unique_ptr<Vector[]>& numbers, int64_t length, int64_t v, int64_t i) const {
-    float* all = reinterpret_cast<float*>(numbers.get());
-    return all + (apart ? v * Step(length) + i : i * Step(length) + v * kLane);
-  }
-  std::unique_ptr<Vector[]> Space(int64_t length) const {  // aligned: much faster to read
-    const int64_t floats = apart ? vectors * Step(length) : length * Step(length);
-    return std::unique_ptr<Vector[]>(new Vector[floats / kLane]);
+  std::unique_ptr<Vector[]> Space(int64_t numbers) const {  // aligned: much faster to read
+    return std::unique_ptr<Vector[]>(new Vector[numbers * vectors]);
   }
 };
 
@@ -110,53 +82,41 @@ struct Part {
 
 template <int Outs, int Wide>
 inline void Copy(Vector (*to)[Wide], const Vector (*from)[Wide]) {
-#pragma GCC unroll 8
+#pragma GCC unroll 6
   for (int o = 0; o < Outs; o++) {
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int v = 0; v < Wide; v++) to[o][v] = from[o][v];
   }
 }
 
-// sums += `Outs` rows of w, `stride` apart, times `Wide` vectors of x, `step` apart. Meanwhile what
-// comes next is fetched, spread out, for memory that is asked for all at once is waited for: where
-// rows are apart, `pace` floats of it for every vector.
-template <bool Apart, int Outs, int Wide>
-inline void Add(Vector (*kept)[Wide], const float* w, int64_t stride, const float* x, int64_t step,
-                int64_t count, const float* next, int64_t pace) {
+// sums += `Outs` rows of w, `stride` apart, times `Wide` vectors of each of `count` numbers, `step`
+// vectors apart. Meanwhile the same columns of the rows from `next` on are fetched, a line at a
+// time, for memory that is asked for all at once is waited for; and into the second level of the
+// cache, for the first has no room for them beside x.
+template <int Outs, int Wide>
+inline void Add(Vector (*kept)[Wide], const float* w, int64_t stride, const Vector* x, int64_t step,
+                int64_t count, const float* next) {
   Vector sums[Outs][Wide];
   Copy<Outs, Wide>(sums, kept);
-  const auto add = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    Vector mine[Wide];
-#pragma GCC unroll 4
-    for (int v = 0; v < Wide; v++) {
-      mine[v] = Apart ? Load(x + v * step + i, n) : Load(x + i * step + v * kLane);
-    }
-#pragma GCC unroll 8
+  const auto add = [&](int64_t i) __attribute__((always_inline)) {
+#pragma GCC unroll 6
     for (int o = 0; o < Outs; o++) {
-      const float* from = w + o * stride + i;
-      const Vector weights = Apart ? Load(from, n) : Repeat(*from);
-#pragma GCC unroll 4
-      for (int v = 0; v < Wide; v++) sums[o][v] = MultiplyAdd(weights, mine[v], sums[o][v]);
+      const Vector weights = Repeat(w[o * stride + i]);
+#pragma GCC unroll 2
+      for (int v = 0; v < Wide; v++) {
+        sums[o][v] = MultiplyAdd(weights, x[i * step + v], sums[o][v]);
+      }
     }
   };
   int64_t i = 0;
-  if constexpr (Apart) {
-    for (; i + kLane <= count; i += kLane, next += pace) {
-      __builtin_prefetch(next);
-      __builtin_prefetch(next + kLine);
-      add(i, kLane);
-    }
-    if (i < count) add(i, count - i);
-  } else {
-    for (; i + kLine <= count; i += kLine) {
+  for (; i + kLine <= count; i += kLine) {
 #pragma GCC unroll 16
-      for (int64_t k = 0; k < kLine; k++) {
-        if (k < Outs) __builtin_prefetch(next + i * Outs + k * kLine);
-        add(i + k, 1);
-      }
+    for (int64_t k = 0; k < kLine; k++) {
+      if (k < Outs) __builtin_prefetch(next + k * stride + i, 0, 2);
+      add(i + k);
     }
-    for (; i < count; i++) add(i, 1);
   }
+  for (; i < count; i++) add(i);
   Copy<Outs, Wide>(kept, sums);
 }
 
@@ -176,15 +136,8 @@ struct Product {
       while (i >= hidden && done < hidden) std::this_thread::yield();
       for (int64_t o = parts[i].begin, end = parts[i].end; o < end;) {
         const int64_t left = end - o;
-        if (left >= 6 && !panels[0].apart) {
-          o += AllRows<6>(parts[i], o);
-        } else if (left >= 4) {
-          o += AllRows<4>(parts[i], o);
-        } else if (left >= 2) {
-          o += AllRows<2>(parts[i], o);
-        } else {
-          o += AllRows<1>(parts[i], o);
-        }
+        o += left >= 6 ? AllRows<6>(parts[i], o) : left >= 2 ? AllRows<2>(parts[i], o)
+                                                             : AllRows<1>(parts[i], o);
       }
     }
   }
@@ -193,70 +146,51 @@ struct Product {
   int64_t AllRows(const Part& part, int64_t o) {
     for (Panel& panel : panels) {
       if (panel.rows[0] >= part.member->rows) continue;
-      int64_t v = part.loop < 0 ? 0 : panel.first[part.loop];
+      const int64_t v = part.loop < 0 ? 0 : panel.first[part.loop];
       const int64_t end = part.loop < 0 ? panel.vectors : panel.last[part.loop];
-      const int64_t pace = Outs * kLane / std::max<int64_t>((end - v + 2) / 3, 1);
-      const float* next = (part.loop < 0 ? w : a) + (o + Outs) * in;
-      for (int64_t take; v < end; v += take, next += in / kLane * pace) {
-        // Four times three sums and what they are made of fit the registers, or six times two.
-        take = std::min<int64_t>(end - v, panel.apart && end - v != 4 ? 3 : 2);
-        if constexpr (Outs <= 4) {
-          if (panel.apart && take == 3) Tile<true, Outs, 3>(part, o, panel, v, next, pace);
-          if (panel.apart && take == 2) Tile<true, Outs, 2>(part, o, panel, v, next, pace);
-          if (panel.apart && take == 1) Tile<true, Outs, 1>(part, o, panel, v, next, pace);
-        }
-        if (!panel.apart && take == 2) Tile<false, Outs, 2>(part, o, panel, v, next, pace);
-        if (!panel.apart && take == 1) Tile<false, Outs, 1>(part, o, panel, v, next, pace);
-      }
+      // Six times two sums, and what they are made of, fit the registers.
+      if (end - v == 2) Tile<Outs, 2>(part, o, panel, v);
+      if (end - v == 1) Tile<Outs, 1>(part, o, panel, v);
     }
     return Outs;
   }
 
   // Rows o, o + 1, … of what the part is of, times `Wide` vectors of the panel.
-  template <bool Apart, int Outs, int Wide>
-  void Tile(const Part& part, int64_t o, Panel& panel, int64_t v, const float* next, int64_t pace) {
-    constexpr int64_t kRows = Apart ? 1 : kLane;  // of a vector
+  template <int Outs, int Wide>
+  void Tile(const Part& part, int64_t o, Panel& panel, int64_t v) {
     const Member& member = *part.member;
     const bool hidden = part.loop >= 0;
     const float* mine = (hidden ? a : w) + o * in;
     Vector sums[Outs][Wide] = {};
-    const float* x = panel.At(panel.x, in, v, 0);
-    Add<Apart, Outs, Wide>(sums, mine, in, x, panel.Step(in), in, next, pace);
-    if (!hidden && member.rank) AddLora<Apart, Outs, Wide>(sums, member, o, panel, v);
-    float numbers[Outs][Wide * kRows];
-    if constexpr (Apart) {
-      for (int j = 0; j < Outs; j++) {
-        for (int i = 0; i < Wide; i++) numbers[j][i] = Sum(sums[j][i]);
-      }
-    } else {
-      std::memcpy(numbers, sums, sizeof sums);
-    }
-    for (int64_t i = 0, r = v * kRows; i < Wide * kRows; i++, r++) {
+    Add<Outs, Wide>(sums, mine, in, &panel.x[v], panel.vectors, in, mine + Outs * in);
+    if (!hidden && member.rank) AddLora<Outs, Wide>(sums, member, o, panel, v);
+    float numbers[Outs][Wide * kLane];
+    std::memcpy(numbers, sums, sizeof sums);
+    for (int64_t i = 0, r = v * kLane; i < Wide * kLane; i++, r++) {
       const bool there = r < static_cast<int64_t>(panel.rows.size());
       if (hidden) {  // zeros but for the rows of this loop
         const bool own = there && panel.loops[r] == part.loop;
         for (int j = 0; j < Outs; j++) {
-          panel.At(panel.hidden, ranks, v + i / kRows, o + j)[i % kRows] = own ? numbers[j][i] : 0;
+          panel.hidden[(o + j) * panel.vectors + r / kLane][r % kLane] = own ? numbers[j][i] : 0;
         }
       } else if (there && panel.rows[r] < member.rows) {
         float* to = y + panel.rows[r] * out + o;
-#pragma GCC unroll 8
+#pragma GCC unroll 6
         for (int j = 0; j < Outs; j++) to[j] = numbers[j][i];
       }
     }
   }
 
-  template <bool Apart, int Outs, int Wide>
+  template <int Outs, int Wide>
   void AddLora(Vector (&sums)[Outs][Wide], const Member& member, int64_t o, Panel& panel,
                int64_t v) {
     const int64_t stride = loops * member.rank;
     const float* b = member.b + (o - member.begin) * stride;
-    const float* next = b + Outs * stride;
-    for (int64_t l = 0; l < loops; l++, b += member.rank) {
+    const Vector* x = &panel.hidden[member.ranks * panel.vectors];
+    for (int64_t l = 0; l < loops; l++, b += member.rank, x += member.rank * panel.vectors) {
       const int64_t first = std::max(panel.first[l], v), last = std::min(panel.last[l], v + Wide);
       const auto add = [&](auto& some, auto wide, int64_t from) {
-        const float* x = panel.At(panel.hidden, ranks, from, member.ranks + l * member.rank);
-        Add<Apart, Outs, wide>(some, b, stride, x, panel.Step(ranks), member.rank, next, 0);
+        Add<Outs, wide>(some, b, stride, x + from, panel.vectors, member.rank, b + Outs * stride);
       };
       if (last - first == Wide) {
         add(sums, std::integral_constant<int, Wide>(), v);
@@ -272,31 +206,26 @@ struct Product {
   }
 };
 
-// The rows of `from`, as the panel has them.
-void Fill(Panel& panel, const float* from, int64_t in) {
+// The rows of the panel in x [rows, in], side by side.
+std::unique_ptr<Vector[]> SideBySide(const Panel& panel, const float* x, int64_t in) {
   static const float zero = 0;
-  panel.x = panel.Space(in);
+  auto numbers = panel.Space(in);
   const int64_t rows = panel.rows.size();
-  if (panel.apart) {
-    for (int64_t r = 0; r < rows; r++) {
-      std::copy_n(from + panel.rows[r] * in, in, panel.At(panel.x, in, r, 0));
-    }
-    return;
-  }
   for (int64_t v = 0; v < panel.vectors; v++) {
     const float* row[kLane];
     int64_t step[kLane];
     for (int64_t r = 0; r < kLane; r++) {
       const bool there = v * kLane + r < rows;
-      row[r] = there ? from + panel.rows[v * kLane + r] * in : &zero;
+      row[r] = there ? x + panel.rows[v * kLane + r] * in : &zero;
       step[r] = there;
     }
     for (int64_t i = 0; i < in; i++) {
-      float* to = panel.At(panel.x, in, v, i);
+      Vector& number = numbers[i * panel.vectors + v];
 #pragma GCC unroll 8
-      for (int64_t r = 0; r < kLane; r++) to[r] = row[r][i * step[r]];
+      for (int64_t r = 0; r < kLane; r++) number[r] = row[r][i * step[r]];
     }
   }
+  return numbers;
 }
 
 // Rows of x that have numbers, in panels; those of zeros are zeros in y.
@@ -315,22 +244,19 @@ std::vector<Panel> Panels(const float* x, const int32_t* loop, float* y, int64_t
   const auto key = [&](int64_t r) { return std::pair(r >= fewest, loop ? loop[r] : 0); };
   std::stable_sort(order.begin(), order.end(), [&](auto r, auto s) { return key(r) < key(s); });
   std::vector<Panel> panels;
-  const bool apart = count <= kApart;
   for (auto at = order.begin(); at != order.end();) {
-    const auto end = at + std::min<int64_t>(apart ? kApart : kPanel, order.end() - at);
+    const auto end = at + std::min<int64_t>(kPanel, order.end() - at);
     Panel panel;
-    panel.apart = apart;
     panel.rows.assign(at, end);
-    panel.vectors = apart ? end - at : (end - at + kLane - 1) / kLane;
+    panel.vectors = (end - at + kLane - 1) / kLane;
     panel.first.assign(loops, 0), panel.last.assign(loops, 0);
     for (int64_t r = 0; loops && r < end - at; r++) {
       const int32_t l = std::clamp<int64_t>(loop[at[r]], 0, loops - 1);  // as XLA would
-      const int64_t v = apart ? r : r / kLane;
       panel.loops.push_back(l);
-      if (!panel.last[l]) panel.first[l] = v;
-      panel.last[l] = v + 1;
+      if (!panel.last[l]) panel.first[l] = r / kLane;
+      panel.last[l] = r / kLane + 1;
     }
-    Fill(panel, x, in);
+    panel.x = SideBySide(panel, x, in);
     panel.hidden = panel.Space(ranks);
     panels.push_back(std::move(panel));
     at = end;
