@@ -161,6 +161,7 @@ class Run:
         """In numbers; `measured`: with the bound."""
         answered = sum(c.finish_reason != "error" for c in self._completions.values())
         stats = self._session.stats
+        measured = measured and stats.tokens
         return report.summary(
             self._engine,
             stats,
@@ -169,7 +170,7 @@ class Run:
             tokens=sum(len(c.tokens) for c in self._completions.values()),
             seconds=self.seconds,
             lossless=lossless,
-            times=timing.measure(self._engine) if measured and stats.tokens else None,
+            times=timing.measure(self._engine, stats.exit_loops) if measured else None,
         )
 
     def draw(self, path: str, title: str) -> None:

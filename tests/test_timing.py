@@ -47,7 +47,7 @@ def test_an_engine_is_as_before_when_it_was_measured(monkeypatch):
     times = timing.measure(engine)
     assert caches == [None] * 3, "the engine's own cache is used: six lanes, three, a chunk"
     assert times.fill == 0 and 0 < times.embed and 0 < times.tick and 0 < times.tick_of_slots
-    assert [rows for rows, _ in times.head] == [1, 3, 6] and all(t > 0 for _, t in times.head)
+    assert [rows for rows, _ in times.head] == [1, 2, 3, 6] and all(t > 0 for _, t in times.head)
     assert times.bound(3, 1.5) > 0
     assert answer() == before
 
@@ -67,7 +67,7 @@ def test_an_engine_is_as_before_when_it_was_measured(monkeypatch):
     )
     alone = {"embed": 1, ("lanes", 6): 5, ("lanes", 3): 3, "chunk": 7}
     watch = timing.Stopwatch(engine, Sampling(temperature=0.75))
-    assert len(chosen) == 3 and {t for row in chosen for t in row.tolist()} == {0.75}
+    assert len(chosen) == 4 and {t for row in chosen for t in row.tolist()} == {0.75}
     watch._seconds = {name: [alone.get(name, 2)] for name in watch._calls}
     times = watch.times()
     watch.close()
@@ -77,7 +77,7 @@ def test_an_engine_is_as_before_when_it_was_measured(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (dict(measure=Static(1), missing_kv="propagate"), [0, 1, 0]),
+        (dict(measure=Static(1), missing_kv="propagate"), [0, 0, 1]),
         (dict(measure=Static(1), missing_kv="propagate", depthwise=False), [0, 0, 0]),
         (dict(), [0, 0, 0]),
         (dict(measure=Static(1), lossless=True), [0, 0, 0]),  # of full depth: its own have six
@@ -86,6 +86,25 @@ def test_an_engine_is_as_before_when_it_was_measured(monkeypatch):
 def test_lanes_are_timed_at_the_loops_they_would_be_at(options, expected):
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract_params(CFG))
     engine = Engine(Decoder(CFG), params, 3, 32, **options)
-    assert timing._lanes(engine, 3)["loop"].tolist() == expected
+    watch = timing.Stopwatch(engine)
+    assert watch._lanes(3)["loop"].tolist() == expected
     if engine.num_lanes == 6:
-        assert timing._lanes(engine, 6)["loop"].tolist() == [0, 1] * 3
+        assert watch._lanes(6)["loop"].tolist() == [0, 1] * 3
+    watch.close()
+
+
+@pytest.mark.parametrize(
+    ("exit_loops", "expected"),
+    [
+        ({1: 8, 2: 2}, 17 * [0] + 3 * [1]),  # ten times loop 0, two times loop 1
+        ({2: 5}, 10 * [0] + 10 * [1]),
+        ({1: 3}, 20 * [0]),
+        (None, 13 * [0] + 7 * [1]),
+    ],
+)
+def test_the_loops_of_lanes_follow_from_the_exits(exit_loops, expected):
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract_params(CFG))
+    how = dict(measure=Static(1), missing_kv="propagate", chunk_length=4)
+    watch = timing.Stopwatch(Engine(Decoder(CFG), params, 20, 32, **how), timing.GREEDY, exit_loops)
+    assert watch._lanes(20)["loop"].tolist() == expected
+    watch.close()

@@ -13,7 +13,7 @@ import collections
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -84,29 +84,38 @@ class Stopwatch:
     """Times the parts of an engine's tick, once or again and again while others work.
 
     The engine forgets its requests, and serves none until `close`: its cache is used, since two
-    might not fit into memory. Its ticks need not be compiled. Tokens are chosen as `sampling`
-    says, for the noise of those at random takes time as well.
+    might not fit into memory. Its ticks need not be compiled.
+
+    Args:
+      sampling: how tokens are chosen, for the noise of those at random takes time as well.
+      exit_loops: tokens by loops executed, of which the loops of the lanes follow; evenly if None.
     """
 
-    def __init__(self, engine: Engine, sampling: Sampling = GREEDY):
+    def __init__(
+        self,
+        engine: Engine,
+        sampling: Sampling = GREEDY,
+        exit_loops: Mapping[int, int] | None = None,
+    ):
         self._engine, self._box = engine, [engine._cache]
         engine._cache = None
         model = engine._ticks.model  # with the attention that its ticks use
         params, slots, box = engine.params, engine.num_slots, self._box
         self._propagates = engine.can_exit and engine._ticks.missing_kv == "propagate"
-        self._rows = sorted({max(1, slots * n // 8) for n in (1, 2, 4, 8)} | {2 * slots})
+        self._rows = sorted({max(1, slots * n // 8) for n in (1, 2, 4, 6, 8)} | {2 * slots})
+        self._mix = exit_loops or dict.fromkeys(range(1, engine.num_loops + 1), 1)
         calls: dict[Any, Callable[[int], Any]] = {
             "embed": _embed(model, head_params(params), slots)
         }
         self._calls, self._seconds = calls, collections.defaultdict[Any, list[float]](list)
         try:
             for lanes in sorted({engine.num_lanes, slots}):
-                calls["lanes", lanes] = _block(model, params, box, **_lanes(engine, lanes))
+                calls["lanes", lanes] = _block(model, params, box, **self._lanes(lanes))
             if self._propagates:
                 missing = _missing(model, slots)
-                filled = _lanes(engine, slots) | {"missing": missing}
+                filled = self._lanes(slots) | {"missing": missing}
                 calls["filled"] = _block(model, params, box, **filled)
-            beside = _beside(_lanes(engine, engine.num_lanes), engine.chunk_length)
+            beside = _beside(self._lanes(engine.num_lanes), engine.chunk_length)
             calls["chunk"] = _block(model, params, box, **beside, together=engine.chunk_length)
             for n in self._rows:
                 calls["head", n] = _head(model, head_params(params), n, sampling)
@@ -127,6 +136,26 @@ class Stopwatch:
             call(self._counts[name])
             self._seconds[name].append((time.perf_counter() - start) / self._counts[name])
 
+    def _lanes(self, lanes: int) -> dict[str, Any]:
+        """Lanes at the loops and positions of a tick: those of a slot are apart in both.
+
+        One lane per slot is at mixed loops where tokens leave when they like. Where all leave
+        together, in batches and at full depth, all lanes are at one loop, and multiply by the LoRAs
+        of that only.
+        """
+        engine, ticks = self._engine, self._engine._ticks
+        lane, per_slot = np.arange(lanes, dtype=np.int32), lanes // engine.num_slots
+        loop = lane % per_slot
+        if engine.num_lanes == engine.num_slots and ticks.depthwise and ticks.can_exit:
+            ran = [sum(n for e, n in self._mix.items() if e > i) for i in range(engine.num_loops)]
+            shares = np.cumsum(ran) / sum(ran)
+            loop = np.searchsorted(shares, (lane + 0.5) / lanes).astype(np.int32)
+        return {
+            "loop": loop,
+            "positions": engine.context_length // 2 + (lane % per_slot)[:, None],
+            "slots": lane // per_slot,
+        }
+
     def times(self) -> Times:
         """Medians of all runs so far."""
         seconds = {name: statistics.median(runs) for name, runs in self._seconds.items()}
@@ -142,36 +171,19 @@ class Stopwatch:
         )
 
 
-def measure(engine: Engine) -> Times:
+def measure(engine: Engine, exit_loops: Mapping[int, int] | None = None) -> Times:
     """Times of an engine's model, lanes and cache; takes a few seconds, on one device.
 
     All parts in turn, again and again: when the machine is busy for a while, all are. The engine
-    forgets its requests.
+    forgets its requests. `exit_loops`: as for `Stopwatch`.
     """
-    watch = Stopwatch(engine)
+    watch = Stopwatch(engine, exit_loops=exit_loops)
     try:
         for _ in range(REPEATS):
             watch.run()
         return watch.times()
     finally:
         watch.close()
-
-
-def _lanes(engine: Engine, lanes: int) -> dict[str, Any]:
-    """Lanes at the loops and positions of a tick: those of a slot are apart in both.
-
-    One lane per slot is at mixed loops where tokens leave when they like. Where all leave together,
-    in batches and at full depth, all lanes are at one loop, and multiply by the LoRAs of that only.
-    """
-    lane, per_slot = np.arange(lanes, dtype=np.int32), lanes // engine.num_slots
-    ticks = engine._ticks
-    at = lane % per_slot
-    mixed = engine.num_lanes == engine.num_slots and ticks.depthwise and ticks.can_exit
-    return {
-        "loop": at if per_slot > 1 else lane % engine.num_loops if mixed else at,
-        "positions": engine.context_length // 2 + at[:, None],
-        "slots": lane // per_slot,
-    }
 
 
 def _missing(model: Decoder, slots: int) -> Missing:

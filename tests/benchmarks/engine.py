@@ -14,6 +14,7 @@ and exits are recorded ones.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import ctypes
 import gc
@@ -138,7 +139,9 @@ def make(
 @contextlib.contextmanager
 def stopwatch(model, params, args, loops=None, sampling=timing.GREEDY, **options):
     """For the parts of a tick of an engine as `make` makes it, while such engines serve."""
-    watch = timing.Stopwatch(make(model, params, args, loops, **options, compile=False), sampling)
+    engine = make(model, params, args, loops, **options, compile=False)
+    exits = None if loops is None else collections.Counter(loops.ravel().tolist())
+    watch = timing.Stopwatch(engine, sampling, exits)
     try:
         yield watch
     finally:
