@@ -250,6 +250,31 @@ def test_split_layers_equal_scanned_ones(name):
     chex.assert_trees_all_close(ours, theirs, atol=5e-6)
 
 
+def test_a_lora_larger_than_its_product_is_kept_as_that():
+    """Of a joined weight, too; a loop whose product is zero keeps none."""
+    full = {name: min(GEMMA.projections[name]) for name in ("q", "o", "down")}
+    cfg = GEMMA.replace(lora_ranks=full | dict(k=2))
+    stacked = jax.tree.map(jnp.copy, params_of(cfg))
+    o = stacked["block"]["attention"]["o"]
+    o["lora_b"] = o["lora_b"].at[:, 0].set(0)
+    params = split_layers(jax.tree.map(jnp.copy, stacked))
+    attention, mlp = params["layers_0"]["attention"], params["layers_0"]["mlp"]
+    assert set(attention["o"]) == {"wt", "lora_wt_1"}
+    assert set(mlp["down"]) == {"wt", "lora_wt_0", "lora_wt_1"}
+    assert set(attention["qkv"]) == {"wt", "lora_at"} and set(attention["k"]) == {"lora_bt"}
+    ours, theirs = Decoder(cfg, scan_layers=False), Decoder(cfg)
+    x = np.random.default_rng(1).normal(size=(4, 1, cfg.embed_dim)).astype(np.float32)
+    cache = KVCache.zeros(cfg, num_slots=4, length=LENGTH)
+    for loop in (jnp.array([1, 0, 0, 1]), jnp.array([0, 0, 0, 0]), jnp.int32(0), jnp.int32(1)):
+        results = [
+            model.apply(
+                {"params": given}, x, loop, jnp.full((4, 1), 3), cache=cache, method="run_loop"
+            )
+            for model, given in ((ours, params), (theirs, stacked))
+        ]
+        chex.assert_trees_all_close(*results, atol=5e-6)
+
+
 @pytest.mark.parametrize("windowed", [False, True])
 @pytest.mark.parametrize("cache_class", [KVCache, RowCache])
 def test_lanes_of_any_length_share_passes_over_the_cache(cache_class, windowed, monkeypatch):

@@ -87,7 +87,10 @@ def test_lanes_are_timed_at_the_loops_they_would_be_at(options, expected):
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract_params(CFG))
     engine = Engine(Decoder(CFG), params, 3, 32, **options)
     watch = timing.Stopwatch(engine)
-    assert watch._lanes(3)["loop"].tolist() == expected
+    lanes = watch._lanes(3)
+    assert lanes["loop"].tolist() == expected
+    assert lanes["turns"] == (1 if any(expected) else CFG.num_loops), "all lanes at each loop"
+    assert all(count % CFG.num_loops == 0 for count in watch._counts.values())
     if engine.num_lanes == 6:
         assert watch._lanes(6)["loop"].tolist() == [0, 1] * 3
     watch.close()
@@ -107,4 +110,5 @@ def test_the_loops_of_lanes_follow_from_the_exits(exit_loops, expected):
     how = dict(measure=Static(1), missing_kv="propagate", chunk_length=4)
     watch = timing.Stopwatch(Engine(Decoder(CFG), params, 20, 32, **how), timing.GREEDY, exit_loops)
     assert watch._lanes(20)["loop"].tolist() == expected
+    assert watch._lanes(20)["turns"] == 1, "as mixed in every pass"
     watch.close()

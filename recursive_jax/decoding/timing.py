@@ -119,7 +119,10 @@ class Stopwatch:
             calls["chunk"] = _block(model, params, box, **beside, together=engine.chunk_length)
             for n in self._rows:
                 calls["head", n] = _head(model, head_params(params), n, sampling)
-            self._counts = {name: _count(call) for name, call in calls.items()}
+            # so many that lanes are at every loop equally often
+            counts = {name: _count(call) for name, call in calls.items()}
+            loops = engine.num_loops
+            self._counts = {name: -(-count // loops) * loops for name, count in counts.items()}
         except BaseException:
             self.close()
             raise
@@ -141,17 +144,18 @@ class Stopwatch:
 
         One lane per slot is at mixed loops where tokens leave when they like. Where all leave
         together, in batches and at full depth, all lanes are at one loop, and multiply by the LoRAs
-        of that only.
+        of that only; it is another one in the next pass.
         """
         engine, ticks = self._engine, self._engine._ticks
         lane, per_slot = np.arange(lanes, dtype=np.int32), lanes // engine.num_slots
-        loop = lane % per_slot
+        loop, mixed = lane % per_slot, per_slot > 1
         if engine.num_lanes == engine.num_slots and ticks.depthwise and ticks.can_exit:
             ran = [sum(n for e, n in self._mix.items() if e > i) for i in range(engine.num_loops)]
             shares = np.cumsum(ran) / sum(ran)
-            loop = np.searchsorted(shares, (lane + 0.5) / lanes).astype(np.int32)
+            loop, mixed = np.searchsorted(shares, (lane + 0.5) / lanes).astype(np.int32), True
         return {
             "loop": loop,
+            "turns": 1 if mixed else engine.num_loops,
             "positions": engine.context_length // 2 + (lane % per_slot)[:, None],
             "slots": lane // per_slot,
         }
@@ -201,19 +205,23 @@ def _beside(lanes: dict[str, Any], length: int) -> dict[str, Any]:
     """The lanes, and a chunk of a prompt after them."""
     at = np.arange(length, dtype=np.int32)
     chunk = {"loop": 0 * at, "positions": at[:, None], "slots": 0 * at}
-    return {name: np.concatenate([rows, chunk[name]]) for name, rows in lanes.items()}
+    return lanes | {name: np.concatenate([lanes[name], rows]) for name, rows in chunk.items()}
 
 
-def _block(model, params, box: list[Cache], positions, missing=None, **where):
-    """Passes of the block; the cache in `box` is donated and put back."""
+def _block(model, params, box: list[Cache], positions, loop, turns, missing=None, **where):
+    """Passes of the block; the cache in `box` is donated and put back.
+
+    Lanes are at `loop` in the first of `turns` passes, one loop further in the next.
+    """
     positions = np.minimum(positions, box[0].length - 1)
 
     def passes(params, cache, count, x, missing):
-        def one(_, carry):
+        def one(i, carry):
             x, cache = carry
             x, cache = model.apply(
                 {"params": params},
                 x,
+                loop + i % turns,
                 positions=positions,
                 cache=cache,
                 missing=missing,

@@ -10,6 +10,7 @@ linear layers, the per-loop vectors and the KV cache look at it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -288,8 +289,9 @@ def split_layers(params: Mapping[str, Any]) -> dict[str, Any]:
 
     Weights lie as a CPU multiplies few rows by them fastest (`few_rows`): `wt [out, in]`,
     LoRA of all loops as `lora_at [L·R, in]` and `lora_bt [out, L·R]`, and those that read the same
-    rows as one matrix (`layers.JOINT`). An untied head becomes `head_t [V, D]`. Deletes the stacks
-    and that head, so weights are there once.
+    rows as one matrix (`layers.JOINT`). A LoRA whose product is smaller than its factors becomes
+    the products `lora_wt_N [out, in]` of the loops N where it is not zero. An untied head becomes
+    `head_t [V, D]`. Deletes the stacks and that head, so weights are there once.
     """
     stacks = flatten_dict(params["block"])
     layers: list[dict] = [{} for _ in range(next(iter(stacks.values())).shape[0])]
@@ -310,6 +312,17 @@ def split_layers(params: Mapping[str, Any]) -> dict[str, Any]:
         for layer, *mine in zip(layers, *parts, strict=True):
             layer[(*room, name)] = jnp.concatenate(mine) if len(mine) > 1 else mine[0]
 
+    for room, projection in [path[:2] for path in stacks if path[-1] == "lora_a"]:
+        a, b = (stacks[room, projection, name] for name in ("lora_a", "lora_b"))
+        _, num_loops, inputs, rank = a.shape
+        outputs = b.shape[3]
+        if rank * (inputs + outputs) > inputs * outputs:
+            del stacks[room, projection, "lora_a"], stacks[room, projection, "lora_b"]
+            for i, n in itertools.product(range(len(layers)), range(num_loops)):
+                delta = (a[i, n] @ b[i, n]).T
+                if jnp.any(delta):
+                    layers[i][room, projection, f"lora_wt_{n}"] = delta
+            a.delete(), b.delete()
     for room, (joint, projections) in JOINT.items():
         joins = all((room, projection, "w") in stacks for projection in projections)
         for name in ("w", "lora_a"):

@@ -53,7 +53,8 @@ class Linear(nn.Module):
 
     The effective weight of a loop is `w + a[loop] @ b[loop]`: LoRA has no scaling factor
     (paper §2.3). `decoder.split_layers` keeps `wt`, `lora_at` and `lora_bt` instead, those of
-    `JOINT` in the module above.
+    `JOINT` in the module above; or `lora_wt_N [out, in]`, the product of loop N, where that is
+    smaller than its factors.
     """
 
     cfg: DecoderConfig
@@ -79,6 +80,12 @@ class Linear(nn.Module):
             loras = [params.get("lora_bt")]
             (known,) = _split_parts(self, [self.projection], params, loras, x, loop)
         y = known if known is not None and jnp.ndim(loop) else self._applied(x, loop, known)
+        for n in range(self.cfg.num_loops):
+            if (delta := params.get(f"lora_wt_{n}")) is not None:
+                mine = (jnp.asarray(loop) == n).reshape(-1, *(1,) * (x.ndim - 1))
+                # rows of zeros cost nothing, and a loop that no row is at reads nothing
+                rows = jnp.where(mine, x, jnp.zeros_like(x)).astype(self.dtype)
+                y = y + few_rows(rows, delta.astype(self.dtype)).reshape(y.shape)
         if self.use_bias:
             loops = self.cfg.vector_loops("bias")
             bias = self.param(
@@ -108,7 +115,7 @@ class Linear(nn.Module):
             w = self.param("w", weight, (in_dim, out_dim))
         else:
             w = known[0].T
-        if not rank:
+        if not rank or (known is not None and not known[1].size):
             return x @ w.astype(self.dtype)
         if known is None:
             start = nn.with_logical_partitioning(
@@ -177,7 +184,7 @@ def _split_parts(module, projections, params, bts, x, loop, asked: Mapping[str, 
     cfg, dtype, wt = module.cfg, module.dtype, params["wt"]
     at = params.get("lora_at", jnp.zeros((0, wt.shape[1]), dtype))
     widths = [cfg.projections[p][1] for p in projections]
-    ends, ranks = np.cumsum(widths), [cfg.num_loops * cfg.rank(p) for p in projections]
+    ends, ranks = np.cumsum(widths), [0 if bt is None else bt.shape[1] for bt in bts]
     split_ranks = functools.partial(jnp.split, indices_or_sections=np.cumsum(ranks)[:-1])
     if not jnp.ndim(loop):
         return list(zip(jnp.split(wt, ends[:-1]), split_ranks(at), strict=True))

@@ -136,14 +136,14 @@ def agreeing(args, num_loops: int, wanted: float):
             params["block"][room][name] = {"w": weight, "lora_a": a, "lora_b": b}
         return split_layers(jax.tree.map(jnp.copy, params))
 
-    engine = make(model, scaled(1.0), settings, measure=Static(1), lossless=True)
+    engine = make(model, scaled(0.5), settings, measure=Static(1), lossless=True)
     low, high = 0.0, 1.0
-    for _ in range(8):
+    for _ in range(10):
         scale = (low + high) / 2
         engine.params = scaled(scale)
         _, stats = serve(engine, todo)
         share = accepted(stats, model) / max(stats.drafted, 1)
-        if abs(share - wanted) < 0.01:
+        if 0 <= share - wanted < 0.01:
             break
         low, high = (scale, high) if share > wanted else (low, scale)
     return model, engine.params
