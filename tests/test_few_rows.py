@@ -113,6 +113,20 @@ def test_each_row_has_the_lora_of_its_loop(kernel, count, num_loops):
     np.testing.assert_array_equal(broken[others][there[others]], y[others][there[others]])
 
 
+def test_projections_may_each_be_asked_of_other_rows(kernel):
+    """Rows are taken 16 at a time, by loop: here rows 32 to 39 come before 16 to 31."""
+    members, size = [(9, 16), (7, 32), (8, 40)], 20
+    x, wt, loop = draw(40, size), draw(24, size), np.repeat([0, 1, 0], [16, 16, 8])
+    lora = module.Lora(loop, 2, draw(12, size), [draw(width, 4) for width, _ in members])
+    run = jax.jit(
+        lambda x, wt, at, bts: module.by_kernel(x, wt, members, lora._replace(at=at, bts=bts))
+    )
+    expected = reference(x, wt, members, lora)
+    there = ~np.isnan(expected)
+    y = np.asarray(run(x, wt, lora.at, lora.bts))
+    np.testing.assert_allclose(y[there], expected[there], atol=2e-3)
+
+
 def test_many_products_at_once(kernel):
     """Independent ones, whose helpers come late or never while the others' threads are busy."""
     x, wts = draw(2, 256), [draw(300 + i, 256) for i in range(40)]

@@ -56,6 +56,7 @@ inline Vector MultiplyAdd(Vector a, Vector b, Vector c) {
 // weight multiplies.
 struct Panel {
   std::vector<int64_t> rows;           // in x and y
+  int64_t least;                       // of the rows
   std::vector<int32_t> loops;          // of the rows; those of a loop stand together
   int64_t vectors;                     // of a number
   std::vector<int64_t> first, last;    // of the vectors, that have rows of a loop
@@ -145,7 +146,7 @@ struct Product {
   template <int Outs>
   int64_t AllRows(const Part& part, int64_t o) {
     for (Panel& panel : panels) {
-      if (panel.rows[0] >= part.member->rows) continue;
+      if (panel.least >= part.member->rows) continue;
       const int64_t v = part.loop < 0 ? 0 : panel.first[part.loop];
       const int64_t end = part.loop < 0 ? panel.vectors : panel.last[part.loop];
       // Six times two sums, and what they are made of, fit the registers.
@@ -247,7 +248,7 @@ std::vector<Panel> Panels(const float* x, const int32_t* loop, float* y, int64_t
   for (auto at = order.begin(); at != order.end();) {
     const auto end = at + std::min<int64_t>(kPanel, order.end() - at);
     Panel panel;
-    panel.rows.assign(at, end);
+    panel.rows.assign(at, end), panel.least = *std::min_element(at, end);
     panel.vectors = (end - at + kLane - 1) / kLane;
     panel.first.assign(loops, 0), panel.last.assign(loops, 0);
     for (int64_t r = 0; loops && r < end - at; r++) {
