@@ -89,7 +89,8 @@ def test_lanes_are_timed_at_the_loops_they_would_be_at(options, expected):
     watch = timing.Stopwatch(engine)
     lanes = watch._lanes(3)
     assert lanes["loop"].tolist() == expected
-    assert lanes["turns"] == (1 if any(expected) else CFG.num_loops), "all lanes at each loop"
+    turns = len(lanes["positions"])
+    assert turns == (1 if any(expected) else CFG.num_loops), "all lanes at each loop"
     assert all(count % CFG.num_loops == 0 for count in watch._counts.values())
     if engine.num_lanes == 6:
         assert watch._lanes(6)["loop"].tolist() == [0, 1] * 3
@@ -110,5 +111,25 @@ def test_the_loops_of_lanes_follow_from_the_exits(exit_loops, expected):
     how = dict(measure=Static(1), missing_kv="propagate", chunk_length=4)
     watch = timing.Stopwatch(Engine(Decoder(CFG), params, 20, 32, **how), timing.GREEDY, exit_loops)
     assert watch._lanes(20)["loop"].tolist() == expected
-    assert watch._lanes(20)["turns"] == 1, "as mixed in every pass"
+    assert watch._lanes(20)["positions"].tolist() == [20 * [16]], "as mixed in every pass"
+    watch.close()
+
+
+@pytest.mark.parametrize(
+    ("exit_loops", "attending"),
+    [({1: 8, 2: 2}, [20, 4]), ({2: 5}, [20, 20]), ({1: 3}, [20, 0]), (None, [20, 10])],
+)
+def test_tokens_that_wait_for_their_batch_attend_to_nothing(exit_loops, attending):
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract_params(CFG))
+    how = dict(measure=Static(1), missing_kv="propagate", chunk_length=4, depthwise=False)
+    engine = Engine(Decoder(CFG), params, 20, 32, **how)
+    length, started, start = engine._cache.length, [], timing._block
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "_block", lambda *a, **k: started.append(k) or start(*a, **k))
+        watch = timing.Stopwatch(engine, timing.GREEDY, exit_loops)
+    of_lanes = [tuple(row) for row in started[0]["positions"].tolist()]
+    assert of_lanes == [n * (16,) + (20 - n) * (length,) for n in attending]
+    chunk = started[-1]["positions"]
+    assert chunk[:, :20].tolist() == started[0]["positions"].tolist()
+    assert chunk[:, 20:].tolist() == [[0, 1, 2, 3]] * CFG.num_loops
     watch.close()

@@ -140,23 +140,27 @@ class Stopwatch:
             self._seconds[name].append((time.perf_counter() - start) / self._counts[name])
 
     def _lanes(self, lanes: int) -> dict[str, Any]:
-        """Lanes at the loops and positions of a tick: those of a slot are apart in both.
+        """Lanes at the loops and positions `[pass, lane]` of a tick: a slot's are apart in both.
 
         One lane per slot is at mixed loops where tokens leave when they like. Where all leave
         together, in batches and at full depth, all lanes are at one loop, and multiply by the LoRAs
-        of that only; it is another one in the next pass.
+        of that only; it is another one in the next pass. Tokens that left their batch wait there:
+        they are multiplied, but attend to nothing, as idle lanes.
         """
-        engine, ticks = self._engine, self._engine._ticks
+        engine, ticks, length = self._engine, self._engine._ticks, self._box[0].length
         lane, per_slot = np.arange(lanes, dtype=np.int32), lanes // engine.num_slots
-        loop, mixed = lane % per_slot, per_slot > 1
-        if engine.num_lanes == engine.num_slots and ticks.depthwise and ticks.can_exit:
+        loop, turns = lane % per_slot, engine.num_loops if per_slot == 1 else 1
+        positions = np.minimum(engine.context_length // 2 + loop, length - 1)
+        if engine.num_lanes == engine.num_slots and ticks.can_exit:
             ran = [sum(n for e, n in self._mix.items() if e > i) for i in range(engine.num_loops)]
-            shares = np.cumsum(ran) / sum(ran)
-            loop, mixed = np.searchsorted(shares, (lane + 0.5) / lanes).astype(np.int32), True
+            ran, middle = np.array(ran), (lane + 0.5) / lanes
+            if ticks.depthwise:
+                loop, turns = np.searchsorted(np.cumsum(ran) / ran.sum(), middle), 1
+            else:
+                positions = np.where(middle < ran[:, None] / ran[0], positions, length)
         return {
-            "loop": loop,
-            "turns": 1 if mixed else engine.num_loops,
-            "positions": engine.context_length // 2 + (lane % per_slot)[:, None],
+            "loop": loop.astype(np.int32),
+            "positions": np.broadcast_to(positions, (turns, lanes)),
             "slots": lane // per_slot,
         }
 
@@ -204,16 +208,17 @@ def _missing(model: Decoder, slots: int) -> Missing:
 def _beside(lanes: dict[str, Any], length: int) -> dict[str, Any]:
     """The lanes, and a chunk of a prompt after them."""
     at = np.arange(length, dtype=np.int32)
-    chunk = {"loop": 0 * at, "positions": at[:, None], "slots": 0 * at}
-    return lanes | {name: np.concatenate([lanes[name], rows]) for name, rows in chunk.items()}
+    turns = len(lanes["positions"])
+    chunk = {"loop": 0 * at, "positions": np.tile(at, (turns, 1)), "slots": 0 * at}
+    return {name: np.concatenate([lanes[name], rows], axis=-1) for name, rows in chunk.items()}
 
 
-def _block(model, params, box: list[Cache], positions, loop, turns, missing=None, **where):
+def _block(model, params, box: list[Cache], positions, loop, missing=None, **where):
     """Passes of the block; the cache in `box` is donated and put back.
 
-    Lanes are at `loop` in the first of `turns` passes, one loop further in the next.
+    Lanes are at `loop` and the first of `positions` in the first pass, one further in the next.
     """
-    positions = np.minimum(positions, box[0].length - 1)
+    turns, lanes = positions.shape
 
     def passes(params, cache, count, x, missing):
         def one(i, carry):
@@ -222,7 +227,7 @@ def _block(model, params, box: list[Cache], positions, loop, turns, missing=None
                 {"params": params},
                 x,
                 loop + i % turns,
-                positions=positions,
+                positions=jnp.asarray(positions)[i % turns, :, None],
                 cache=cache,
                 missing=missing,
                 **where,
@@ -233,7 +238,7 @@ def _block(model, params, box: list[Cache], positions, loop, turns, missing=None
         x, cache = jax.lax.fori_loop(0, count, one, (x, cache))
         return cache, x
 
-    x = _noise(*positions.shape, model.cfg.embed_dim).astype(model.dtype)
+    x = _noise(lanes, 1, model.cfg.embed_dim).astype(model.dtype)
     run = jax.jit(passes, donate_argnums=1).lower(params, box[0], np.int32(1), x, missing).compile()
 
     def call(count):
