@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from recursive_jax.models import native
+
 # the function of the same name hides the module
 module = importlib.import_module("recursive_jax.models.few_rows")
 MOST = module.MOST_ROWS
@@ -25,7 +27,7 @@ def draw(*shape):
 def kernel():
     if not any(map(shutil.which, ["c++", "g++", "clang++"])):
         pytest.skip("no C++ compiler on this machine")
-    assert module.kernel()
+    assert native.has("FewRows")
 
 
 @pytest.mark.parametrize("lead", [(1,), (2,), (5,), (8,), (3, 3), (MOST,), (MOST + 1,)])
@@ -50,7 +52,7 @@ def test_the_kernel_takes_few_rows_of_float32_and_no_others(kernel):
     def takes(rows, dtype=jnp.float32, out_dtype=None):
         x, wt = jax.ShapeDtypeStruct((rows, 6), dtype), jax.ShapeDtypeStruct((7, 6), dtype)
         run = jax.jit(lambda x, wt: module.few_rows(x, wt, out_dtype))
-        return module._TARGET in run.lower(x, wt).as_text()
+        return native._target("FewRows") in run.lower(x, wt).as_text()
 
     assert takes(1) and takes(MOST) and takes(2, out_dtype=jnp.float32)
     assert not takes(MOST + 1)
@@ -166,16 +168,19 @@ def test_without_a_compiler_it_warns_once_and_xla_multiplies(tmp_path, compiler,
         [sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("few_rows.cc is not used") == 1 and said in done.stderr
+    assert (
+        done.stderr.count("few_rows.cc and few_queries.cc are not used") == 1
+        and said in done.stderr
+    )
 
 
 def test_an_unwritable_cache_is_no_end(tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("not a directory")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    module.kernel.cache_clear()
+    native._registered.cache_clear()
     try:
         y = jax.jit(lambda x, wt: module.few_rows(x, wt))(draw(2, 6), draw(7, 6))
         np.testing.assert_allclose(y, draw(2, 6) @ draw(7, 6).T, atol=1e-5)
-        assert not module.kernel() and "few_rows.cc is not used" in caplog.text
+        assert not native.has("FewRows") and "few_rows.cc" in caplog.text
     finally:
-        module.kernel.cache_clear()
+        native._registered.cache_clear()

@@ -131,7 +131,7 @@ def test_the_stand_in_is_the_kernels_reference(name):
 
 def decode(cfg, params, is_paged):
     """Lanes at two loops for a few tokens: their states."""
-    model = Decoder(cfg, paged=is_paged)
+    model = Decoder(cfg, attends="paged" if is_paged else "xla")
     cache = RowCache.zeros(cfg, 2, 32)
     x = np.random.default_rng(1).normal(size=(2, 1, cfg.embed_dim)).astype(np.float32)
     loop, slots = np.asarray([0, 1], np.int32), np.asarray([1, 0], np.int32)

@@ -33,7 +33,7 @@ from recursive_jax.decoding.state import (
     Slots,
 )
 from recursive_jax.decoding.tick import Ticks
-from recursive_jax.models import paged
+from recursive_jax.models import few_queries, paged
 from recursive_jax.models.decoder import Decoder
 from recursive_jax.models.kv_cache import Cache
 
@@ -95,6 +95,9 @@ class Engine:
         slots of their own, and run their own ticks without a word to each other.
       rules: logical axis rules of that mesh.
 
+    Attributes:
+      attention: how lanes attend, and if by XLA why.
+
     A mesh of devices that are only described (`jax.experimental.topologies`), with params that are
     `jax.ShapeDtypeStruct`s, makes an engine that can `compile` and tell its `memory`, no more.
     """
@@ -143,10 +146,10 @@ class Engine:
                 f"depthwise=False on {shards} devices that share the batch; each would wait for "
                 "its own slots only. Measure the sequence-wise baseline on one of them"
             )
-        self._no_kernel = self._kernel_refusal()
+        self._attends, self.attention = self._choose_attention()
         self._ticks = Ticks(
             # it sees one shard's lanes
-            model=model.clone(data_shards=1, paged=self._no_kernel is None),
+            model=model.clone(data_shards=1, attends=self._attends),
             num_slots=num_slots // shards,
             context_length=context_length,
             chunk_length=self.chunk_length,
@@ -178,13 +181,6 @@ class Engine:
     def can_exit(self) -> bool:
         """Whether a token may start before its predecessor has run all loops."""
         return self._ticks.can_exit
-
-    @property
-    def attention(self) -> str:
-        """How lanes attend, and why."""
-        if self._no_kernel is None:
-            return "ragged paged attention kernel"
-        return f"XLA ({self._no_kernel})"
 
     @property
     def cache_bytes(self) -> int:
@@ -307,13 +303,19 @@ class Engine:
         # a shard that stopped earlier had nothing left to do
         return [self._read(found, i) for i in range(count.max())]
 
-    def _kernel_refusal(self) -> str | None:
-        """Why lanes do not attend through the TPU's kernel; None: they do."""
-        if self._placement.platform != "tpu":
-            return "the ragged paged attention kernel is for TPUs"
-        model, shards = self.model, self._placement.head_shards
-        reason = paged.refusal(model.cfg, model.dtype, self.context_length, shards)
-        return reason and f"ragged paged attention: {reason}"
+    def _choose_attention(self) -> tuple[str, str]:
+        """`Decoder.attends` of the lanes, and what to say about it."""
+        model, place = self.model, self._placement
+        sizes = model.cfg, model.dtype
+        if place.platform == "tpu":
+            way, name = "paged", "ragged paged attention"
+            refusal = paged.refusal(*sizes, self.context_length, place.head_shards)
+        elif place.platform == "cpu":
+            way, name = "few_queries", "few_queries.cc"
+            refusal = few_queries.refusal(*sizes, place.devices)
+        else:
+            return "xla", f"XLA (our kernels are for TPUs and CPUs, not {place.platform})"
+        return (way, f"{name} kernel") if refusal is None else ("xla", f"XLA ({name}: {refusal})")
 
     def _change(self, slot: int, token: int, position: int, waiting: bool) -> None:
         self._changes.reset[slot] = True

@@ -81,33 +81,38 @@ class Exits:
         """
         num_lanes = self.layout.num_lanes
         capacity = min(num_lanes, self.layout.num_slots * (2 if self.lossless else 1))
-        order = jnp.argsort(~looked, stable=True)[:capacity]
+        fewer = [capacity * quarters // 4 for quarters in (1, 2, 3)]
+        sizes = sorted({0, capacity, *(n for n in fewer if n >= SMALL)})
+        compacts = any(0 < n < num_lanes for n in sizes)
+        order = jnp.argsort(~looked, stable=True)[:capacity] if compacts else None
 
         def rows(size, order):
-            at = order[:size]
-            spread = lambda values: jnp.zeros(num_lanes, values.dtype).at[at].set(values)  # noqa: E731
             if not size:
                 nothing = jnp.zeros(num_lanes, jnp.int32)
                 return Seen(nothing, nothing * 0.0, nothing, nothing * 0.0)
-            mine, slot = jax.tree.map(lambda a: a[at], look), self.layout.slot_of[at]
+            if size == num_lanes:  # as they stand
+                lanes, slots, spread = lambda a: a, self.layout.of_lanes, lambda a: a
+            else:
+                at, slot = order[:size], self.layout.slot_of[order[:size]]
+                lanes, slots = lambda a: a[at], lambda a: a[slot]
+                spread = lambda a: jnp.zeros(num_lanes, a.dtype).at[at].set(a)  # noqa: E731
+            mine, here = jax.tree.map(lanes, look), lanes(looked)
             # spare rows are zeros, which our kernel leaves out, and must not make the others pay
             # for noise
-            x = jnp.where(looked[at][:, None], mine.after, jnp.zeros_like(mine.after))
+            x = jnp.where(here[:, None], mine.after, jnp.zeros_like(mine.after))
             logits = self.model.apply({"params": head_params(params)}, x, method="unembed")
-            sampling = jax.tree.map(lambda a: a[slot], settings.sampling)
-            temperature = jnp.where(looked[at], sampling.temperature, 0.0)
-            sampling = sampling.replace(temperature=temperature)
-            history = History(text[slot], settings.first[slot])
-            token, logprob = sample(logits, sampling, settings.seeds[slot], following[at], history)
+            sampling = jax.tree.map(slots, settings.sampling)
+            sampling = sampling.replace(temperature=jnp.where(here, sampling.temperature, 0.0))
+            history = History(slots(text), slots(settings.first))
+            seeds, where = slots(settings.seeds), lanes(following)
+            token, logprob = sample(logits, sampling, seeds, where, history)
             guess, score = token, logprob
             if self.reads_logits:
                 guess = largest(logits)
                 score = self.measure.score(mine.replace(logits=logits))
             return jax.tree.map(spread, Seen(token, logprob, guess, score))
 
-        fewer = [capacity * quarters // 4 for quarters in (1, 2, 3)]
-        sizes = sorted({0, capacity, *(n for n in fewer if n >= SMALL)})
-        branch = jnp.searchsorted(jnp.asarray(sizes), jnp.sum(looked))
+        branch = jnp.sum(jnp.sum(looked) > jnp.asarray(sizes))  # the smallest that holds them
         with jax.named_scope("exit"):
             return jax.lax.switch(branch, [functools.partial(rows, n) for n in sizes], order)
 

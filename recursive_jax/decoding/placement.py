@@ -82,6 +82,10 @@ class Placement:
         return jax.default_backend() if self._mesh is None else self._mesh.devices.flat[0].platform
 
     @property
+    def devices(self) -> int:
+        return 1 if self._mesh is None else self._mesh.size
+
+    @property
     def head_shards(self) -> int:
         """Devices that attention heads are split over."""
         if self._mesh is None:

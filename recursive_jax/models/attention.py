@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from recursive_jax.models import paged
+from recursive_jax.models import few_queries, paged
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.kv_cache import Cache
 from recursive_jax.models.layers import Linear, Norm, joint_parts
@@ -68,13 +68,13 @@ class Attention(nn.Module):
     """`x [B, T, D] -> [B, T, D]`, and the cache with this layer's rows written.
 
     The last rows of x and loop may be `context.missing`: they have keys and values but no queries,
-    and are not in the result. `paged`: lanes attend through the kernel of `models.paged`.
+    and are not in the result. `attends` is `Decoder`'s.
     """
 
     cfg: DecoderConfig
     dtype: jnp.dtype = jnp.float32
     data_shards: int = 1
-    paged: bool = False
+    attends: str = "xla"
 
     @nn.compact
     def __call__(
@@ -129,11 +129,13 @@ class Attention(nn.Module):
         """Queries `[B, T, N, H]` over the rows of their slots."""
         cfg, where = self.cfg, (loop, tables.index, slots)
         with jax.named_scope("attend"):
-            if self.paged and q.shape[1] == 1 and jnp.ndim(loop):
+            one_each = q.shape[1] == 1 and jnp.ndim(loop)
+            if self.attends == "paged" and one_each:
                 return paged.attend(cfg, q[:, 0], cache, *where, positions[:, 0])[:, None]
             window = None if tables.window is None else tables.window[loop]
+            by_kernel = self.attends == "few_queries" and one_each
             how = positions, window, cfg.attention_scale, cfg.attn_softcap
-            return attend_cached(q, cache, where, *how)
+            return (few_queries.attend if by_kernel else attend_cached)(q, cache, where, *how)
 
     def _heads(self, name, axis, x, loop, joint):
         """A projection of as many rows of x as `loop` has, by head: `[B, T, heads, H]`."""

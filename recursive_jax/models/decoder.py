@@ -49,7 +49,7 @@ class Layer(nn.Module):
     cfg: DecoderConfig
     dtype: jnp.dtype = jnp.float32
     data_shards: int = 1
-    paged: bool = False
+    attends: str = "xla"
 
     @nn.compact
     def __call__(self, carry, loop, context: Context, tables: LayerTables):
@@ -64,7 +64,7 @@ class Layer(nn.Module):
             if cfg.post_norms
             else y
         )
-        attention = Attention(cfg, self.dtype, self.data_shards, self.paged, name="attention")
+        attention = Attention(cfg, self.dtype, self.data_shards, self.attends, name="attention")
         mlp = Mlp(cfg, self.dtype, self.data_shards, name="mlp")
 
         with jax.named_scope("attention"):
@@ -94,7 +94,8 @@ class Decoder(nn.Module):
       scan_layers: False: every layer has params of its own, as `split_layers` makes them (`init`
         does not), which products then read where they are. A CPU's copy theirs out of a stack; a
         TPU's do not.
-      paged: lanes attend through the TPU's kernel (`models.paged`), which must not refuse `cfg`.
+      attends: how lanes attend to a cache: 'xla', or through the kernel 'paged' (on a TPU) or
+        'few_queries' (on one CPU), whose module must not refuse `cfg`.
     """
 
     cfg: DecoderConfig
@@ -103,7 +104,7 @@ class Decoder(nn.Module):
     data_shards: int = 1
     unroll_layers: int = 1
     scan_layers: bool = True
-    paged: bool = False
+    attends: str = "xla"
 
     def setup(self):
         cfg = self.cfg
@@ -125,7 +126,7 @@ class Decoder(nn.Module):
             # prevent_cse is for unrolled code; inside a scan it only costs memory
             layer = nn.remat(Layer, policy=REMAT_POLICIES[self.remat_policy], prevent_cse=False)
         if not self.scan_layers:
-            parts = (cfg, self.dtype, self.data_shards, self.paged)
+            parts = (cfg, self.dtype, self.data_shards, self.attends)
             self.layers = [layer(*parts) for _ in range(cfg.num_layers)]
             return
         self.block = nn.scan(
@@ -136,7 +137,7 @@ class Decoder(nn.Module):
             length=cfg.num_layers,
             unroll=self.unroll_layers,
             metadata_params={nn.PARTITION_NAME: "layer"},
-        )(cfg, self.dtype, self.data_shards, self.paged)
+        )(cfg, self.dtype, self.data_shards, self.attends)
 
     def __call__(
         self,

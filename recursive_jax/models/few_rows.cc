@@ -18,10 +18,7 @@
 #include <utility>
 #include <vector>
 
-#ifdef __FMA__
-#include <immintrin.h>
-#endif
-
+#include "vectors.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {
@@ -29,28 +26,9 @@ namespace {
 namespace ffi = xla::ffi;
 using Floats = ffi::Buffer<ffi::F32>;
 
-constexpr int64_t kLane = 8;             // floats of a vector
 constexpr int64_t kLine = 16;            // floats of a line of the cache
 constexpr int64_t kPanel = 2 * kLane;    // rows of a panel
 constexpr int64_t kSmallest = 16 << 10;  // weights that are worth another thread
-
-typedef float Vector __attribute__((vector_size(kLane * sizeof(float))));
-
-inline Vector Repeat(float number) {
-  Vector v;  // a sum with zeros would be one more operation
-  for (int i = 0; i < kLane; i++) v[i] = number;
-  return v;
-}
-
-// Rounded once, where the CPU can. Left to themselves compilers do so in some loops and not in
-// others, and a row's numbers would depend on how many rows there are.
-inline Vector MultiplyAdd(Vector a, Vector b, Vector c) {
-#ifdef __FMA__
-  return _mm256_fmadd_ps(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
 
 // Up to 16 rows of x, side by side: of every number the rows make one vector or two, which one
 // weight multiplies.

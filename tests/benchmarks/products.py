@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from recursive_jax.models.few_rows import by_kernel, by_xla, kernel
+from recursive_jax.models import native
+from recursive_jax.models.few_rows import by_kernel, by_xla
 
 SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536))  # [out, in]: qkv, o, gate and up, down
 LAYERS, ROUNDS = 30, 25
@@ -39,7 +40,7 @@ def forms(weights):
         "as many rows as there are": lambda x, w: jax.lax.optimization_barrier(w @ x.T).T,
         "weight on the right": lambda x, w: x @ w.T,
     }
-    if not kernel():  # it has said why
+    if not native.has("FewRows"):  # it has said why
         del ways["few_rows.cc"]
     for name, product in ways.items():
         run = jax.jit(lambda layers, x, product=product: through(product, layers, x))

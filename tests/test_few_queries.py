@@ -1,0 +1,183 @@
+"""One query per lane by our kernel for a CPU, against a slow loop in float64."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from recursive_jax.decoding.engine import Engine
+from recursive_jax.models import few_queries, native
+from recursive_jax.models.config import DecoderConfig
+from recursive_jax.models.decoder import Decoder, init_params, split_layers
+from recursive_jax.models.kv_cache import KVCache
+
+LOOPS, LAYERS, SLOTS, LAYER = 2, 2, 3, 1
+SCALE = 0.3
+
+
+@pytest.fixture(autouse=True)
+def kernel():
+    if not any(map(shutil.which, ["c++", "g++", "clang++"])):
+        pytest.skip("no C++ compiler on this machine")
+    assert native.has("FewQueries")
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def filled(kv_heads: int, size: int, length: int):
+    """A cache, and its k and v `[loop, layer, slot, length, kv heads, size]`."""
+    cfg = tiny(heads=kv_heads, kv_heads=kv_heads, size=size)
+    cache = KVCache.zeros(cfg, SLOTS, length)
+    k, v = (draw(LOOPS, LAYERS, SLOTS, length, kv_heads, size, seed=s) for s in (1, 2))
+    slots, positions = jnp.arange(SLOTS), jnp.broadcast_to(jnp.arange(length), (SLOTS, length))
+    for loop in range(LOOPS):
+        for layer in range(LAYERS):
+            rows = k[loop, layer], v[loop, layer]
+            cache = cache.write(*rows, loop, layer, slots, positions)
+    return cache, k, v
+
+
+def tiny(heads=2, kv_heads=1, size=8) -> DecoderConfig:
+    return DecoderConfig(
+        family="llama",
+        vocab_size=11,
+        embed_dim=8,
+        num_layers=LAYERS,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=size,
+        mlp_dim=8,
+        num_loops=LOOPS,
+    )
+
+
+@jax.jit
+def attend(q, cache, loop, slots, positions, window):
+    where = loop, jnp.int32(LAYER), slots
+    return few_queries.attend(q[:, None], cache, where, positions[:, None], window, SCALE, None)[
+        :, 0
+    ]
+
+
+def slowly(q, k, v, loop, slots, positions, window=None, softcap=None):
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    y = np.zeros_like(q)
+    group = q.shape[1] // k.shape[4]
+    for lane, (n, slot, last) in enumerate(zip(loop, slots, positions, strict=True)):
+        if last >= k.shape[3]:
+            continue
+        first = max(0, last - window[lane] + 1) if window is not None and window[lane] else 0
+        for head in range(q.shape[1]):
+            keys, values = (x[n, LAYER, slot, first : last + 1, head // group] for x in (k, v))
+            scores = keys @ q[lane, head] * SCALE
+            if softcap:
+                scores = np.tanh(scores / softcap) * softcap
+            weights = np.exp(scores - scores.max())
+            y[lane, head] = weights @ values / weights.sum()
+    return y
+
+
+@pytest.mark.parametrize("length", [5, 20, 32, 77, 130])
+@pytest.mark.parametrize(
+    ("group", "kv_heads", "size"), [(1, 2, 8), (2, 1, 64), (3, 3, 16), (4, 1, 80), (7, 2, 24)]
+)
+def test_it_is_attention(group, kv_heads, size, length):
+    """Blocks that are full and not, one and several; windows; idle lanes; groups of any size."""
+    cache, k, v = filled(kv_heads, size, length)
+    rng = np.random.default_rng(length)
+    lanes = 7
+    loop, slots = rng.integers(0, LOOPS, lanes), rng.integers(0, SLOTS, lanes)
+    positions = rng.integers(0, length, lanes)
+    positions[:3] = 0, length - 1, cache.length  # the third is idle
+    q = 3 * draw(lanes, group * kv_heads, size)
+    window = np.array([0, 3, 3, 0, 1, 40, length])
+    for windows in (None, window):
+        y = np.asarray(attend(q, cache, loop, slots, positions, windows))
+        expected = slowly(q, k, v, loop, slots, positions, windows)
+        np.testing.assert_allclose(y, expected, atol=1e-5)
+        assert not y[2].any()
+
+
+def test_softcap():
+    cache, k, v = filled(1, 16, 40)
+    q, lanes = 5 * draw(2, 2, 16), np.array([0, 1])
+    positions = np.array([39, 7])
+    where = lanes, jnp.int32(LAYER), lanes
+    y = few_queries.attend(q[:, None], cache, where, positions[:, None], None, SCALE, 1.5)[:, 0]
+    expected = slowly(q, k, v, lanes, lanes, positions, softcap=1.5)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    assert np.abs(expected - slowly(q, k, v, lanes, lanes, positions)).max() > 0.01
+
+
+@pytest.mark.parametrize("size", [16, 256])
+def test_a_lane_does_not_depend_on_the_others(size):
+    """To the bit, alone or among 48 (by threads, where heads are large); not even on NaN."""
+    cache, *_ = filled(2, size, 100)
+    rng = np.random.default_rng(0)
+    lanes = 48
+    loop, slots = rng.integers(0, LOOPS, lanes), rng.integers(0, SLOTS, lanes)
+    positions, q = rng.integers(0, 100, lanes), draw(lanes, 6, size)
+    together = np.asarray(attend(q, cache, loop, slots, positions, None))
+    for i in range(lanes):
+        one = slice(i, i + 1)
+        alone = attend(q[one], cache, loop[one], slots[one], positions[one], None)
+        np.testing.assert_array_equal(alone[0], together[i])
+    q[5, 1] = np.nan
+    broken = np.asarray(attend(q, cache, loop, slots, positions, None))
+    assert np.isnan(broken[5, 1]).all()
+    np.testing.assert_array_equal(np.delete(broken, 5, 0), np.delete(together, 5, 0))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_rows_that_are_not_to_be_seen_may_hold_anything(bad):
+    """Stale ones after the query, and those that its window has left; one within it is seen."""
+    cache, k, v = filled(1, 16, 70)
+    q, zero = draw(1, 2, 16), np.array([0])
+
+    def now(at, which, position, window):
+        rows = [np.array(x[:1, LAYER, :1, at : at + 1]) for x in (k, v)]
+        rows[which][:] = bad
+        put = cache.write(rows[0][0], rows[1][0], 0, LAYER, zero, np.array([[at]]))
+        window = None if window is None else np.array([window])
+        return np.asarray(attend(q, put, zero, zero, np.array([position]), window))
+
+    for which in (0, 1):
+        for at, position, window in ((41, 40, None), (40, 39, None), (9, 40, 31), (3, 40, 31)):
+            limits = None if window is None else np.array([window])
+            expected = slowly(q, k, v, zero, zero, np.array([position]), limits)
+            np.testing.assert_allclose(now(at, which, position, window), expected, atol=1e-5)
+        assert not np.isfinite(now(40, which, 40, None)).all()
+        assert not np.isfinite(now(10, which, 40, 31)).all()
+
+
+@pytest.mark.parametrize("logit", [1e3, 1e30])
+def test_large_scores_are_no_overflow(logit):
+    """The largest is subtracted, also if a later block brings it."""
+    cache, k, v = filled(1, 8, 70)
+    q, zero = draw(1, 1, 8), np.array([0])
+    key = np.sign(q[0]) * logit
+    put = cache.write(key[None, None], v[:1, LAYER, 0, 66:67], 0, LAYER, zero, np.array([[66]]))
+    y = attend(q, put, zero, zero, np.array([69]), None)
+    np.testing.assert_allclose(y[0, 0], v[0, LAYER, 0, 66, 0], rtol=1e-6)
+
+
+def test_engines_use_it_where_it_can_be_used():
+    def engine(cfg, dtype=jnp.float32):
+        params = split_layers(init_params(cfg, jax.random.key(0)))
+        return Engine(Decoder(cfg, dtype=dtype, scan_layers=False), params, 2, 32)
+
+    used = engine(tiny())
+    assert used.attention == "few_queries.cc kernel"
+    used.compile()
+    text = used._executables["tick"].as_text()
+    assert text.count(f'custom_call_target="{native._target("FewQueries")}"') == LAYERS
+    refused = {
+        "head_dim=12 is not a multiple of 8 up to 512": engine(tiny(size=12)),
+        "it does not take bfloat16": engine(tiny(), jnp.bfloat16),
+    }
+    for why, one in refused.items():
+        assert one.attention == f"XLA (few_queries.cc: {why})"
