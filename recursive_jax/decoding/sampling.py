@@ -29,6 +29,12 @@ class SamplingParams:
     presence_penalty: jax.Array  # f32 [B]
     frequency_penalty: jax.Array  # f32 [B]
 
+    @property
+    def penalised(self) -> jax.Array:
+        """bool [B], rows that have a penalty."""
+        on = (self.repetition_penalty != 1) | (self.presence_penalty != 0)
+        return on | (self.frequency_penalty != 0)
+
     @classmethod
     def stack(cls, rows: Sequence[Sampling]) -> SamplingParams:
         """Host arrays of `rows`."""
@@ -71,18 +77,26 @@ def sample(
       tokens int32 `[B]`, and their log-probabilities f32 `[B]` under `logits` as given, before
       penalties, temperature and filters. NaN logits give a NaN log-probability.
     """
-    penalised = logits if history is None else penalise(logits, params, positions, history)
-    greedy = largest(penalised)
+    at_random = params.temperature > 0
+    some_at_random = jnp.any(at_random)
 
-    def draw():
-        scores = filter_logits(penalised, params)
-        scores += gumbel_noise(seeds, positions, logits.shape[-1])
-        drawn = largest(scores)
-        return jnp.where(params.temperature > 0, drawn, greedy)
+    def draw(scores, best):
+        noise = gumbel_noise(seeds, positions, logits.shape[-1])
+        return jnp.where(at_random, largest(filter_logits(scores, params) + noise), best)
+
+    def choose_penalised():
+        scores = penalise(logits, params, positions, history)
+        best = largest(scores)
+        return jax.lax.cond(some_at_random, lambda: draw(scores, best), lambda: best)
 
     with jax.named_scope("sample"):
-        # The noise costs as much as a layer: not for batches that are greedy throughout.
-        tokens = jax.lax.cond(jnp.any(params.temperature > 0), draw, lambda: greedy)
+        # Noise costs as much as a layer, and penalties more: only for batches that need them.
+        greedy = largest(logits)
+        ways, way = [lambda: greedy, lambda: draw(logits, greedy)], some_at_random.astype(jnp.int32)
+        if history is not None:
+            ways.append(choose_penalised)
+            way = jnp.where(jnp.any(params.penalised), 2, way)
+        tokens = jax.lax.switch(way, ways)
         picked = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
         return tokens, picked - jax.nn.logsumexp(logits, axis=-1)
 
@@ -104,21 +118,16 @@ def penalise(
     rows = jnp.arange(logits.shape[0])[:, None]
     at = jnp.arange(history.text.shape[1])[None]
 
-    def apply():
-        def counts(mask):  # f32 [B, V]
-            return jnp.zeros_like(logits).at[rows, history.text].add(mask.astype(logits.dtype))
+    def counts(mask):  # f32 [B, V]
+        return jnp.zeros_like(logits).at[rows, history.text].add(mask.astype(logits.dtype))
 
-        before = at < positions[:, None]
-        answer = counts(before & (at >= history.first[:, None]))
-        factor = params.repetition_penalty[:, None]
-        x = jnp.where(logits > 0, logits / factor, logits * factor)
-        x = jnp.where(counts(before) > 0, x, logits)
-        x -= params.presence_penalty[:, None] * (answer > 0)
-        return x - params.frequency_penalty[:, None] * answer
-
-    on = (params.repetition_penalty != 1) | (params.presence_penalty != 0)
-    on |= params.frequency_penalty != 0
-    return jax.lax.cond(jnp.any(on), apply, lambda: logits)
+    before = at < positions[:, None]
+    answer = counts(before & (at >= history.first[:, None]))
+    factor = params.repetition_penalty[:, None]
+    x = jnp.where(logits > 0, logits / factor, logits * factor)
+    x = jnp.where(counts(before) > 0, x, logits)
+    x -= params.presence_penalty[:, None] * (answer > 0)
+    return x - params.frequency_penalty[:, None] * answer
 
 
 def filter_logits(logits: jax.Array, params: SamplingParams) -> jax.Array:
