@@ -217,8 +217,7 @@ def describe(engine: Engine, options: flags.FlagValues, exits: Exits) -> dict[st
         "prompt chunk": f"{engine.chunk_length} tokens",
         "cache": f"{engine.cache_bytes / 2**20:,.0f} MiB",
     }
-    if jax.default_backend() == "tpu":
-        words["attention"] = engine.attention
+    words["attention"] = engine.attention
     measure = exits.measure
     if measure is None:
         bounded = "where a request's max_loops says" if engine.can_exit else "none"

@@ -370,7 +370,8 @@ def test_penalties_follow_the_path_of_the_answer(lossless):
             {"presence_penalty": 2.0},
             {"frequency_penalty": 1.5},
             {"repetition_penalty": 0.8, "presence_penalty": -1.0, "frequency_penalty": 0.5},
-        ][i % 4]
+            {},
+        ][i % 5]
         sampling = dataclasses.replace(request.sampling, **penalties)
         requests.append(dataclasses.replace(request, sampling=sampling))
     ours, _ = serve(engine, requests, seed=21)

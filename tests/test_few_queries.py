@@ -165,6 +165,15 @@ def test_large_scores_are_no_overflow(logit):
     np.testing.assert_allclose(y[0, 0], v[0, LAYER, 0, 66, 0], rtol=1e-6)
 
 
+def test_blocks_that_it_has_no_room_for_are_an_error():
+    cache = KVCache(
+        *(np.zeros((LOOPS, LAYERS, 1, 1, 1, *s), np.float32) for s in ((8, 40), (40, 8)))
+    )
+    zero = np.array([0])
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no room for such heads or blocks"):
+        attend(draw(1, 1, 8), cache, zero, zero, zero, None).block_until_ready()
+
+
 def test_engines_use_it_where_it_can_be_used():
     def engine(cfg, dtype=jnp.float32):
         params = split_layers(init_params(cfg, jax.random.key(0)))

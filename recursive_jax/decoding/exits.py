@@ -97,7 +97,7 @@ class Exits:
                 lanes, slots = lambda a: a[at], lambda a: a[slot]
                 spread = lambda a: jnp.zeros(num_lanes, a.dtype).at[at].set(a)  # noqa: E731
             mine, here = jax.tree.map(lanes, look), lanes(looked)
-            # spare rows are zeros, which our kernel leaves out, and must not make the others pay
+            # spare rows are zeros, which `few_rows` leaves out, and must not make the others pay
             # for noise
             x = jnp.where(here[:, None], mine.after, jnp.zeros_like(mine.after))
             logits = self.model.apply({"params": head_params(params)}, x, method="unembed")

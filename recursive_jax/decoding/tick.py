@@ -278,7 +278,7 @@ class Ticks:
           [B, D], [C, D] (None without a chunk; it waits in `state.chunk` for its next loop), cache.
         """
         lanes, exited, missing = state.lanes, state.exited, None
-        # Idle rows are zeros: our kernel for a CPU leaves those out. The baseline runs its batch as
+        # Idle rows are zeros: on a CPU `few_rows` leaves those out. The baseline runs its batch as
         # one, as batches of sequences are: tokens that wait for others are multiplied as well.
         waiting = self._layout.of_lanes(state.slots.waiting)
         running = active if self.depthwise else active | waiting

@@ -24,7 +24,7 @@ namespace ffi = xla::ffi;
 using Floats = ffi::Buffer<ffi::F32>;
 using Ints = ffi::Buffer<ffi::S32>;
 
-constexpr int64_t kRows = 32;            // the most of a block, KVCache.BLOCK
+constexpr int64_t kRows = 32;            // the most of a block: KVCache.BLOCK
 constexpr int64_t kSizes = 64;           // the most vectors of a head
 constexpr int64_t kSmallest = 16 << 10;  // floats that are worth another thread
 
@@ -223,6 +223,9 @@ ffi::Error Attend(ffi::ThreadPool pool, Floats q, Floats keys, Floats values, In
   j.lanes = q.dimensions()[0], j.heads = q.dimensions()[1], j.size = q.dimensions()[2];
   j.loops = cache[0], j.layers = cache[1], j.num_slots = cache[2], j.blocks = cache[3];
   j.kv_heads = cache[4], j.rows = cache[5];
+  if (j.rows > kRows || j.size > kSizes * kLane || j.size % kLane || j.heads % j.kv_heads) {
+    return ffi::Error::InvalidArgument("few_queries.cc has no room for such heads or blocks");
+  }
   j.layer = std::clamp<int64_t>(layer.typed_data()[0], 0, j.layers - 1);
   int64_t floats = 0;
   for (int64_t lane = 0; lane < j.lanes; lane++) {

@@ -44,7 +44,10 @@ def attend(
     scale: float,
     softcap: float | None,
 ) -> jax.Array:
-    """What `attention.attend_cached` does with one query per lane, q `[B, 1, N, H]`, float32."""
+    """What `attention.attend_cached` does with one query per lane, q `[B, 1, N, H]`, float32.
+
+    Where it meets NaN only the head that does is NaN, there all heads of the lane.
+    """
     loop, layer, slots = where
     lanes = lambda numbers: jnp.broadcast_to(numbers, slots.shape).astype(jnp.int32)  # noqa: E731
     windows = () if window is None else (lanes(window),)

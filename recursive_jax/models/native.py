@@ -48,7 +48,7 @@ def _registered() -> frozenset[str]:
     except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
         said = str(getattr(error, "stderr", None) or "").strip() or str(error)
         logging.warning(
-            "%s are not used, and a CPU decodes few requests more slowly: %s",
+            "%s are not used, and a CPU decodes more slowly: %s",
             " and ".join(_SOURCES.values()),
             said.splitlines()[0],
         )
