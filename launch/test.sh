@@ -15,4 +15,6 @@ fi
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 "$PY" -m ruff check .
 "$PY" -m ruff format --check .
-"$PY" -m pytest -q -n 2 --dist loadfile "$@"  # a file's fixtures are made once
+# loadfile: a file's fixtures are made once. With a restart, pytest waits for ever for the tests of
+# a worker that crashed.
+"$PY" -m pytest -q -n 2 --dist loadfile --max-worker-restart=0 "$@"

@@ -80,23 +80,25 @@ def sample(
     at_random = params.temperature > 0
     some_at_random = jnp.any(at_random)
 
-    def draw(scores, best):
+    def draw(scores):
         noise = gumbel_noise(seeds, positions, logits.shape[-1])
-        return jnp.where(at_random, largest(filter_logits(scores, params) + noise), best)
+        return largest(filter_logits(scores, params) + noise)
 
-    def choose_penalised():
+    def draw_penalised():
         scores = penalise(logits, params, positions, history)
-        best = largest(scores)
-        return jax.lax.cond(some_at_random, lambda: draw(scores, best), lambda: best)
+        drawn = jax.lax.cond(some_at_random, lambda: draw(scores), lambda: nothing)
+        return jnp.where(at_random, drawn, largest(scores))
 
     with jax.named_scope("sample"):
         # Noise costs as much as a layer, and penalties more: only for batches that need them.
-        greedy = largest(logits)
-        ways, way = [lambda: greedy, lambda: draw(logits, greedy)], some_at_random.astype(jnp.int32)
+        # No branch hands `greedy` on: at such an alias the TPU compiler (libtpu 0.0.42) aborts.
+        greedy, nothing = largest(logits), jnp.zeros(logits.shape[0], jnp.int32)
+        ways, penalised = [lambda: nothing, lambda: draw(logits)], False
         if history is not None:
-            ways.append(choose_penalised)
-            way = jnp.where(jnp.any(params.penalised), 2, way)
-        tokens = jax.lax.switch(way, ways)
+            ways.append(draw_penalised)
+            penalised = jnp.any(params.penalised)
+        chosen = jax.lax.switch(jnp.where(penalised, 2, some_at_random), ways)
+        tokens = jnp.where(at_random | penalised, chosen, greedy)
         picked = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
         return tokens, picked - jax.nn.logsumexp(logits, axis=-1)
 
