@@ -301,7 +301,7 @@ class Engine:
         found, count = jax.device_get((found, count))  # here at the latest an error is known
         self._cache = new_cache
         # a shard that stopped earlier had nothing left to do
-        return [self._read(found, i) for i in range(count.max())]
+        return [self._read(tick) for tick in Found.unpack(found)[: count.max()]]
 
     def _choose_attention(self) -> tuple[str, str]:
         """`Decoder.attends` of the lanes, and what to say about it."""
@@ -323,24 +323,19 @@ class Engine:
         slots.token[slot], slots.position[slot], slots.waiting[slot] = token, position, waiting
         self._on_device.clear()
 
-    def _read(self, found: Found, tick: int) -> Tick:
-        slots = lambda mask: np.flatnonzero(mask).tolist()  # noqa: E731
-        token, logprob = found.token[tick], found.logprob[tick]
-        tokens = {
-            s: NewToken(int(token[s]), int(found.exit_loops[tick, s]), float(logprob[s]))
-            for s in slots(token != NO_TOKEN)
-        }
-        self._tainted.update(slots(found.tainted[tick]))
-        newest = found.newest[tick]
+    def _read(self, found: Found) -> Tick:
+        slots = lambda mask: [slot for slot, true in enumerate(mask) if true]  # noqa: E731
+        new = zip(found.token, found.exit_loops, found.logprob, strict=True)
+        self._tainted.update(slots(found.tainted))
         return Tick(
-            lanes={s: int(newest[s]) for s in slots(newest >= 0)},
-            exited=slots(found.exited[tick]),
-            finished=slots(found.finished[tick]),
-            tokens=tokens,
-            busy=int(found.busy[tick].sum()),
-            head_rows=int(found.head_rows[tick].sum()),
-            drafted=int(found.drafted[tick].sum()),
-            dropped=int(found.dropped[tick].sum()),
+            lanes={slot: loop for slot, loop in enumerate(found.newest) if loop >= 0},
+            exited=slots(found.exited),
+            finished=slots(found.finished),
+            tokens={slot: NewToken(*n) for slot, n in enumerate(new) if n[0] != NO_TOKEN},
+            busy=sum(found.busy),
+            head_rows=sum(found.head_rows),
+            drafted=sum(found.drafted),
+            dropped=sum(found.dropped),
         )
 
     def _new_cache(self) -> Cache:

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 
 from recursive_jax.decoding.early_exit import Look, Measure
 from recursive_jax.decoding.layout import Layout
-from recursive_jax.decoding.sampling import History, largest, sample
+from recursive_jax.decoding.requests import Sampling
+from recursive_jax.decoding.sampling import History, SamplingParams, largest, sample
 from recursive_jax.decoding.state import NO_TOKEN, Lanes, Seen
 from recursive_jax.models.decoder import Decoder, head_params
 
+IDLE = SamplingParams.stack([Sampling()])
 SMALL = 8  # rows of the head: fewer cost the same, reading its weights is what takes time
 
 
@@ -98,11 +100,12 @@ class Exits:
                 spread = lambda a: jnp.zeros(num_lanes, a.dtype).at[at].set(a)  # noqa: E731
             mine, here = jax.tree.map(lanes, look), lanes(looked)
             # spare rows are zeros, which `few_rows` leaves out, and must not make the others pay
-            # for noise
+            # for noise, filters or penalties
             x = jnp.where(here[:, None], mine.after, jnp.zeros_like(mine.after))
             logits = self.model.apply({"params": head_params(params)}, x, method="unembed")
-            sampling = jax.tree.map(slots, settings.sampling)
-            sampling = sampling.replace(temperature=jnp.where(here, sampling.temperature, 0.0))
+            sampling = jax.tree.map(
+                lambda mine, idle: jnp.where(here, slots(mine), idle), settings.sampling, IDLE
+            )
             history = History(slots(text), slots(settings.first))
             seeds, where = slots(settings.seeds), lanes(following)
             token, logprob = sample(logits, sampling, seeds, where, history)

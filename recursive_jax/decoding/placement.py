@@ -60,8 +60,7 @@ class Placement:
         if self._mesh is None:
             return run
         slots, whole = PartitionSpec(self._slot_axes), PartitionSpec()
-        per_tick = PartitionSpec(None, self._slot_axes)
-        cache = PartitionSpec(None, None, self._slot_axes)
+        cache = found = PartitionSpec(None, None, self._slot_axes)
 
         def spread(params, cache_, state, settings, changes, first, count, until, chunks):
             with nn.logical_axis_rules(self._rules):
@@ -69,7 +68,7 @@ class Placement:
                     run,
                     mesh=self._mesh,
                     in_specs=(whole, cache, slots, slots, slots, whole, whole, whole, slots),
-                    out_specs=(cache, slots, per_tick, slots),
+                    out_specs=(cache, slots, found, slots),
                     axis_names=set(self._slot_axes),
                     check_vma=False,
                 )(params, cache_, state, settings, changes, first, count, until, chunks)
@@ -120,7 +119,7 @@ class Placement:
     @property
     def outputs(self):
         """Of what `spread(run)` returns."""
-        return self.cache, self.slots, self._sharding(None, self._slot_axes), self.slots
+        return self.cache, self.slots, self._sharding(None, None, self._slot_axes), self.slots
 
     def put(self, tree: State | Settings | Changes | Chunks | None):
         """Host arrays that begin with an axis of slots (or of shards) -> their devices."""

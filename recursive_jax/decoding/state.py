@@ -1,10 +1,13 @@
 """What the device keeps and exchanges with the host while it decodes.
 
-Axes: S slots, B lanes, C chunk length, D embed, L loops, W stop ids, T ticks, N cache length. On a
-mesh the shards' slots stand one behind the other, and so do their lanes and chunks.
+Axes: S slots, B lanes, C chunk length, D embed, L loops, W stop ids, T ticks, N cache length, F
+fields of `Found`. On a mesh the shards' slots stand one behind the other, and so do their lanes and
+chunks.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -100,37 +103,37 @@ class Chunks:
 
 @struct.dataclass
 class Found:
-    """What happened in every tick, on its way to the host."""
+    """What happened in a tick."""
 
-    token: jax.Array  # int32 [T, S], NO_TOKEN where a slot brought none
-    logprob: jax.Array  # f32 [T, S]
-    exit_loops: jax.Array  # int32 [T, S]
-    newest: jax.Array  # int32 [T, S], loop that the slot's newest token ran, -1 if none
-    exited: jax.Array  # bool [T, S], another token starts from the next tick on
-    finished: jax.Array  # bool [T, S], the request ended
-    tainted: jax.Array  # bool [T, S], a state is not finite: the cache may hold NaN
-    busy: jax.Array  # int32 [T, S], lanes in use
-    head_rows: jax.Array  # int32 [T, S], lanes that were looked at through the head
-    drafted: jax.Array  # int32 [T, S], committed tokens whose successor had been drafted
-    dropped: jax.Array  # int32 [T, S], lanes given up because a draft was wrong
+    token: jax.Array  # int32 [S], NO_TOKEN where a slot brought none
+    logprob: jax.Array  # f32 [S]
+    exit_loops: jax.Array  # int32 [S]
+    newest: jax.Array  # int32 [S], loop that the slot's newest token ran, -1 if none
+    exited: jax.Array  # bool [S], another token starts from the next tick on
+    finished: jax.Array  # bool [S], the request ended
+    tainted: jax.Array  # bool [S], a state is not finite: the cache may hold NaN
+    busy: jax.Array  # int32 [S], lanes in use
+    head_rows: jax.Array  # int32 [S], lanes that were looked at through the head
+    drafted: jax.Array  # int32 [S], committed tokens whose successor had been drafted
+    dropped: jax.Array  # int32 [S], lanes given up because a draft was wrong
+
+    def pack(self) -> jax.Array:
+        """int32 [F, S]: to the host, one array is faster than eleven."""
+        columns = vars(self) | {"logprob": self.logprob.view(jnp.int32)}
+        return jnp.stack([column.astype(jnp.int32) for column in columns.values()])
 
     @classmethod
-    def empty(cls, num_slots: int) -> Found:
-        shape = (MAX_TICKS, num_slots)
-        per_slot = lambda fill, dtype=jnp.int32: jnp.full(shape, fill, dtype)  # noqa: E731
-        return cls(
-            token=per_slot(NO_TOKEN),
-            logprob=per_slot(0.0, jnp.float32),
-            exit_loops=per_slot(0),
-            newest=per_slot(-1),
-            exited=per_slot(False, bool),
-            finished=per_slot(False, bool),
-            tainted=per_slot(False, bool),
-            busy=per_slot(0),
-            head_rows=per_slot(0),
-            drafted=per_slot(0),
-            dropped=per_slot(0),
-        )
+    def nothing(cls, num_slots: int) -> jax.Array:
+        """int32 [F, T, S], packed ticks that did not run."""
+        row = [-1 if f.name in ("token", "newest") else 0 for f in dataclasses.fields(cls)]
+        return jnp.tile(jnp.array(row)[:, None, None], (1, MAX_TICKS, num_slots))
+
+    @classmethod
+    def unpack(cls, packed: np.ndarray) -> list[Found]:
+        """int32 [F, T, S] -> every tick's, as lists of numbers; truth values are 0 and 1."""
+        columns = dict(zip((f.name for f in dataclasses.fields(cls)), packed, strict=True))
+        columns["logprob"] = columns["logprob"].view(np.float32)
+        return [cls(*tick) for tick in zip(*(c.tolist() for c in columns.values()), strict=True)]
 
 
 @struct.dataclass

@@ -134,7 +134,7 @@ class Ticks:
         num_ticks: jax.Array,
         until_free: jax.Array,
         chunks: Chunks | None,
-    ) -> tuple[Cache, State, Found, jax.Array]:
+    ) -> tuple[Cache, State, jax.Array, jax.Array]:
         """Up to `num_ticks` ticks: fewer when nothing is left to do.
 
         Args:
@@ -143,26 +143,25 @@ class Ticks:
           chunks: one for each of the ticks; None compiles to a tick without prompt work.
 
         Returns:
-          cache, state, what was found, and int32 [1], how many ticks ran.
+          cache, state, what was found (packed, int32 [F, T, S]), and int32 [1], how many ticks ran.
         """
 
         def goes_on(carry):
-            i, _, state, found = carry
+            i, freed, _, state, _ = carry
             working = jnp.any(state.slots.waiting) | jnp.any(state.lanes.loop < self.num_loops)
-            freed = (i > 0) & jnp.any(found.finished[i - 1])
             working |= chunks is not None
             return (i < num_ticks) & working & ~(until_free & freed)
 
         def tick(carry):
-            i, cache, state, found = carry
+            i, _, cache, state, found = carry
             gate_tick = (first_tick + i) % self.period == 0
             chunk = None if chunks is None else jax.tree.map(lambda a: a[i], chunks)
             cache, state, now = self._tick(params, cache, state, settings, gate_tick, chunk)
-            found = jax.tree.map(lambda all_, one: all_.at[i].set(one), found, now)
-            return i + 1, cache, state, found
+            return i + 1, jnp.any(now.finished), cache, state, found.at[:, i].set(now.pack())
 
-        start = (jnp.int32(0), cache, self._change(state, changes), Found.empty(self.num_slots))
-        count, cache, state, found = jax.lax.while_loop(goes_on, tick, start)
+        state, found = self._change(state, changes), Found.nothing(self.num_slots)
+        start = (jnp.int32(0), jnp.bool_(False), cache, state, found)
+        count, _, cache, state, found = jax.lax.while_loop(goes_on, tick, start)
         return cache, state, found, count[None]
 
     def _change(self, state: State, changes: Changes) -> State:
