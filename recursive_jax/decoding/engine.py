@@ -297,7 +297,8 @@ class Engine:
         )
         if self._changes.reset.any():
             self._changes.reset[:] = False
-            del self._on_device["changes"]
+            done = place.put(np.copy(self._changes.reset))
+            self._on_device["changes"] = self._on_device["changes"].replace(reset=done)
         found, count = jax.device_get((found, count))  # here at the latest an error is known
         self._cache = new_cache
         # a shard that stopped earlier had nothing left to do

@@ -83,7 +83,8 @@ class Exits:
         """
         num_lanes = self.layout.num_lanes
         capacity = min(num_lanes, self.layout.num_slots * (2 if self.lossless else 1))
-        fewer = [capacity * quarters // 4 for quarters in (1, 2, 3)]
+        # A program for each; with all slots at work most ticks need one of the last.
+        fewer = [capacity * eighths // 8 for eighths in (2, 4, 6, 7)]
         sizes = sorted({0, capacity, *(n for n in fewer if n >= SMALL)})
         compacts = any(0 < n < num_lanes for n in sizes)
         order = jnp.argsort(~looked, stable=True)[:capacity] if compacts else None

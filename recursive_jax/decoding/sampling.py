@@ -30,6 +30,11 @@ class SamplingParams:
     frequency_penalty: jax.Array  # f32 [B]
 
     @property
+    def filtered(self) -> jax.Array:
+        """bool [B], rows that leave tokens out."""
+        return (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)
+
+    @property
     def penalised(self) -> jax.Array:
         """bool [B], rows that have a penalty."""
         on = (self.repetition_penalty != 1) | (self.presence_penalty != 0)
@@ -80,25 +85,30 @@ def sample(
     at_random = params.temperature > 0
     some_at_random = jnp.any(at_random)
 
-    def draw(scores):
+    def draw(scores, scaled):
         noise = gumbel_noise(seeds, positions, logits.shape[-1])
-        return largest(filter_logits(scores, params) + noise)
+        return largest(jnp.where(at_random[:, None], scaled + noise, scores))
 
-    def draw_penalised():
+    def choose_penalised():
         scores = penalise(logits, params, positions, history)
-        drawn = jax.lax.cond(some_at_random, lambda: draw(scores), lambda: nothing)
-        return jnp.where(at_random, drawn, largest(scores))
+        at_random = lambda: draw(scores, filter_logits(scores, params))  # noqa: E731
+        return jax.lax.cond(some_at_random, at_random, lambda: largest(scores))
 
     with jax.named_scope("sample"):
-        # Noise costs as much as a layer, and penalties more: only for batches that need them.
-        # No branch hands `greedy` on: at such an alias the TPU compiler (libtpu 0.0.42) aborts.
-        greedy, nothing = largest(logits), jnp.zeros(logits.shape[0], jnp.int32)
-        ways, penalised = [lambda: nothing, lambda: draw(logits)], False
+        # Noise costs as much as a layer, filters and penalties more: only for batches that need
+        # them. The largest logits are for all, and for `logsumexp`.
+        # No branch hands its operand on: at such an alias the TPU compiler (libtpu 0.0.42) aborts.
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        ways = [
+            lambda: first_of(logits, top),
+            lambda: draw(logits, scale(logits, params, top)),
+            lambda: draw(logits, filter_logits(logits, params)),
+        ]
+        way = jnp.where(jnp.any(at_random & params.filtered), 2, some_at_random)
         if history is not None:
-            ways.append(draw_penalised)
-            penalised = jnp.any(params.penalised)
-        chosen = jax.lax.switch(jnp.where(penalised, 2, some_at_random), ways)
-        tokens = jnp.where(at_random | penalised, chosen, greedy)
+            ways.append(choose_penalised)
+            way = jnp.where(jnp.any(params.penalised), 3, way)
+        tokens = jax.lax.switch(way, ways)
         picked = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
         return tokens, picked - jax.nn.logsumexp(logits, axis=-1)
 
@@ -108,9 +118,13 @@ def largest(x: jax.Array) -> jax.Array:
 
     In two reductions that a CPU runs in vectors; that of `jnp.argmax` goes number by number.
     """
+    return first_of(x, jnp.max(x, axis=-1, keepdims=True))
+
+
+def first_of(x: jax.Array, value: jax.Array) -> jax.Array:
+    """The first id where x `[B, V]` is `value [B, 1]`, or the last of all ids."""
     ids = jnp.arange(x.shape[-1], dtype=jnp.int32)
-    at = x == jnp.max(x, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(at, ids, x.shape[-1] - 1), axis=-1)
+    return jnp.min(jnp.where(x == value, ids, x.shape[-1] - 1), axis=-1)
 
 
 def penalise(
@@ -132,16 +146,21 @@ def penalise(
     return x - params.frequency_penalty[:, None] * answer
 
 
-def filter_logits(logits: jax.Array, params: SamplingParams) -> jax.Array:
-    """Logits over temperature, -inf where top_k, top_p or min_p (in this order) drop a token.
-
-    The most likely token is shifted to 0. top_p sees the probabilities that top_k leaves,
-    renormalised. Tokens as likely as the last one kept are kept as well, so the order of the
-    vocabulary decides nothing. Rows at temperature 0 are not scaled.
+def scale(logits: jax.Array, params: SamplingParams, top: jax.Array) -> jax.Array:
+    """Logits `[B, V]` over temperature, less their largest, `top [B, 1]`: so even the smallest
+    temperature gives no infinity minus infinity. Rows at temperature 0 are not divided.
     """
-    # After the shift even the smallest temperature gives no infinity minus infinity.
     temperature = jnp.where(params.temperature > 0, jnp.maximum(params.temperature, 1e-6), 1.0)
-    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature[:, None]
+    return (logits - top) / temperature[:, None]
+
+
+def filter_logits(logits: jax.Array, params: SamplingParams) -> jax.Array:
+    """Scaled logits, -inf where top_k, top_p or min_p (in this order) drop a token.
+
+    top_p sees the probabilities that top_k leaves, renormalised. Tokens as likely as the last one
+    kept are kept as well, so the order of the vocabulary decides nothing.
+    """
+    logits = scale(logits, params, jnp.max(logits, axis=-1, keepdims=True))
     some = lambda on, rule: jax.lax.cond(jnp.any(on), rule, lambda x: x, logits)  # noqa: E731
 
     def top_k(x):
