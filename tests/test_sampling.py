@@ -8,7 +8,14 @@ from scipy import stats
 from scipy.special import log_softmax, softmax
 
 from recursive_jax.decoding.requests import Sampling
-from recursive_jax.decoding.sampling import SamplingParams, filter_logits, gumbel_noise, sample
+from recursive_jax.decoding.sampling import (
+    History,
+    SamplingParams,
+    filter_logits,
+    gumbel_noise,
+    sample,
+    scale,
+)
 
 VOCAB = 37
 MIXED = [
@@ -47,10 +54,14 @@ def kept_by_sorting(logits: np.ndarray, s: Sampling) -> np.ndarray:
     return keep
 
 
+def filtered(logits, params: SamplingParams):
+    return filter_logits(scale(logits, params, logits.max(axis=-1, keepdims=True)), params)
+
+
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
 def test_filters_keep_what_sorting_keeps(ties):
     rng = np.random.default_rng(ties)
-    run = jax.jit(filter_logits)
+    run = jax.jit(filtered)
     removed = 0
     for _ in range(10):
         logits = rng.normal(size=(len(MIXED), VOCAB)).astype(np.float32) * 3
@@ -69,7 +80,7 @@ def test_filters_keep_what_sorting_keeps(ties):
 def test_filters_with_removed_tokens_and_the_ends_of_float32():
     """-inf stays out, a negative and a positive extreme do not upset the order of the bits."""
     logits = np.array([[-np.inf, -1e30, 0.0, 3.0, 2.9, -np.inf]], np.float32)
-    keep = lambda s: np.isfinite(filter_logits(logits, SamplingParams.stack([s])))[0]  # noqa: E731
+    keep = lambda s: np.isfinite(filtered(logits, SamplingParams.stack([s])))[0]  # noqa: E731
     np.testing.assert_array_equal(keep(Sampling(1.0, top_k=2)), [0, 0, 0, 1, 1, 0])
     np.testing.assert_array_equal(keep(Sampling(1.0, top_k=4)), [0, 1, 1, 1, 1, 0])
     np.testing.assert_array_equal(keep(Sampling(1.0, top_k=5)), [0, 1, 1, 1, 1, 0])
@@ -126,13 +137,14 @@ def test_noise_is_that_of_jax(vocab_size):
             np.testing.assert_array_equal(mine, jax.random.gumbel(key, (vocab_size,)))
 
 
-def test_greedy_and_sampled_rows_share_a_batch():
-    logits = np.random.default_rng(1).normal(size=(len(MIXED), VOCAB)).astype(np.float32)
-    seeds = np.arange(len(MIXED), dtype=np.uint32)
-    positions = np.full(len(MIXED), 11, np.int32)
-    tokens, logprobs = jax.jit(sample)(logits, SamplingParams.stack(MIXED), seeds, positions)
+@pytest.mark.parametrize("mixed", [MIXED, MIXED[:2] * 4], ids=["filters", "no filters"])
+def test_greedy_and_sampled_rows_share_a_batch(mixed):
+    logits = np.random.default_rng(1).normal(size=(len(mixed), VOCAB)).astype(np.float32)
+    seeds = np.arange(len(mixed), dtype=np.uint32)
+    positions = np.full(len(mixed), 11, np.int32)
+    tokens, logprobs = jax.jit(sample)(logits, SamplingParams.stack(mixed), seeds, positions)
     noise = np.asarray(gumbel_noise(seeds, positions, VOCAB))
-    for i, s in enumerate(MIXED):
+    for i, s in enumerate(mixed):
         if s.temperature == 0:
             expected = logits[i].argmax()
         else:
@@ -144,12 +156,36 @@ def test_greedy_and_sampled_rows_share_a_batch():
     assert (np.asarray(tokens) != logits.argmax(-1)).any()
 
 
-def test_nan_logits_are_told_by_their_log_probability():
-    logits = np.zeros((3, VOCAB), np.float32)
-    logits[1, 4] = np.nan
-    params = SamplingParams.stack([Sampling(), Sampling(), Sampling(1.0)])
-    _, logprobs = sample(logits, params, np.zeros(3, np.uint32), np.zeros(3, np.int32))
-    np.testing.assert_array_equal(np.isnan(logprobs), [False, True, False])
+def test_a_row_alone_is_as_among_others():
+    """Whatever way its batch mates make the batch go."""
+    rows = [*MIXED, Sampling(1.0, repetition_penalty=1.7), Sampling(frequency_penalty=0.9)]
+    rng = np.random.default_rng(3)
+    logits = rng.normal(size=(len(rows), VOCAB)).astype(np.float32)
+    text = rng.integers(0, VOCAB, (len(rows), 12)).astype(np.int32)
+    seeds, where = np.arange(len(rows), dtype=np.uint32), np.full(len(rows), 12, np.int32)
+    history = History(text, np.full(len(rows), 5, np.int32))
+    run = jax.jit(sample)
+    tokens, logprobs = run(logits, SamplingParams.stack(rows), seeds, where, history)
+    for i, mine in enumerate(rows):
+        of = slice(i, i + 1)
+        alone = run(
+            logits[of],
+            SamplingParams.stack([mine]),
+            seeds[of],
+            where[of],
+            jax.tree.map(lambda a, of=of: a[of], history),
+        )
+        assert alone[0] == tokens[of], mine
+        np.testing.assert_allclose(alone[1], logprobs[of], atol=1e-6)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(1.0, top_k=3)])
+def test_logits_that_are_no_numbers_are_told_by_their_log_probability(sampling):
+    logits = np.zeros((4, VOCAB), np.float32)
+    logits[1, 4], logits[2, 4], logits[3, 1:] = np.nan, np.inf, -np.inf
+    params = SamplingParams.stack([sampling] * 4)
+    _, logprobs = sample(logits, params, np.zeros(4, np.uint32), np.zeros(4, np.int32))
+    np.testing.assert_array_equal(np.isnan(logprobs), [False, True, True, False])
 
 
 @pytest.mark.parametrize(

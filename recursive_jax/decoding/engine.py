@@ -296,13 +296,13 @@ class Engine:
             work,
         )
         if self._changes.reset.any():
-            self._changes.reset[:] = False
-            done = place.put(np.copy(self._changes.reset))
+            self._changes.reset[:] = False  # there, too; the texts need not be sent again
+            done = place.put(_copied(self._changes.reset))
             self._on_device["changes"] = self._on_device["changes"].replace(reset=done)
         found, count = jax.device_get((found, count))  # here at the latest an error is known
         self._cache = new_cache
         # a shard that stopped earlier had nothing left to do
-        return [self._read(tick) for tick in Found.unpack(found)[: count.max()]]
+        return [self._read(tick) for tick in Found.unpack(found[:, : count.max()])]
 
     def _choose_attention(self) -> tuple[str, str]:
         """`Decoder.attends` of the lanes, and what to say about it."""

@@ -40,6 +40,16 @@ class Exits:
     def reads_logits(self) -> bool:
         return self.measure is not None and self.measure.needs_logits
 
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of rows that the head runs on, ascending: each is a program to compile.
+
+        Where many lanes are looked at in every tick, most ticks need seven eighths of the rows.
+        """
+        capacity = min(self.layout.num_lanes, self.layout.num_slots * (2 if self.lossless else 1))
+        fewer = [capacity * eighths // 8 for eighths in (2, 4, 6, 7)]
+        return sorted({0, capacity, *(n for n in fewer if n >= SMALL)})
+
     def what_to_see(self, settings, lanes: Lanes, x) -> Look:
         recorded = jnp.zeros_like(lanes.loop)
         if settings.recorded.shape[1]:
@@ -81,13 +91,9 @@ class Exits:
 
         Only here is there a branch, by the number of rows: the cache is not in it.
         """
-        num_lanes = self.layout.num_lanes
-        capacity = min(num_lanes, self.layout.num_slots * (2 if self.lossless else 1))
-        # A program for each; with all slots at work most ticks need one of the last.
-        fewer = [capacity * eighths // 8 for eighths in (2, 4, 6, 7)]
-        sizes = sorted({0, capacity, *(n for n in fewer if n >= SMALL)})
+        num_lanes, sizes = self.layout.num_lanes, self.sizes
         compacts = any(0 < n < num_lanes for n in sizes)
-        order = jnp.argsort(~looked, stable=True)[:capacity] if compacts else None
+        order = jnp.argsort(~looked, stable=True)[: sizes[-1]] if compacts else None
 
         def rows(size, order):
             if not size:

@@ -121,7 +121,7 @@ class Placement:
         """Of what `spread(run)` returns."""
         return self.cache, self.slots, self._sharding(None, None, self._slot_axes), self.slots
 
-    def put(self, tree: State | Settings | Changes | Chunks | None):
+    def put(self, tree: State | Settings | Changes | Chunks | jax.typing.ArrayLike | None):
         """Host arrays that begin with an axis of slots (or of shards) -> their devices."""
         return self._put(tree, self.slots)
 

@@ -80,37 +80,45 @@ def sample(
 
     Returns:
       tokens int32 `[B]`, and their log-probabilities f32 `[B]` under `logits` as given, before
-      penalties, temperature and filters. NaN logits give a NaN log-probability.
+      penalties, temperature and filters. It is NaN, and the token any, where a logit is NaN or
+      +inf, or all are -inf.
     """
     at_random = params.temperature > 0
     some_at_random = jnp.any(at_random)
 
-    def draw(scores, scaled):
+    def draw(scores, top, filtered=lambda scaled, _: scaled):
         noise = gumbel_noise(seeds, positions, logits.shape[-1])
+        scaled = filtered(scale(scores, params, top), params)
         return largest(jnp.where(at_random[:, None], scaled + noise, scores))
 
     def choose_penalised():
         scores = penalise(logits, params, positions, history)
-        at_random = lambda: draw(scores, filter_logits(scores, params))  # noqa: E731
-        return jax.lax.cond(some_at_random, at_random, lambda: largest(scores))
+        top = jnp.max(scores, axis=-1, keepdims=True)
+        return jax.lax.cond(
+            some_at_random,
+            lambda: draw(scores, top, filter_logits),
+            lambda: first_of(scores, top),
+        )
 
     with jax.named_scope("sample"):
         # Noise costs as much as a layer, filters and penalties more: only for batches that need
-        # them. The largest logits are for all, and for `logsumexp`.
-        # No branch hands its operand on: at such an alias the TPU compiler (libtpu 0.0.42) aborts.
+        # them. `top` is found once for all ways; XLA sees that `logsumexp` needs the same. No way
+        # is a bare `lambda: what_is_known_outside`: at such an alias the TPU compiler (libtpu
+        # 0.0.42) aborts.
         top = jnp.max(logits, axis=-1, keepdims=True)
         ways = [
             lambda: first_of(logits, top),
-            lambda: draw(logits, scale(logits, params, top)),
-            lambda: draw(logits, filter_logits(logits, params)),
+            lambda: draw(logits, top),
+            lambda: draw(logits, top, filter_logits),
         ]
-        way = jnp.where(jnp.any(at_random & params.filtered), 2, some_at_random)
+        way = jnp.where(jnp.any(at_random & params.filtered), 2, some_at_random.astype(jnp.int32))
         if history is not None:
             ways.append(choose_penalised)
             way = jnp.where(jnp.any(params.penalised), 3, way)
         tokens = jax.lax.switch(way, ways)
         picked = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-        return tokens, picked - jax.nn.logsumexp(logits, axis=-1)
+        logprob = picked - jax.nn.logsumexp(logits, axis=-1)
+        return tokens, jnp.where(jnp.isfinite(top[:, 0]), logprob, jnp.nan)
 
 
 def largest(x: jax.Array) -> jax.Array:
@@ -154,14 +162,15 @@ def scale(logits: jax.Array, params: SamplingParams, top: jax.Array) -> jax.Arra
     return (logits - top) / temperature[:, None]
 
 
-def filter_logits(logits: jax.Array, params: SamplingParams) -> jax.Array:
-    """Scaled logits, -inf where top_k, top_p or min_p (in this order) drop a token.
+def filter_logits(scaled: jax.Array, params: SamplingParams) -> jax.Array:
+    """Logits as of `scale`, -inf where top_k, top_p or min_p (in this order) drop a token.
 
     top_p sees the probabilities that top_k leaves, renormalised. Tokens as likely as the last one
     kept are kept as well, so the order of the vocabulary decides nothing.
     """
-    logits = scale(logits, params, jnp.max(logits, axis=-1, keepdims=True))
-    some = lambda on, rule: jax.lax.cond(jnp.any(on), rule, lambda x: x, logits)  # noqa: E731
+
+    def some(on, rule, x):
+        return jax.lax.cond(jnp.any(on & (params.temperature > 0)), rule, lambda x: x, x)
 
     def top_k(x):
         keep = _most_likely(x, jnp.ones_like(x), params.top_k.astype(jnp.float32))
@@ -171,10 +180,10 @@ def filter_logits(logits: jax.Array, params: SamplingParams) -> jax.Array:
         keep = _most_likely(x, jax.nn.softmax(x, axis=-1), params.top_p)
         return jnp.where(keep | (params.top_p >= 1)[:, None], x, -jnp.inf)
 
-    logits = some(params.top_k > 0, top_k)
-    logits = some(params.top_p < 1, top_p)
+    scaled = some(params.top_k > 0, top_k, scaled)
+    scaled = some(params.top_p < 1, top_p, scaled)
     floor = jnp.log(params.min_p)[:, None]  # log 0 = -inf keeps all
-    return jnp.where(logits >= floor, logits, -jnp.inf)
+    return jnp.where(scaled >= floor, scaled, -jnp.inf)
 
 
 def gumbel_noise(seeds: jax.Array, positions: jax.Array, vocab_size: int) -> jax.Array:

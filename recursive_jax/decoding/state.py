@@ -103,7 +103,7 @@ class Chunks:
 
 @struct.dataclass
 class Found:
-    """What happened in a tick."""
+    """What happened in a tick; on the host, `unpack`ed, lists of numbers."""
 
     token: jax.Array  # int32 [S], NO_TOKEN where a slot brought none
     logprob: jax.Array  # f32 [S]
@@ -119,18 +119,20 @@ class Found:
 
     def pack(self) -> jax.Array:
         """int32 [F, S]: to the host, one array is faster than eleven."""
-        columns = vars(self) | {"logprob": self.logprob.view(jnp.int32)}
-        return jnp.stack([column.astype(jnp.int32) for column in columns.values()])
+        bits = self.replace(logprob=self.logprob.view(jnp.int32))
+        columns = [getattr(bits, field.name) for field in dataclasses.fields(self)]
+        return jnp.stack([column.astype(jnp.int32) for column in columns])
 
     @classmethod
     def nothing(cls, num_slots: int) -> jax.Array:
         """int32 [F, T, S], packed ticks that did not run."""
-        row = [-1 if f.name in ("token", "newest") else 0 for f in dataclasses.fields(cls)]
-        return jnp.tile(jnp.array(row)[:, None, None], (1, MAX_TICKS, num_slots))
+        none = {"token": NO_TOKEN, "newest": -1}
+        row = jnp.array([none.get(f.name, 0) for f in dataclasses.fields(cls)], jnp.int32)
+        return jnp.tile(row[:, None, None], (1, MAX_TICKS, num_slots))
 
     @classmethod
     def unpack(cls, packed: np.ndarray) -> list[Found]:
-        """int32 [F, T, S] -> every tick's, as lists of numbers; truth values are 0 and 1."""
+        """int32 [F, T, S] -> every tick's; truth values are 0 and 1."""
         columns = dict(zip((f.name for f in dataclasses.fields(cls)), packed, strict=True))
         columns["logprob"] = columns["logprob"].view(np.float32)
         return [cls(*tick) for tick in zip(*(c.tolist() for c in columns.values()), strict=True)]

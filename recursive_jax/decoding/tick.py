@@ -88,6 +88,11 @@ class Ticks:
         """Tokens and prompts start at ticks that are a multiple of it."""
         return self.num_loops if self.depthwise and not self.can_exit else 1
 
+    @property
+    def head_sizes(self) -> list[int]:
+        """Numbers of rows that the head runs on."""
+        return self._exits.sizes
+
     @functools.cached_property
     def _layout(self) -> Layout:
         return Layout(self.num_slots, self.lanes_per_slot)

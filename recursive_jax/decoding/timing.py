@@ -102,7 +102,8 @@ class Stopwatch:
         model = engine._ticks.model  # with the attention that its ticks use
         params, slots, box = engine.params, engine.num_slots, self._box
         self._propagates = engine.can_exit and engine._ticks.missing_kv == "propagate"
-        self._rows = sorted({max(1, slots * n // 8) for n in (1, 2, 4, 6, 8, 12, 14, 16)})
+        some = {max(1, slots * n // 8) for n in (1, 2, 4, 6, 8)}
+        self._rows = sorted((some | {*engine._ticks.head_sizes}) - {0})
         self._mix = exit_loops or dict.fromkeys(range(1, engine.num_loops + 1), 1)
         calls: dict[Any, Callable[[int], Any]] = {
             "embed": _embed(model, head_params(params), slots)
@@ -135,8 +136,9 @@ class Stopwatch:
     def run(self) -> None:
         """Time every part once more; takes about `SECONDS` for each, and a quarter to warm up."""
         for name, call in self._calls.items():
-            # After another program, threads sleep and caches hold other things.
-            call(-(-self._counts[name] // 4))
+            # After another program threads sleep, and wake only in the course of many short passes.
+            # A pass of many milliseconds pays little for that, and so do the engine's trips.
+            call(self._counts[name] // 4)
             start = time.perf_counter()
             call(self._counts[name])
             self._seconds[name].append((time.perf_counter() - start) / self._counts[name])
@@ -255,11 +257,11 @@ def _head(model, params, rows: int, sampling: Sampling) -> Callable[[int], Any]:
     seeds, positions = np.zeros(rows, np.uint32), np.zeros(rows, np.int32)
 
     def heads(given, count, x):
-        params, stacked = given  # what was asked for is no part of the program
+        weights, asked = given  # as arguments: of constants XLA would make a shorter program
 
         def one(i, x):
-            logits = model.apply({"params": params}, x, method="unembed")
-            _, logprob = sample(logits, stacked, seeds, positions + i)  # noise of its own
+            logits = model.apply({"params": weights}, x, method="unembed")
+            _, logprob = sample(logits, asked, seeds, positions + i)  # noise of its own
             return _unit(x + logprob[:, None].astype(x.dtype))  # each waits for the one before
 
         return jax.lax.fori_loop(0, count, one, x)
