@@ -136,9 +136,7 @@ class Stopwatch:
     def run(self) -> None:
         """Time every part once more; takes about `SECONDS` for each, and a quarter to warm up."""
         for name, call in self._calls.items():
-            # After another program threads sleep, and wake only in the course of many short passes.
-            # A pass of many milliseconds pays little for that, and so do the engine's trips.
-            call(self._counts[name] // 4)
+            call(-(-self._counts[name] // 4))  # after another program threads sleep
             start = time.perf_counter()
             call(self._counts[name])
             self._seconds[name].append((time.perf_counter() - start) / self._counts[name])
