@@ -1,5 +1,6 @@
 """One query per lane by our kernel for a CPU, against a slow loop in float64."""
 
+import functools
 import shutil
 
 import jax
@@ -55,12 +56,21 @@ def tiny(heads=2, kv_heads=1, size=8) -> DecoderConfig:
     )
 
 
-@jax.jit
-def attend(q, cache, loop, slots, positions, window):
-    where = loop, jnp.int32(LAYER), slots
-    return few_queries.attend(q[:, None], cache, where, positions[:, None], window, SCALE, None)[
-        :, 0
-    ]
+def attend(q, cache, loop, slots, positions, window, softcap=None):
+    """The cache's own rows of the lanes are taken out, and handed over as the new ones."""
+    return _attend(q, cache, loop, slots, positions, window, softcap)[0][:, 0]
+
+
+@functools.partial(jax.jit, static_argnums=6)
+def _attend(q, cache, loop, slots, positions, window, softcap):
+    at, layer = jnp.minimum(positions, cache.length - 1), jnp.int32(LAYER)
+    k, v = (
+        getattr(cache, name)[cache._row(name, loop, layer, slots, at)][:, None]
+        for name in ("keys", "values")
+    )
+    where, positions = (loop, layer, slots), positions[:, None]
+    gone = cache.write(k * jnp.nan, v * jnp.nan, *where, positions)
+    return few_queries.attend(q[:, None], k, v, gone, where, positions, window, SCALE, softcap)
 
 
 def slowly(q, k, v, loop, slots, positions, window=None, softcap=None):
@@ -102,12 +112,35 @@ def test_it_is_attention(group, kv_heads, size, length):
         assert not y[2].any()
 
 
+@pytest.mark.parametrize("size", [8, 256])
+@pytest.mark.parametrize("length", [20, 77])
+def test_new_rows_are_written(length, size):
+    """As by `Cache.write`, to the bit: of lanes and of rows that ask nothing; nowhere if beyond."""
+    cache, *_ = filled(2, size, length)
+    rng = np.random.default_rng(0)
+    rows, lanes = 12, 5
+    places = rng.permutation(LOOPS * SLOTS * length)[:rows]
+    loop, slots, positions = np.unravel_index(places, (LOOPS, SLOTS, length))
+    positions[[2, 8]] = cache.length, cache.length + 5
+    k, v, q = (
+        draw(rows, 1, 2, size),
+        draw(rows, 1, 2, size, seed=1),
+        draw(lanes, 1, 4, size, seed=2),
+    )
+    where, positions = (loop, jnp.int32(LAYER), slots), positions[:, None]
+    y, now = few_queries.attend(q, k, v, cache, where, positions, None, SCALE, None)
+    expected = cache.write(k, v, *where, positions)
+    jax.tree.map(np.testing.assert_array_equal, now, expected)
+    assert (np.asarray(now.keys) != np.asarray(cache.keys)).any(axis=5).sum() == 2 * (rows - 2)
+    at = loop[:lanes], slots[:lanes], positions[:lanes, 0]
+    np.testing.assert_array_equal(y[:, 0], attend(q[:, 0], expected, *at, None))
+
+
 def test_softcap():
     cache, k, v = filled(1, 16, 40)
     q, lanes = 5 * draw(2, 2, 16), np.array([0, 1])
     positions = np.array([39, 7])
-    where = lanes, jnp.int32(LAYER), lanes
-    y = few_queries.attend(q[:, None], cache, where, positions[:, None], None, SCALE, 1.5)[:, 0]
+    y = attend(q, cache, lanes, lanes, positions, None, 1.5)
     expected = slowly(q, k, v, lanes, lanes, positions, softcap=1.5)
     np.testing.assert_allclose(y, expected, atol=1e-5)
     assert np.abs(expected - slowly(q, k, v, lanes, lanes, positions)).max() > 0.01

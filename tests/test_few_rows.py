@@ -3,6 +3,8 @@
 import importlib
 import os
 import pathlib
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -169,7 +171,7 @@ def test_without_a_compiler_it_warns_once_and_xla_multiplies(tmp_path, compiler,
     )
     assert done.returncode == 0, done.stderr
     assert (
-        done.stderr.count("few_rows.cc and few_queries.cc are not used") == 1
+        done.stderr.count("few_rows.cc, few_queries.cc, largest.cc are not used") == 1
         and said in done.stderr
     )
 
@@ -184,3 +186,20 @@ def test_an_unwritable_cache_is_no_end(tmp_path, monkeypatch, caplog):
         assert not native.has("FewRows") and "few_rows.cc" in caplog.text
     finally:
         native._registered.cache_clear()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+def test_large_pages_hold_the_same_numbers():
+    enabled = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    version = tuple(map(int, re.findall(r"\d+", platform.release())[:2]))
+    if version < (6, 1) or not enabled.exists() or "[never]" in enabled.read_text():
+        pytest.skip("this kernel gives none")
+    size = lambda: int(  # noqa: E731
+        re.search(r"AnonHugePages:\s+(\d+)", pathlib.Path("/proc/self/smaps_rollup").read_text())[1]
+    )
+    numbers = np.random.default_rng(0).normal(size=(8 << 20,)).astype(np.float32)
+    arrays = {"large": jnp.array(numbers), "small": jnp.arange(3)}
+    before = size()
+    native.use_huge_pages(arrays.values())
+    assert size() - before >= 24 << 10, "of 32 MiB, all but the ends"
+    np.testing.assert_array_equal(arrays["large"], numbers)

@@ -33,7 +33,7 @@ from recursive_jax.decoding.state import (
     Slots,
 )
 from recursive_jax.decoding.tick import Ticks
-from recursive_jax.models import few_queries, paged
+from recursive_jax.models import few_queries, native, paged
 from recursive_jax.models.decoder import Decoder
 from recursive_jax.models.kv_cache import Cache
 
@@ -147,6 +147,8 @@ class Engine:
                 "its own slots only. Measure the sequence-wise baseline on one of them"
             )
         self._attends, self.attention = self._choose_attention()
+        if self._placement.platform == "cpu" and self._placement.devices == 1:
+            native.use_huge_pages(jax.tree.leaves(params))
         self._ticks = Ticks(
             # it sees one shard's lanes
             model=model.clone(data_shards=1, attends=self._attends),

@@ -115,7 +115,9 @@ class Exits:
             )
             history = History(slots(text), slots(settings.first))
             seeds, where = slots(settings.seeds), lanes(following)
-            token, logprob = sample(logits, sampling, seeds, where, history)
+            token, logprob = sample(
+                logits, sampling, seeds, where, history, one_device=not self.model.scan_layers
+            )
             guess, score = token, logprob
             if self.reads_logits:
                 guess = largest(logits)

@@ -15,6 +15,7 @@ import numpy as np
 from flax import struct
 
 from recursive_jax.decoding.requests import Sampling
+from recursive_jax.models import native
 
 
 @struct.dataclass
@@ -69,6 +70,7 @@ def sample(
     seeds: jax.Array,
     positions: jax.Array,
     history: History | None = None,
+    one_device: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """One token per row; rows at temperature 0 take the most likely one.
 
@@ -77,6 +79,7 @@ def sample(
       seeds: uint32 `[B]`.
       positions: int32 `[B]`, where the drawn token will stand.
       history: what the penalties are for; without it they do nothing.
+      one_device: has all the logits; if it is a CPU, `largest.cc` looks through them.
 
     Returns:
       tokens int32 `[B]`, and their log-probabilities f32 `[B]` under `logits` as given, before
@@ -102,12 +105,18 @@ def sample(
 
     with jax.named_scope("sample"):
         # Noise costs as much as a layer, filters and penalties more: only for batches that need
-        # them. `top` is found once for all ways; XLA sees that `logsumexp` needs the same. No way
-        # is a bare `lambda: what_is_known_outside`: at such an alias the TPU compiler (libtpu
-        # 0.0.42) aborts.
-        top = jnp.max(logits, axis=-1, keepdims=True)
+        # them. `top` is found once for all ways; XLA sees that `logsumexp` needs the same. But on a
+        # CPU no way is a bare `lambda: what_is_known_outside`: at such an alias the TPU compiler
+        # (libtpu 0.0.42) aborts.
+        if one_device and jax.default_backend() == "cpu" and native.has("Largest"):
+            top, first, log_sum = look_through(logits)
+            most_likely = lambda: first  # noqa: E731
+        else:
+            top = jnp.max(logits, axis=-1, keepdims=True)
+            most_likely = lambda: first_of(logits, top)  # noqa: E731
+            log_sum = jax.nn.logsumexp(logits, axis=-1)
         ways = [
-            lambda: first_of(logits, top),
+            most_likely,
             lambda: draw(logits, top),
             lambda: draw(logits, top, filter_logits),
         ]
@@ -117,8 +126,16 @@ def sample(
             way = jnp.where(jnp.any(params.penalised), 3, way)
         tokens = jax.lax.switch(way, ways)
         picked = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-        logprob = picked - jax.nn.logsumexp(logits, axis=-1)
-        return tokens, jnp.where(jnp.isfinite(top[:, 0]), logprob, jnp.nan)
+        return tokens, jnp.where(jnp.isfinite(top[:, 0]), picked - log_sum, jnp.nan)
+
+
+def look_through(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Largest `[B, 1]`, the first id that has it `[B]`, and logsumexp `[B]`, by our kernel."""
+    rows = logits.shape[:1]
+    result = lambda dtype: jax.ShapeDtypeStruct(rows, dtype)  # noqa: E731
+    results = result(jnp.float32), result(jnp.int32), result(jnp.float32)
+    top, first, log_sum = native.call("Largest", results)(logits)
+    return top[:, None], first, log_sum
 
 
 def largest(x: jax.Array) -> jax.Array:

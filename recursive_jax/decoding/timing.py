@@ -259,7 +259,8 @@ def _head(model, params, rows: int, sampling: Sampling) -> Callable[[int], Any]:
 
         def one(i, x):
             logits = model.apply({"params": weights}, x, method="unembed")
-            _, logprob = sample(logits, asked, seeds, positions + i)  # noise of its own
+            where = positions + i  # noise of its own
+            _, logprob = sample(logits, asked, seeds, where, one_device=not model.scan_layers)
             return _unit(x + logprob[:, None].astype(x.dtype))  # each waits for the one before
 
         return jax.lax.fori_loop(0, count, one, x)

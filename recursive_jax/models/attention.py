@@ -102,40 +102,51 @@ class Attention(nn.Module):
         cos, sin = _rope_rows(context, tables, row_loop)
         q, k = rotate(q, cos[:batch], sin[:batch]), rotate(k, cos, sin)
 
-        positions = context.positions[:batch]
         if cache is None:
+            positions = context.positions
             window = None if tables.window is None else tables.window[loop]
             mask = attention_mask(positions, positions, context.segment_ids, window)
             with jax.named_scope("attend"):
                 y = attend(q, k, v, mask, cfg.attention_scale, cfg.attn_softcap)
         else:
-            cache = cache.write(k, v, row_loop, tables.index, context.slots, context.positions)
-            rows = q, loop, positions, context.slots[:batch]
-            if context.together:
-                lanes = batch - context.together
-                alone, chunk = (tuple(r[part] for r in rows) for part in np.s_[:lanes, lanes:])
-                # a row of its own to a row of all
-                chunk = (chunk[0].swapaxes(0, 1), chunk[1][:1], chunk[2].T, chunk[3][:1])
-                chunk = self._attend_cached(*chunk, cache, tables).swapaxes(0, 1)
-                y = jnp.concatenate([self._attend_cached(*alone, cache, tables), chunk])
-            else:
-                y = self._attend_cached(*rows, cache, tables)
+            y, cache = self._attend_cached(q, k, v, row_loop, context, tables, cache)
         y = nn.with_logical_constraint(y.reshape(batch, length, -1), ("batch", "seq", "heads"))
         return self._linear("o", ("heads", "embed"), cfg.o_bias, 0.02 * (2 * cfg.depth) ** -0.5)(
             y, loop
         ), cache
 
-    def _attend_cached(self, q, loop, positions, slots, cache: Cache, tables: LayerTables):
-        """Queries `[B, T, N, H]` over the rows of their slots."""
-        cfg, where = self.cfg, (loop, tables.index, slots)
-        with jax.named_scope("attend"):
-            one_each = q.shape[1] == 1 and jnp.ndim(loop)
-            if self.attends == "paged" and one_each:
+    def _attend_cached(self, q, k, v, loop, context: Context, tables: LayerTables, cache: Cache):
+        """New rows k, v `[B + M, T, K, H]` go into the cache, then q `[B, T, N, H]` sees its slot.
+
+        Returns:
+          `[B, T, N, H]`, cache.
+        """
+        cfg, batch, positions = self.cfg, len(q), context.positions
+        lanes, at = batch - context.together, (loop, tables.index, context.slots)
+        how = cfg.attention_scale, cfg.attn_softcap
+        window_of = lambda loop: None if tables.window is None else tables.window[loop]  # noqa: E731
+        of_lanes = loop[:lanes] if jnp.ndim(loop) else loop
+        one_each = q.shape[1] == 1 and jnp.ndim(loop)
+
+        def see(q, loop, slots, positions):
+            where = loop, tables.index, slots
+            if self.attends == "paged" and one_each and q.shape[1] == 1:
                 return paged.attend(cfg, q[:, 0], cache, *where, positions[:, 0])[:, None]
-            window = None if tables.window is None else tables.window[loop]
-            by_kernel = self.attends == "few_queries" and one_each
-            how = positions, window, cfg.attention_scale, cfg.attn_softcap
-            return (few_queries.attend if by_kernel else attend_cached)(q, cache, where, *how)
+            return attend_cached(q, cache, where, positions, window_of(loop), *how)
+
+        with jax.named_scope("attend"):
+            if self.attends == "few_queries" and one_each:
+                rows = q[:lanes], k, v, cache, at, positions, window_of(of_lanes)
+                y, cache = few_queries.attend(*rows, *how)
+            else:
+                cache = cache.write(k, v, *at, positions)
+                y = see(q[:lanes], of_lanes, context.slots[:lanes], positions[:lanes])
+            if context.together:
+                # a row of its own to a row of all
+                chunk, one = np.s_[lanes:batch], np.s_[lanes : lanes + 1]
+                place = loop[one], context.slots[one], positions[chunk].T
+                y = jnp.concatenate([y, see(q[chunk].swapaxes(0, 1), *place).swapaxes(0, 1)])
+        return y, cache
 
     def _heads(self, name, axis, x, loop, joint):
         """A projection of as many rows of x as `loop` has, by head: `[B, T, heads, H]`."""

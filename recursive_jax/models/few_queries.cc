@@ -1,9 +1,10 @@
-// Attention of one query per lane over the rows of its slot in a KVCache; all float32.
+// New rows of a KVCache, and attention of one query per lane over the rows of its slot there; all
+// float32.
 //
 // Every row is read once, for all query heads of its kv head, and nothing is written in between:
-// XLA takes a dozen small kernels for a block of rows, and gathers the blocks of all lanes first. A
-// lane's numbers do not depend on the other lanes, not even on NaN; nor on rows that it must not
-// see, whatever they hold.
+// XLA takes a dozen small kernels for a block of rows, and gathers the blocks of all lanes first. Its
+// scatter writes a new key number by number, one after the other. A lane's numbers do not depend on
+// the other lanes, not even on NaN; nor on rows that it must not see, whatever they hold.
 //
 // Compiled and registered by few_queries.py.
 
@@ -27,20 +28,6 @@ using Ints = ffi::Buffer<ffi::S32>;
 constexpr int64_t kRows = 32;            // the most of a block: KVCache.BLOCK
 constexpr int64_t kSizes = 64;           // the most vectors of a head
 constexpr int64_t kSmallest = 16 << 10;  // floats that are worth another thread
-
-// e^x for x <= 0, to a few units in the last place; below 1e-38 it stays there.
-inline Vector Exp(Vector x) {
-  constexpr float kRound = 12582912;  // 1.5 * 2^23: what is added to it loses its fraction
-  x = x < Repeat(-87) ? Repeat(-87) : x;
-  const Vector shifted = MultiplyAdd(x, Repeat(1.44269504f), Repeat(kRound));
-  const Vector n = shifted - Repeat(kRound);
-  const Vector r = MultiplyAdd(n, Repeat(2.12194440e-4f), MultiplyAdd(n, Repeat(-0.693359375f), x));
-  Vector y = Repeat(1.f / 720);
-  for (float c : {1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f}) y = MultiplyAdd(y, r, Repeat(c));
-  return y * (Vector)(((Integers)shifted + 127) << 23);  // n stands in the last bits
-}
-
-inline float Exp(float x) { return Exp(Repeat(x))[0]; }
 
 // One kv head of one lane, for `Heads` of its query heads.
 template <int Heads>
@@ -153,10 +140,10 @@ struct Head {
 };
 
 struct Job {
-  const float *q, *keys, *values;
+  const float *q, *k, *v;
   const int32_t *loop, *slots, *positions, *windows;  // windows: nullptr, none is limited
-  float* y;
-  int64_t lanes, layer, heads, kv_heads, size;
+  float *keys, *values, *y;
+  int64_t lanes, kept, layer, heads, kv_heads, size;  // kept: new rows, those of the lanes first
   int64_t loops, layers, num_slots, blocks, rows;
   float scale, softcap;
   std::atomic<int64_t> next{0}, done{0};
@@ -170,15 +157,42 @@ struct Job {
     return positions[lane] < blocks * rows ? positions[lane] + 1 : 0;
   }
 
-  // Whoever comes takes heads until none is left, so nobody waits for a thread that never comes.
+  int64_t Parts() const { return kept + lanes * kv_heads; }
+
+  // Whoever comes takes parts until none is left, so nobody waits for a thread that never comes:
+  // first new rows, and when all stand in the cache, heads.
   void Help() {
-    for (int64_t i; (i = next++) < lanes * kv_heads; done++) {
-      const int64_t group = heads / kv_heads;
+    for (int64_t part; (part = next++) < Parts(); done++) {
+      if (part < kept) {
+        Keep(part);
+        continue;
+      }
+      while (done < kept) std::this_thread::yield();
+      const int64_t i = part - kept, group = heads / kv_heads;
       for (int64_t g = 0; g < group;) {
         const int64_t left = group - g;
         g += left >= 4 ? Attend<4>(i, g) : left == 3 ? Attend<3>(i, g)
              : left == 2 ? Attend<2>(i, g) : Attend<1>(i, g);
       }
+    }
+  }
+
+  // Where a block of a head begins, in keys and in values.
+  int64_t Place(int64_t l, int64_t slot, int64_t block, int64_t head) const {
+    const int64_t blocks_before = ((l * layers + layer) * num_slots + slot) * blocks + block;
+    return (blocks_before * kv_heads + head) * rows * size;
+  }
+
+  // The r-th new row goes where its loop, slot and position say; nowhere, if that is not there.
+  void Keep(int64_t r) {
+    const int64_t l = loop[r], slot = slots[r], position = positions[r];
+    const auto within = [](int64_t i, int64_t end) { return 0 <= i && i < end; };
+    if (!within(l, loops) || !within(slot, num_slots) || !within(position, blocks * rows)) return;
+    const int64_t block = position / rows, row = position % rows;
+    for (int64_t head = 0; head < kv_heads; head++) {
+      const int64_t from = (r * kv_heads + head) * size, to = Place(l, slot, block, head);
+      for (int64_t i = 0; i < size; i++) keys[to + i * rows + row] = k[from + i];
+      std::copy_n(v + from, size, values + to + row * size);
     }
   }
 
@@ -190,10 +204,7 @@ struct Job {
     Head<Heads> mine(q + at, size, rows, scale, softcap);
     const int64_t l = std::clamp<int64_t>(loop[lane], 0, loops - 1);  // as XLA would
     const int64_t slot = std::clamp<int64_t>(slots[lane], 0, num_slots - 1);
-    const auto place = [&](int64_t block, int64_t head) {
-      const int64_t blocks_before = ((l * layers + layer) * num_slots + slot) * blocks + block;
-      return (blocks_before * kv_heads + head) * rows * size;
-    };
+    const auto place = [&](int64_t block, int64_t head) { return Place(l, slot, block, head); };
     const int64_t begin = Begin(lane), end = End(lane), first = begin / rows;
     for (int64_t block = first; block * rows < end; block++) {
       const int64_t from = block * rows, here = place(block, head);
@@ -208,19 +219,24 @@ struct Job {
   }
 };
 
-// q [B, heads, size]; keys [loop, layer, slot, block, kv head, size, row], values the same with row
-// before size; layer []; loop, slots, positions and, if there are any, windows [B].
-ffi::Error Attend(ffi::ThreadPool pool, Floats q, Floats keys, Floats values, Ints layer, Ints loop,
-                  Ints slots, Ints positions, ffi::RemainingArgs windows,
-                  ffi::ResultBuffer<ffi::F32> y, float scale, float softcap) {
+// q [B, heads, size]; k and v [N, kv heads, size] with N >= B, and where each of their rows goes:
+// loop, slots, positions [N]. Query i is at the place of row i, and sees all rows. layer []; windows
+// [B], if there are any. keys [loop, layer, slot, block, kv head, size, row], values the same with
+// row before size, are arguments and, written to, results.
+ffi::Error Attend(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats, Floats, Ints layer,
+                  Ints loop, Ints slots, Ints positions, ffi::RemainingArgs windows,
+                  ffi::ResultBuffer<ffi::F32> y, ffi::ResultBuffer<ffi::F32> keys,
+                  ffi::ResultBuffer<ffi::F32> values, float scale, float softcap) {
   auto job = std::make_shared<Job>();  // a late thread may look at it after we are gone
   Job& j = *job;
-  const auto cache = values.dimensions();
-  j.q = q.typed_data(), j.keys = keys.typed_data(), j.values = values.typed_data();
+  const auto cache = values->dimensions();
+  j.q = q.typed_data(), j.k = k.typed_data(), j.v = v.typed_data();
+  j.keys = keys->typed_data(), j.values = values->typed_data();
   j.loop = loop.typed_data(), j.slots = slots.typed_data(), j.positions = positions.typed_data();
   j.windows = windows.size() ? windows.get<Ints>(0)->typed_data() : nullptr;
   j.y = y->typed_data(), j.scale = scale, j.softcap = softcap;
   j.lanes = q.dimensions()[0], j.heads = q.dimensions()[1], j.size = q.dimensions()[2];
+  j.kept = k.dimensions()[0];
   j.loops = cache[0], j.layers = cache[1], j.num_slots = cache[2], j.blocks = cache[3];
   j.kv_heads = cache[4], j.rows = cache[5];
   if (j.rows > kRows || j.size > kSizes * kLane || j.size % kLane || j.heads % j.kv_heads) {
@@ -231,7 +247,7 @@ ffi::Error Attend(ffi::ThreadPool pool, Floats q, Floats keys, Floats values, In
   for (int64_t lane = 0; lane < j.lanes; lane++) {
     floats += std::max<int64_t>(0, j.End(lane) - j.Begin(lane)) * j.kv_heads * j.size * 2;
   }
-  const int64_t all = j.lanes * j.kv_heads, threads = pool.num_threads();
+  const int64_t all = j.Parts(), threads = pool.num_threads();
   const int64_t useful = std::min({threads, all, floats / kSmallest});
   for (int64_t i = 1; i < useful; i++) {
     pool.Schedule([job] { job->Help(); });
@@ -249,11 +265,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FewQueries, Attend,
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
                                   .Arg<Ints>()
                                   .Arg<Ints>()
                                   .Arg<Ints>()
                                   .Arg<Ints>()
                                   .RemainingArgs()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
                                   .Ret<Floats>()
                                   .Attr<float>("scale")
                                   .Attr<float>("softcap"));

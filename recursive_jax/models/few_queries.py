@@ -1,7 +1,7 @@
 """One query per lane over the rows of a `KVCache`: attention of decoding on a CPU.
 
-`few_queries.cc` does what `attention.attend_cached` does, in one pass over the rows; where it
-cannot be compiled (`native`) that one does.
+`few_queries.cc` writes new rows and does what `attention.attend_cached` does, in one pass over the
+rows; where it cannot be compiled (`native`) XLA does both.
 """
 
 from __future__ import annotations
@@ -37,30 +37,47 @@ def refusal(cfg: DecoderConfig, dtype: Any, devices: int = 1) -> str | None:
 
 def attend(
     q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
     cache: KVCache,
     where,
     positions: jax.Array,
     window: jax.Array | None,
     scale: float,
     softcap: float | None,
-) -> jax.Array:
-    """What `attention.attend_cached` does with one query per lane, q `[B, 1, N, H]`, float32.
+) -> tuple[jax.Array, KVCache]:
+    """What `Cache.write` and then `attention.attend_cached` do, for one query per lane; float32.
 
     Where it meets NaN only the head that does is NaN, there all heads of the lane.
+
+    Args:
+      q: `[B, 1, N, H]`, asked at the place of the first B rows.
+      k, v: the new rows, `[R, 1, K, H]`, R >= B.
+      where: loop (scalar or `[R]`), layer, slots `[R]`.
+      positions: `[R, 1]`.
+      window: scalar or `[B]`, or None.
+
+    Returns:
+      `[B, 1, N, H]`, and the cache with the new rows.
     """
     loop, layer, slots = where
-    lanes = lambda numbers: jnp.broadcast_to(numbers, slots.shape).astype(jnp.int32)  # noqa: E731
-    windows = () if window is None else (lanes(window),)
-    y = native.call("FewQueries", jax.ShapeDtypeStruct(q[:, 0].shape, jnp.float32))(
+    ints = lambda numbers, count: jnp.broadcast_to(numbers, count).astype(jnp.int32)  # noqa: E731
+    rows, lanes = len(k), len(q)
+    windows = () if window is None else (ints(window, lanes),)
+    like = lambda array: jax.ShapeDtypeStruct(array.shape, jnp.float32)  # noqa: E731
+    results = like(q[:, 0]), like(cache.keys), like(cache.values)
+    y, keys, values = native.call("FewQueries", results, input_output_aliases={3: 1, 4: 2})(
         q[:, 0],
+        k[:, 0],
+        v[:, 0],
         cache.keys,
         cache.values,
-        jnp.reshape(layer, 1).astype(jnp.int32),
-        lanes(loop),
-        lanes(slots),
-        positions[:, 0].astype(jnp.int32),
+        ints(layer, 1),
+        ints(loop, rows),
+        ints(slots, rows),
+        ints(positions[:, 0], rows),
         *windows,
         scale=np.float32(scale),
         softcap=np.float32(softcap or 0),
     )
-    return y[:, None]
+    return y[:, None], KVCache(keys, values)

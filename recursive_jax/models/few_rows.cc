@@ -69,14 +69,17 @@ inline void Copy(Vector (*to)[Wide], const Vector (*from)[Wide]) {
 }
 
 // sums += `Outs` rows of w, `stride` apart, times `Wide` vectors of each of `count` numbers, `step`
-// vectors apart. Meanwhile the same columns of the rows from `next` on are fetched, a line at a
-// time, for memory that is asked for all at once is waited for; and into the second level of the
-// cache, for the first has no room for them beside x.
+// vectors apart. Meanwhile as many rows from `next` on are fetched, a line at a time, for memory
+// that is asked for all at once is waited for; and into the second level of the cache, for the first
+// has no room for them beside x. Few rows of x wait for memory, which is fastest front to back; many
+// multiply, and are not held up where the same columns are fetched.
 template <int Outs, int Wide>
 inline void Add(Vector (*kept)[Wide], const float* w, int64_t stride, const Vector* x, int64_t step,
                 int64_t count, const float* next) {
   Vector sums[Outs][Wide];
   Copy<Outs, Wide>(sums, kept);
+  const bool in_order = Wide == 1 && stride == count;
+  const int64_t along = in_order ? Outs : 1, across = in_order ? kLine : stride;
   const auto add = [&](int64_t i) __attribute__((always_inline)) {
 #pragma GCC unroll 6
     for (int o = 0; o < Outs; o++) {
@@ -91,7 +94,7 @@ inline void Add(Vector (*kept)[Wide], const float* w, int64_t stride, const Vect
   for (; i + kLine <= count; i += kLine) {
 #pragma GCC unroll 16
     for (int64_t k = 0; k < kLine; k++) {
-      if (k < Outs) __builtin_prefetch(next + k * stride + i, 0, 2);
+      if (k < Outs) __builtin_prefetch(next + k * across + i * along, 0, 2);
       add(i + k);
     }
   }

@@ -44,3 +44,17 @@ inline Vector MultiplyAdd(Vector a, Vector b, Vector c) {
   return a * b + c;
 #endif
 }
+
+// e^x for x <= 0, to a few units in the last place; below 1e-38 it stays there.
+inline Vector Exp(Vector x) {
+  constexpr float kRound = 12582912;  // 1.5 * 2^23: what is added to it loses its fraction
+  x = x < Repeat(-87) ? Repeat(-87) : x;
+  const Vector shifted = MultiplyAdd(x, Repeat(1.44269504f), Repeat(kRound));
+  const Vector n = shifted - Repeat(kRound);
+  const Vector r = MultiplyAdd(n, Repeat(2.12194440e-4f), MultiplyAdd(n, Repeat(-0.693359375f), x));
+  Vector y = Repeat(1.f / 720);
+  for (float c : {1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f}) y = MultiplyAdd(y, r, Repeat(c));
+  return y * (Vector)(((Integers)shifted + 127) << 23);  // n stands in the last bits
+}
+
+inline float Exp(float x) { return Exp(Repeat(x))[0]; }

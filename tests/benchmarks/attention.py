@@ -1,12 +1,13 @@
-"""How long lanes of SmolLM2 attend to their texts, by our kernel for a CPU and by XLA.
+"""How long lanes of SmolLM2 keep a row and attend to their texts: our kernel for a CPU, and XLA.
 
     python tests/benchmarks/attention.py
 
-One query per lane over a `KVCache` of 2 loops x 15 layers, every layer's rows once, and nothing
-else: `few_queries.attend` and `attention.attend_cached` in turn. Prints a JSON row of medians for
-every number of lanes and rows.
+One new row and one query per lane of a `KVCache` of 2 loops x 15 layers, every layer's rows once,
+and nothing else: `few_queries.attend`; `Cache.write` and `attention.attend_cached`; in turn. Prints
+a JSON row of medians for every number of lanes and rows.
 """
 
+import functools
 import json
 import statistics
 import time
@@ -36,23 +37,27 @@ def timed(attend, lanes: int, rows: int):
     slots = jnp.arange(lanes, dtype=jnp.int32)
     positions = jnp.full((lanes, 1), rows - 1, jnp.int32)
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=0)
     def run(cache, q, count):
-        def once(_, q):  # each layer feeds the next, so that none is left out or moved
+        def once(_, carry):  # each layer feeds the next, so that none is left out or moved
+            q, cache = carry
             for layer in range(LAYERS):
                 where = slots % LOOPS, jnp.int32(layer), slots
                 how = positions, None, HEAD_DIM**-0.5, None
-                q = q + attend(q, cache, where, *how)
-            return q
+                y, cache = attend(q, q[:, :, :KV_HEADS], q[:, :, -KV_HEADS:], cache, where, *how)
+                q = q + y
+            return q, cache
 
-        return jax.lax.fori_loop(0, count, once, q)
+        return jax.lax.fori_loop(0, count, once, (q, cache))
 
-    q = draw(lanes, 1, HEADS, HEAD_DIM)
+    q, box = draw(lanes, 1, HEADS, HEAD_DIM), [cache]
     count = 1
 
     def call():
         began = time.perf_counter()
-        run(cache, q, np.int32(count)).block_until_ready()
+        out, kept = run(box.pop(), q, np.int32(count))
+        box.append(kept)
+        out.block_until_ready()
         return (time.perf_counter() - began) / count / LAYERS * 1e6
 
     call()
@@ -60,8 +65,13 @@ def timed(attend, lanes: int, rows: int):
     return call
 
 
+def by_xla(q, k, v, cache, where, positions, *how):
+    cache = cache.write(k, v, *where, positions)
+    return attend_cached(q, cache, where, positions, *how), cache
+
+
 def main():
-    ways = {"few_queries.cc": few_queries.attend, "XLA": attend_cached}
+    ways = {"few_queries.cc": few_queries.attend, "XLA": by_xla}
     if not native.has("FewQueries"):  # it has said why
         del ways["few_queries.cc"]
     for lanes, rows in ((1, 64), (2, 64), (16, 64), (32, 64), (1, 1024), (16, 1024)):
