@@ -1,19 +1,24 @@
-"""How long the parts of a tick take when each runs alone, and the throughput they allow.
+"""How long the parts of a tick take without an engine around them, and the throughput they allow.
 
 The bound of an engine: if nothing but the block, the head and the embedding took time, and no lane
 were ever idle, `slots` tokens would need `E[loops]` ticks, in each of which `slots / E[loops]`
 tokens leave:
 
     tokens/s = slots / (E[loops] · (t_tick + t_head(slots / E[loops])) + t_embed)
+
+Parts run again and again, each in a loop of its own, but for the head: it runs behind a pass of the
+block, and its time is what it adds. Alone its weights might stay in a CPU's cache, which hold those
+of the block when the head's turn comes in a tick.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,7 +46,8 @@ class Times:
       tick_of_slots: the same with one lane per slot, which is `tick` unless tokens complete; then
         that of full depth, all lanes at one loop.
       embed: embedding one token of every slot.
-      head: final norm, vocabulary head and the choice of a token, by rows; ascending.
+      head: what final norm, vocabulary head and the choice of a token add to a pass, by rows;
+        ascending.
       chunk: what a whole chunk of a prompt adds to a tick.
       fill: what the keys and values that exited tokens lack add to a tick; 0 unless they are
         propagated.
@@ -111,15 +117,17 @@ class Stopwatch:
         self._calls, self._seconds = calls, collections.defaultdict[Any, list[float]](list)
         try:
             for lanes in sorted({engine.num_lanes, slots}):
-                calls["lanes", lanes] = _block(model, params, box, **self._lanes(lanes))
+                of_lanes = self._lanes(lanes)
+                heads = self._rows if lanes == engine.num_lanes else ()
+                run = _block(model, params, box, **of_lanes, heads=heads, sampling=sampling)
+                calls["lanes", lanes] = run
+                calls |= {("head", n): functools.partial(run, rows=n) for n in heads}
             if self._propagates:
                 missing = _missing(model, slots)
                 filled = self._lanes(slots) | {"missing": missing}
                 calls["filled"] = _block(model, params, box, **filled)
             beside = _beside(self._lanes(engine.num_lanes), engine.chunk_length)
             calls["chunk"] = _block(model, params, box, **beside, together=engine.chunk_length)
-            for n in self._rows:
-                calls["head", n] = _head(model, head_params(params), n, sampling)
             # so many that lanes are at every loop equally often
             counts = {name: _count(call) for name, call in calls.items()}
             loops = engine.num_loops
@@ -170,13 +178,14 @@ class Stopwatch:
         """Medians of all runs so far."""
         seconds = {name: statistics.median(runs) for name, runs in self._seconds.items()}
         lanes, slots = self._engine.num_lanes, self._engine.num_slots
+        beyond = lambda part: max(seconds[part] - seconds["lanes", lanes], 0.0)  # noqa: E731
         fill = seconds["filled"] - seconds["lanes", slots] if self._propagates else 0.0
         return Times(
             tick=seconds["lanes", lanes],
             tick_of_slots=seconds["lanes", slots],
             embed=seconds["embed"],
-            head=tuple((n, seconds["head", n]) for n in self._rows),
-            chunk=max(seconds["chunk"] - seconds["lanes", lanes], 0.0),
+            head=tuple((n, beyond(("head", n))) for n in self._rows),
+            chunk=beyond("chunk"),
             fill=max(fill, 0.0),
         )
 
@@ -215,14 +224,27 @@ def _beside(lanes: dict[str, Any], length: int) -> dict[str, Any]:
     return {name: np.concatenate([lanes[name], rows], axis=-1) for name, rows in chunk.items()}
 
 
-def _block(model, params, box: list[Cache], positions, loop, missing=None, **where):
+def _block(
+    model,
+    params,
+    box: list[Cache],
+    positions,
+    loop,
+    missing=None,
+    heads: Sequence[int] = (),
+    sampling: Sampling = GREEDY,
+    **where,
+):
     """Passes of the block; the cache in `box` is donated and put back.
 
     Lanes are at `loop` and the first of `positions` in the first pass, one further in the next.
+    `heads`: numbers of rows, on one of which the head runs behind each pass if the call says so.
     """
     turns, lanes = positions.shape
+    # settings as arguments: of constants XLA would make a shorter program
+    asked = SamplingParams.stack([sampling] * max(heads, default=0))
 
-    def passes(params, cache, count, x, missing):
+    def passes(params, cache, asked, count, rows, x, missing):
         def one(i, carry):
             x, cache = carry
             x, cache = model.apply(
@@ -235,38 +257,30 @@ def _block(model, params, box: list[Cache], positions, loop, missing=None, **whe
                 **where,
                 method="run_loop",
             )
+            for n in heads:
+                chosen = (rows == n).astype(jnp.int32)
+                x = jax.lax.fori_loop(0, chosen, functools.partial(head, n, i), x)
             return _unit(x), cache
+
+        def head(n, i, _, x):
+            weights, mine = {"params": head_params(params)}, jax.tree.map(lambda a: a[:n], asked)
+            logits = model.apply(weights, x[:n, 0], method="unembed")
+            where = jnp.zeros(n, jnp.uint32), jnp.full(n, i)  # noise of its own
+            _, logprob = sample(logits, mine, *where, one_device=not model.scan_layers)
+            return x.at[:n].add(logprob[:, None, None].astype(x.dtype))  # what follows waits for it
 
         x, cache = jax.lax.fori_loop(0, count, one, (x, cache))
         return cache, x
 
     x = _noise(lanes, 1, model.cfg.embed_dim).astype(model.dtype)
-    run = jax.jit(passes, donate_argnums=1).lower(params, box[0], np.int32(1), x, missing).compile()
+    start = (params, box[0], asked, np.int32(1), np.int32(0), x, missing)
+    run = jax.jit(passes, donate_argnums=1).lower(*start).compile()
 
-    def call(count):
-        box[0], out = run(params, box[0], np.int32(count), x, missing)
+    def call(count, rows=0):
+        box[0], out = run(params, box[0], asked, np.int32(count), np.int32(rows), x, missing)
         jax.block_until_ready(out)
 
     return call
-
-
-def _head(model, params, rows: int, sampling: Sampling) -> Callable[[int], Any]:
-    stacked = SamplingParams.stack([sampling] * rows)
-    seeds, positions = np.zeros(rows, np.uint32), np.zeros(rows, np.int32)
-
-    def heads(given, count, x):
-        weights, asked = given  # as arguments: of constants XLA would make a shorter program
-
-        def one(i, x):
-            logits = model.apply({"params": weights}, x, method="unembed")
-            where = positions + i  # noise of its own
-            _, logprob = sample(logits, asked, seeds, where, one_device=not model.scan_layers)
-            return _unit(x + logprob[:, None].astype(x.dtype))  # each waits for the one before
-
-        return jax.lax.fori_loop(0, count, one, x)
-
-    x = _noise(rows, model.cfg.embed_dim).astype(model.dtype)
-    return _compiled(heads, (params, stacked), x)
 
 
 def _embed(model, params, slots: int) -> Callable[[int], Any]:
@@ -278,12 +292,9 @@ def _embed(model, params, slots: int) -> Callable[[int], Any]:
 
         return jax.lax.fori_loop(0, count, one, tokens)
 
-    return _compiled(embeds, params, np.arange(slots, dtype=np.int32)[:, None])
-
-
-def _compiled(function: Callable, params, x) -> Callable[[int], Any]:
-    run = jax.jit(function).lower(params, np.int32(1), x).compile()
-    return lambda count: jax.block_until_ready(run(params, np.int32(count), x))
+    tokens = np.arange(slots, dtype=np.int32)[:, None]
+    run = jax.jit(embeds).lower(params, np.int32(1), tokens).compile()
+    return lambda count: jax.block_until_ready(run(params, np.int32(count), tokens))
 
 
 def _count(call: Callable[[int], Any]) -> int:
