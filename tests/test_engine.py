@@ -17,7 +17,7 @@ from recursive_jax.decoding.scheduler import Scheduler
 from recursive_jax.decoding.session import Session, generate
 from recursive_jax.decoding.simulation import Recording, replay
 from recursive_jax.models.config import DecoderConfig, Rope
-from recursive_jax.models.decoder import Decoder, abstract_params, split_layers
+from recursive_jax.models.decoder import Decoder, abstract_params, init_params, split_layers
 from recursive_jax.models.kv_cache import KVCache
 
 CONTEXT = 40
@@ -546,11 +546,15 @@ def test_nothing_compiles_after_warm_up():
     ],
     ids=str,
 )
-def test_the_cache_is_updated_in_place(options, full_compilation):
+@pytest.mark.parametrize("split", [False, True])
+def test_the_cache_is_updated_in_place(options, split, full_compilation):
     """Bytes, by the compiler's account: the donated cache is the output, and not copied."""
     cfg = RELAXED.replace(num_layers=16)
-    shapes = abstract_params(cfg)
-    engine = Engine(Decoder(cfg), shapes, 8, 512, measure=Static(1), chunk_length=16, **options)
+    model, params = Decoder(cfg, scan_layers=not split), abstract_params(cfg)
+    if split:
+        params = split_layers(init_params(cfg, jax.random.key(0)))
+    how = dict(measure=Static(1), chunk_length=16, **options)
+    engine = Engine(model, params, 8, 512, **how)
     engine.compile()
     for name, memory in engine.memory().items():
         assert memory.alias_size_in_bytes >= engine.cache_bytes >= 16 << 20, name

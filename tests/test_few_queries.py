@@ -207,16 +207,20 @@ def test_blocks_that_it_has_no_room_for_are_an_error():
         attend(draw(1, 1, 8), cache, zero, zero, zero, None).block_until_ready()
 
 
-def test_engines_use_it_where_it_can_be_used():
+def test_engines_use_it_where_it_can_be_used(monkeypatch):
     def engine(cfg, dtype=jnp.float32):
         params = split_layers(init_params(cfg, jax.random.key(0)))
         return Engine(Decoder(cfg, dtype=dtype, scan_layers=False), params, 2, 32)
 
+    moved = []
+    monkeypatch.setattr(native, "use_huge_pages", moved.extend)
     used = engine(tiny())
+    assert any(leaf is used.params["embedding"] for leaf in moved), "its weights"
     assert used.attention == "few_queries.cc kernel"
     used.compile()
     text = used._executables["tick"].as_text()
     assert text.count(f'custom_call_target="{native._target("FewQueries")}"') == LAYERS
+    assert f'custom_call_target="{native._target("Largest")}"' in text
     refused = {
         "head_dim=12 is not a multiple of 8 up to 512": engine(tiny(size=12)),
         "it does not take bfloat16": engine(tiny(), jnp.bfloat16),

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -45,9 +46,9 @@ def test_an_engine_is_as_before_when_it_was_measured(monkeypatch):
         timing, "_block", lambda *a, **k: caches.append(engine._cache) or start(*a, **k)
     )
     times = timing.measure(engine)
-    assert caches == [None] * 3, "the engine's own cache is used: six lanes, three, a chunk"
+    assert caches == [None] * 4, "the engine's own cache is used: by all"
     assert times.fill == 0 and 0 < times.embed and 0 < times.tick and 0 < times.tick_of_slots
-    assert [rows for rows, _ in times.head] == [1, 2, 3] and all(t >= 0 for _, t in times.head)
+    assert [rows for rows, _ in times.head] == [1, 2, 3] and times.head[-1][1] < 1
     assert times.bound(3, 1.5) > 0
     assert answer() == before
 
@@ -67,8 +68,9 @@ def test_an_engine_is_as_before_when_it_was_measured(monkeypatch):
         timing, "sample", lambda x, *a, **k: of_rows.append(x.shape) or sample(x, *a, **k)
     )
     watch = timing.Stopwatch(engine, Sampling(temperature=0.75))
-    assert [k.get("heads", ()) for k in started] == [(), [1, 2, 3], ()], "three lanes, six, a chunk"
-    assert started[1]["sampling"] == Sampling(temperature=0.75)
+    assert [k.get("heads", ()) for k in started] == [(), (), [1, 2, 3], ()]
+    assert [len(k["slots"]) for k in started] == [3, 6, 6, 10], "lanes, with a head, with a chunk"
+    assert started[2]["sampling"] == Sampling(temperature=0.75)
     assert {*of_rows} == {(n, CFG.vocab_size) for n in (1, 2, 3)}
     taken = {"embed": 1, ("lanes", 6): 5, ("lanes", 3): 3, "chunk": 7, ("head", 2): 9}
     watch._seconds = {name: [taken.get(name, 4)] for name in watch._calls}
@@ -79,12 +81,12 @@ def test_an_engine_is_as_before_when_it_was_measured(monkeypatch):
 
 
 def test_what_a_head_adds_is_seen(monkeypatch):
-    """With so many tokens to choose from that it takes longer than the block."""
+    """With so many tokens to choose from that it takes as long as the block."""
     monkeypatch.setattr(timing, "SECONDS", 0.002)
     cfg = CFG.replace(vocab_size=100_000)
-    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract_params(cfg))
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract_params(cfg))
     times = timing.measure(Engine(Decoder(cfg), params, 3, 32, measure=Static(1), chunk_length=4))
-    assert all(seconds > times.tick for _, seconds in times.head)
+    assert all(seconds > times.tick / 2 for _, seconds in times.head)
 
 
 @pytest.mark.parametrize(

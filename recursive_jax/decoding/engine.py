@@ -77,7 +77,7 @@ class Engine:
 
     Args:
       model: its dtype is also the cache's.
-      params: on their devices.
+      params: on their devices; those of a CPU move to large pages.
       num_slots: S; on a mesh a multiple of the devices that share the batch.
       context_length: cache rows of a slot, or a few less: prompt and answer together fit.
       chunk_length: prompt tokens that run beside the lanes in a tick.

@@ -115,12 +115,11 @@ class Exits:
             )
             history = History(slots(text), slots(settings.first))
             seeds, where = slots(settings.seeds), lanes(following)
-            token, logprob = sample(
-                logits, sampling, seeds, where, history, one_device=not self.model.scan_layers
-            )
+            one_device = self.model.on_one_device
+            token, logprob = sample(logits, sampling, seeds, where, history, one_device)
             guess, score = token, logprob
             if self.reads_logits:
-                guess = largest(logits)
+                guess = largest(logits, one_device)
                 score = self.measure.score(mine.replace(logits=logits))
             return jax.tree.map(spread, Seen(token, logprob, guess, score))
 

@@ -79,7 +79,7 @@ def sample(
       seeds: uint32 `[B]`.
       positions: int32 `[B]`, where the drawn token will stand.
       history: what the penalties are for; without it they do nothing.
-      one_device: has all the logits; if it is a CPU, `largest.cc` looks through them.
+      one_device: all logits are on one; if that is a CPU, `largest.cc` looks through them.
 
     Returns:
       tokens int32 `[B]`, and their log-probabilities f32 `[B]` under `logits` as given, before
@@ -92,7 +92,7 @@ def sample(
     def draw(scores, top, filtered=lambda scaled, _: scaled):
         noise = gumbel_noise(seeds, positions, logits.shape[-1])
         scaled = filtered(scale(scores, params, top), params)
-        return largest(jnp.where(at_random[:, None], scaled + noise, scores))
+        return largest(jnp.where(at_random[:, None], scaled + noise, scores), one_device)
 
     def choose_penalised():
         scores = penalise(logits, params, positions, history)
@@ -105,16 +105,15 @@ def sample(
 
     with jax.named_scope("sample"):
         # Noise costs as much as a layer, filters and penalties more: only for batches that need
-        # them. `top` is found once for all ways; XLA sees that `logsumexp` needs the same. But on a
-        # CPU no way is a bare `lambda: what_is_known_outside`: at such an alias the TPU compiler
-        # (libtpu 0.0.42) aborts.
-        if one_device and jax.default_backend() == "cpu" and native.has("Largest"):
+        # them. `top` is found once for all ways. Except on a CPU no way is a bare `lambda:
+        # what_is_known_outside`: at such an alias the TPU compiler (libtpu 0.0.42) aborts.
+        if _by_kernel(one_device):
             top, first, log_sum = look_through(logits)
             most_likely = lambda: first  # noqa: E731
         else:
             top = jnp.max(logits, axis=-1, keepdims=True)
             most_likely = lambda: first_of(logits, top)  # noqa: E731
-            log_sum = jax.nn.logsumexp(logits, axis=-1)
+            log_sum = jax.nn.logsumexp(logits, axis=-1)  # XLA sees that it needs `top`, too
         ways = [
             most_likely,
             lambda: draw(logits, top),
@@ -138,11 +137,18 @@ def look_through(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return top[:, None], first, log_sum
 
 
-def largest(x: jax.Array) -> jax.Array:
-    """Argmax of x `[B, V]`, the first of several; the last id where there is NaN.
+def _by_kernel(one_device: bool) -> bool:
+    return one_device and jax.default_backend() == "cpu" and native.has("Largest")
 
-    In two reductions that a CPU runs in vectors; that of `jnp.argmax` goes number by number.
+
+def largest(x: jax.Array, one_device: bool = False) -> jax.Array:
+    """Argmax of x `[B, V]`, float32, the first of several; the last id where there is NaN.
+
+    By XLA in two reductions that a CPU runs in vectors; that of `jnp.argmax` goes number by number.
+    `one_device`: as for `sample`.
     """
+    if _by_kernel(one_device):
+        return look_through(x)[1]
     return first_of(x, jnp.max(x, axis=-1, keepdims=True))
 
 

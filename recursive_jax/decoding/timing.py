@@ -7,8 +7,8 @@ tokens leave:
     tokens/s = slots / (E[loops] · (t_tick + t_head(slots / E[loops])) + t_embed)
 
 Parts run again and again, each in a loop of its own, but for the head: it runs behind a pass of the
-block, and its time is what it adds. Alone its weights might stay in a CPU's cache, which hold those
-of the block when the head's turn comes in a tick.
+block, and its time is what it adds. Alone its weights might stay in a CPU's cache, which in a tick
+holds those of the block when the head's turn comes.
 """
 
 from __future__ import annotations
@@ -117,11 +117,11 @@ class Stopwatch:
         self._calls, self._seconds = calls, collections.defaultdict[Any, list[float]](list)
         try:
             for lanes in sorted({engine.num_lanes, slots}):
-                of_lanes = self._lanes(lanes)
-                heads = self._rows if lanes == engine.num_lanes else ()
-                run = _block(model, params, box, **of_lanes, heads=heads, sampling=sampling)
-                calls["lanes", lanes] = run
-                calls |= {("head", n): functools.partial(run, rows=n) for n in heads}
+                calls["lanes", lanes] = _block(model, params, box, **self._lanes(lanes))
+            heads = {"heads": self._rows, "sampling": sampling}
+            with_head = _block(model, params, box, **self._lanes(engine.num_lanes), **heads)
+            for i, n in enumerate(self._rows):
+                calls["head", n] = functools.partial(with_head, which=i)
             if self._propagates:
                 missing = _missing(model, slots)
                 filled = self._lanes(slots) | {"missing": missing}
@@ -178,15 +178,18 @@ class Stopwatch:
         """Medians of all runs so far."""
         seconds = {name: statistics.median(runs) for name, runs in self._seconds.items()}
         lanes, slots = self._engine.num_lanes, self._engine.num_slots
-        beyond = lambda part: max(seconds[part] - seconds["lanes", lanes], 0.0)  # noqa: E731
-        fill = seconds["filled"] - seconds["lanes", slots] if self._propagates else 0.0
+
+        def beyond(part, lanes=lanes):  # of the same run: when the machine is slow, it is for both
+            both = zip(self._seconds[part], self._seconds["lanes", lanes], strict=True)
+            return max(statistics.median(with_part - alone for with_part, alone in both), 0.0)
+
         return Times(
             tick=seconds["lanes", lanes],
             tick_of_slots=seconds["lanes", slots],
             embed=seconds["embed"],
             head=tuple((n, beyond(("head", n))) for n in self._rows),
             chunk=beyond("chunk"),
-            fill=max(fill, 0.0),
+            fill=beyond("filled", slots) if self._propagates else 0.0,
         )
 
 
@@ -238,13 +241,13 @@ def _block(
     """Passes of the block; the cache in `box` is donated and put back.
 
     Lanes are at `loop` and the first of `positions` in the first pass, one further in the next.
-    `heads`: numbers of rows, on one of which the head runs behind each pass if the call says so.
+    `heads`: numbers of rows; behind each pass the head runs on the one that the call chooses.
     """
     turns, lanes = positions.shape
     # settings as arguments: of constants XLA would make a shorter program
     asked = SamplingParams.stack([sampling] * max(heads, default=0))
 
-    def passes(params, cache, asked, count, rows, x, missing):
+    def passes(params, cache, asked, count, which, x, missing):
         def one(i, carry):
             x, cache = carry
             x, cache = model.apply(
@@ -257,16 +260,15 @@ def _block(
                 **where,
                 method="run_loop",
             )
-            for n in heads:
-                chosen = (rows == n).astype(jnp.int32)
-                x = jax.lax.fori_loop(0, chosen, functools.partial(head, n, i), x)
+            if heads:
+                x = jax.lax.switch(which, [functools.partial(head, n, i) for n in heads], x)
             return _unit(x), cache
 
-        def head(n, i, _, x):
+        def head(n, i, x):
             weights, mine = {"params": head_params(params)}, jax.tree.map(lambda a: a[:n], asked)
             logits = model.apply(weights, x[:n, 0], method="unembed")
             where = jnp.zeros(n, jnp.uint32), jnp.full(n, i)  # noise of its own
-            _, logprob = sample(logits, mine, *where, one_device=not model.scan_layers)
+            _, logprob = sample(logits, mine, *where, one_device=model.on_one_device)
             return x.at[:n].add(logprob[:, None, None].astype(x.dtype))  # what follows waits for it
 
         x, cache = jax.lax.fori_loop(0, count, one, (x, cache))
@@ -276,8 +278,8 @@ def _block(
     start = (params, box[0], asked, np.int32(1), np.int32(0), x, missing)
     run = jax.jit(passes, donate_argnums=1).lower(*start).compile()
 
-    def call(count, rows=0):
-        box[0], out = run(params, box[0], asked, np.int32(count), np.int32(rows), x, missing)
+    def call(count, which=0):
+        box[0], out = run(params, box[0], asked, np.int32(count), np.int32(which), x, missing)
         jax.block_until_ready(out)
 
     return call

@@ -124,15 +124,16 @@ class Attention(nn.Module):
         cfg, batch, positions = self.cfg, len(q), context.positions
         lanes, at = batch - context.together, (loop, tables.index, context.slots)
         how = cfg.attention_scale, cfg.attn_softcap
-        window_of = lambda loop: None if tables.window is None else tables.window[loop]  # noqa: E731
-        of_lanes = loop[:lanes] if jnp.ndim(loop) else loop
-        one_each = q.shape[1] == 1 and jnp.ndim(loop)
+        by_lane = bool(jnp.ndim(loop))
+        one_each = by_lane and q.shape[1] == 1
+        of_lanes = loop[:lanes] if by_lane else loop
+        window_of = lambda loops: None if tables.window is None else tables.window[loops]  # noqa: E731
 
-        def see(q, loop, slots, positions):
-            where = loop, tables.index, slots
-            if self.attends == "paged" and one_each and q.shape[1] == 1:
-                return paged.attend(cfg, q[:, 0], cache, *where, positions[:, 0])[:, None]
-            return attend_cached(q, cache, where, positions, window_of(loop), *how)
+        def see(queries, loops, slots, places):
+            where = loops, tables.index, slots
+            if self.attends == "paged" and by_lane and queries.shape[1] == 1:
+                return paged.attend(cfg, queries[:, 0], cache, *where, places[:, 0])[:, None]
+            return attend_cached(queries, cache, where, places, window_of(loops), *how)
 
         with jax.named_scope("attend"):
             if self.attends == "few_queries" and one_each:

@@ -106,6 +106,11 @@ class Decoder(nn.Module):
     scan_layers: bool = True
     attends: str = "xla"
 
+    @property
+    def on_one_device(self) -> bool:
+        """Params are as `split_layers` makes them."""
+        return not self.scan_layers
+
     def setup(self):
         cfg = self.cfg
         self.embedding = self.param(

@@ -6,7 +6,7 @@
 // scatter writes a new key number by number, one after the other. A lane's numbers do not depend on
 // the other lanes, not even on NaN; nor on rows that it must not see, whatever they hold.
 //
-// Compiled and registered by few_queries.py.
+// Compiled and registered by native.py, called by few_queries.py.
 
 #include <algorithm>
 #include <atomic>
@@ -143,7 +143,7 @@ struct Job {
   const float *q, *k, *v;
   const int32_t *loop, *slots, *positions, *windows;  // windows: nullptr, none is limited
   float *keys, *values, *y;
-  int64_t lanes, kept, layer, heads, kv_heads, size;  // kept: new rows, those of the lanes first
+  int64_t lanes, added, layer, heads, kv_heads, size;  // added: new rows, those of the lanes first
   int64_t loops, layers, num_slots, blocks, rows;
   float scale, softcap;
   std::atomic<int64_t> next{0}, done{0};
@@ -157,18 +157,18 @@ struct Job {
     return positions[lane] < blocks * rows ? positions[lane] + 1 : 0;
   }
 
-  int64_t Parts() const { return kept + lanes * kv_heads; }
+  int64_t Parts() const { return added + lanes * kv_heads; }
 
   // Whoever comes takes parts until none is left, so nobody waits for a thread that never comes:
   // first new rows, and when all stand in the cache, heads.
   void Help() {
     for (int64_t part; (part = next++) < Parts(); done++) {
-      if (part < kept) {
-        Keep(part);
+      if (part < added) {
+        Write(part);
         continue;
       }
-      while (done < kept) std::this_thread::yield();
-      const int64_t i = part - kept, group = heads / kv_heads;
+      while (done < added) std::this_thread::yield();
+      const int64_t i = part - added, group = heads / kv_heads;
       for (int64_t g = 0; g < group;) {
         const int64_t left = group - g;
         g += left >= 4 ? Attend<4>(i, g) : left == 3 ? Attend<3>(i, g)
@@ -184,7 +184,7 @@ struct Job {
   }
 
   // The r-th new row goes where its loop, slot and position say; nowhere, if that is not there.
-  void Keep(int64_t r) {
+  void Write(int64_t r) {
     const int64_t l = loop[r], slot = slots[r], position = positions[r];
     const auto within = [](int64_t i, int64_t end) { return 0 <= i && i < end; };
     if (!within(l, loops) || !within(slot, num_slots) || !within(position, blocks * rows)) return;
@@ -220,10 +220,11 @@ struct Job {
 };
 
 // q [B, heads, size]; k and v [N, kv heads, size] with N >= B, and where each of their rows goes:
-// loop, slots, positions [N]. Query i is at the place of row i, and sees all rows. layer []; windows
+// loop, slots, positions [N]. Query i is at the place of row i, and sees new rows too. layer [1]; windows
 // [B], if there are any. keys [loop, layer, slot, block, kv head, size, row], values the same with
 // row before size, are arguments and, written to, results.
-ffi::Error Attend(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats, Floats, Ints layer,
+ffi::Error Attend(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats old_keys,
+                  Floats old_values, Ints layer,
                   Ints loop, Ints slots, Ints positions, ffi::RemainingArgs windows,
                   ffi::ResultBuffer<ffi::F32> y, ffi::ResultBuffer<ffi::F32> keys,
                   ffi::ResultBuffer<ffi::F32> values, float scale, float softcap) {
@@ -236,9 +237,12 @@ ffi::Error Attend(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats, Fl
   j.windows = windows.size() ? windows.get<Ints>(0)->typed_data() : nullptr;
   j.y = y->typed_data(), j.scale = scale, j.softcap = softcap;
   j.lanes = q.dimensions()[0], j.heads = q.dimensions()[1], j.size = q.dimensions()[2];
-  j.kept = k.dimensions()[0];
+  j.added = k.dimensions()[0];
   j.loops = cache[0], j.layers = cache[1], j.num_slots = cache[2], j.blocks = cache[3];
   j.kv_heads = cache[4], j.rows = cache[5];
+  if (old_keys.typed_data() != j.keys || old_values.typed_data() != j.values) {
+    return ffi::Error::Internal("few_queries.cc writes into the cache, and was given a copy");
+  }
   if (j.rows > kRows || j.size > kSizes * kLane || j.size % kLane || j.heads % j.kv_heads) {
     return ffi::Error::InvalidArgument("few_queries.cc has no room for such heads or blocks");
   }

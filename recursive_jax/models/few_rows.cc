@@ -6,7 +6,7 @@
 // for every row. Rows of zeros, as idle lanes have, cost nothing. Each number of y is one sum in one
 // order, so a row's do not depend on the others, nor on how many there are.
 //
-// Compiled and registered by few_rows.py.
+// Compiled and registered by native.py, called by few_rows.py.
 
 #include <algorithm>
 #include <atomic>

@@ -1,7 +1,7 @@
 """Our kernels for a CPU: compiled for this machine when they are first needed.
 
 By the system's C++ compiler; the library is kept in the user's cache. Without a compiler XLA's
-kernels do.
+kernels do. Here, too: large pages for what they read.
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ def use_huge_pages(arrays: Iterable[Any]) -> None:
     advise = ctypes.CDLL(None).madvise
     advise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     pages = set()
-    for array in (a for a in arrays if isinstance(a, jax.Array)):
-        first = array.unsafe_buffer_pointer()
-        pages.update(range(first // _PAGE, -(-(first + array.nbytes) // _PAGE)))
+    ours = [a for a in arrays if isinstance(a, jax.Array) and a.nbytes >= _PAGE // 2]
+    for shard in (s.data for a in jax.block_until_ready(ours) for s in a.addressable_shards):
+        first = shard.unsafe_buffer_pointer()
+        pages.update(range(first // _PAGE, -(-(first + shard.nbytes) // _PAGE)))
     for page in sorted(pages):
         advise(page * _PAGE, _PAGE, _MADV_COLLAPSE)
 
