@@ -308,7 +308,7 @@ def answer(
         note("the bound is measured on one device only, so the numbers lack it")
         measured = False
     if measured:
-        note("measuring the parts of a tick …")
+        note("measuring the parts of a tick alone …")
     record = job.summary(options.lossless, measured)
     if options.stats:
         report.write(options.stats, {"run": rows} | record)

@@ -54,7 +54,7 @@ def no_time(rows: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class TickTime:
-    """How long a tick takes, from measured times; functions take a number of rows.
+    """How long a tick takes, from times measured alone; functions take a number of rows.
 
     Attributes:
       block: one pass over all lanes, however many are in use.

@@ -1,24 +1,19 @@
-"""How long the parts of a tick take without an engine around them, and the throughput they allow.
+"""How long the parts of a tick take when each runs alone, and the throughput they allow.
 
 The bound of an engine: if nothing but the block, the head and the embedding took time, and no lane
 were ever idle, `slots` tokens would need `E[loops]` ticks, in each of which `slots / E[loops]`
 tokens leave:
 
     tokens/s = slots / (E[loops] · (t_tick + t_head(slots / E[loops])) + t_embed)
-
-Parts run again and again, each in a loop of its own, but for the head: it runs behind a pass of the
-block, and its time is what it adds. Alone its weights might stay in a CPU's cache, which in a tick
-holds those of the block when the head's turn comes.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -46,8 +41,7 @@ class Times:
       tick_of_slots: the same with one lane per slot, which is `tick` unless tokens complete; then
         that of full depth, all lanes at one loop.
       embed: embedding one token of every slot.
-      head: what final norm, vocabulary head and the choice of a token add to a pass, by rows;
-        ascending.
+      head: final norm, vocabulary head and the choice of a token, by rows; ascending.
       chunk: what a whole chunk of a prompt adds to a tick.
       fill: what the keys and values that exited tokens lack add to a tick; 0 unless they are
         propagated.
@@ -118,16 +112,14 @@ class Stopwatch:
         try:
             for lanes in sorted({engine.num_lanes, slots}):
                 calls["lanes", lanes] = _block(model, params, box, **self._lanes(lanes))
-            heads = {"heads": self._rows, "sampling": sampling}
-            with_head = _block(model, params, box, **self._lanes(engine.num_lanes), **heads)
-            for i, n in enumerate(self._rows):
-                calls["head", n] = functools.partial(with_head, which=i)
             if self._propagates:
                 missing = _missing(model, slots)
                 filled = self._lanes(slots) | {"missing": missing}
                 calls["filled"] = _block(model, params, box, **filled)
             beside = _beside(self._lanes(engine.num_lanes), engine.chunk_length)
             calls["chunk"] = _block(model, params, box, **beside, together=engine.chunk_length)
+            for n in self._rows:
+                calls["head", n] = _head(model, head_params(params), n, sampling)
             # so many that lanes are at every loop equally often
             counts = {name: _count(call) for name, call in calls.items()}
             loops = engine.num_loops
@@ -178,18 +170,14 @@ class Stopwatch:
         """Medians of all runs so far."""
         seconds = {name: statistics.median(runs) for name, runs in self._seconds.items()}
         lanes, slots = self._engine.num_lanes, self._engine.num_slots
-
-        def beyond(part, lanes=lanes):  # of the same run: when the machine is slow, it is for both
-            both = zip(self._seconds[part], self._seconds["lanes", lanes], strict=True)
-            return max(statistics.median(with_part - alone for with_part, alone in both), 0.0)
-
+        fill = seconds["filled"] - seconds["lanes", slots] if self._propagates else 0.0
         return Times(
             tick=seconds["lanes", lanes],
             tick_of_slots=seconds["lanes", slots],
             embed=seconds["embed"],
-            head=tuple((n, beyond(("head", n))) for n in self._rows),
-            chunk=beyond("chunk"),
-            fill=beyond("filled", slots) if self._propagates else 0.0,
+            head=tuple((n, seconds["head", n]) for n in self._rows),
+            chunk=max(seconds["chunk"] - seconds["lanes", lanes], 0.0),
+            fill=max(fill, 0.0),
         )
 
 
@@ -227,27 +215,14 @@ def _beside(lanes: dict[str, Any], length: int) -> dict[str, Any]:
     return {name: np.concatenate([lanes[name], rows], axis=-1) for name, rows in chunk.items()}
 
 
-def _block(
-    model,
-    params,
-    box: list[Cache],
-    positions,
-    loop,
-    missing=None,
-    heads: Sequence[int] = (),
-    sampling: Sampling = GREEDY,
-    **where,
-):
+def _block(model, params, box: list[Cache], positions, loop, missing=None, **where):
     """Passes of the block; the cache in `box` is donated and put back.
 
     Lanes are at `loop` and the first of `positions` in the first pass, one further in the next.
-    `heads`: numbers of rows; behind each pass the head runs on the one that the call chooses.
     """
     turns, lanes = positions.shape
-    # settings as arguments: of constants XLA would make a shorter program
-    asked = SamplingParams.stack([sampling] * max(heads, default=0))
 
-    def passes(params, cache, asked, count, which, x, missing):
+    def passes(params, cache, count, x, missing):
         def one(i, carry):
             x, cache = carry
             x, cache = model.apply(
@@ -260,29 +235,38 @@ def _block(
                 **where,
                 method="run_loop",
             )
-            if heads:
-                x = jax.lax.switch(which, [functools.partial(head, n, i) for n in heads], x)
             return _unit(x), cache
-
-        def head(n, i, x):
-            weights, mine = {"params": head_params(params)}, jax.tree.map(lambda a: a[:n], asked)
-            logits = model.apply(weights, x[:n, 0], method="unembed")
-            where = jnp.zeros(n, jnp.uint32), jnp.full(n, i)  # noise of its own
-            _, logprob = sample(logits, mine, *where, one_device=model.on_one_device)
-            return x.at[:n].add(logprob[:, None, None].astype(x.dtype))  # what follows waits for it
 
         x, cache = jax.lax.fori_loop(0, count, one, (x, cache))
         return cache, x
 
     x = _noise(lanes, 1, model.cfg.embed_dim).astype(model.dtype)
-    start = (params, box[0], asked, np.int32(1), np.int32(0), x, missing)
-    run = jax.jit(passes, donate_argnums=1).lower(*start).compile()
+    run = jax.jit(passes, donate_argnums=1).lower(params, box[0], np.int32(1), x, missing).compile()
 
-    def call(count, which=0):
-        box[0], out = run(params, box[0], asked, np.int32(count), np.int32(which), x, missing)
+    def call(count):
+        box[0], out = run(params, box[0], np.int32(count), x, missing)
         jax.block_until_ready(out)
 
     return call
+
+
+def _head(model, params, rows: int, sampling: Sampling) -> Callable[[int], Any]:
+    stacked = SamplingParams.stack([sampling] * rows)
+    seeds, positions = np.zeros(rows, np.uint32), np.zeros(rows, np.int32)
+
+    def heads(given, count, x):
+        weights, asked = given  # as arguments: of constants XLA would make a shorter program
+
+        def one(i, x):
+            logits = model.apply({"params": weights}, x, method="unembed")
+            where = positions + i  # noise of its own
+            _, logprob = sample(logits, asked, seeds, where, one_device=model.on_one_device)
+            return _unit(x + logprob[:, None].astype(x.dtype))  # each waits for the one before
+
+        return jax.lax.fori_loop(0, count, one, x)
+
+    x = _noise(rows, model.cfg.embed_dim).astype(model.dtype)
+    return _compiled(heads, (params, stacked), x)
 
 
 def _embed(model, params, slots: int) -> Callable[[int], Any]:
@@ -294,9 +278,12 @@ def _embed(model, params, slots: int) -> Callable[[int], Any]:
 
         return jax.lax.fori_loop(0, count, one, tokens)
 
-    tokens = np.arange(slots, dtype=np.int32)[:, None]
-    run = jax.jit(embeds).lower(params, np.int32(1), tokens).compile()
-    return lambda count: jax.block_until_ready(run(params, np.int32(count), tokens))
+    return _compiled(embeds, params, np.arange(slots, dtype=np.int32)[:, None])
+
+
+def _compiled(function: Callable, params, x) -> Callable[[int], Any]:
+    run = jax.jit(function).lower(params, np.int32(1), x).compile()
+    return lambda count: jax.block_until_ready(run(params, np.int32(count), x))
 
 
 def _count(call: Callable[[int], Any]) -> int:

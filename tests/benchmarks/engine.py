@@ -353,7 +353,7 @@ def lora(args):
 
 
 def growth(args):
-    """A tick, and what the head adds, as slots, context and loops grow; one at a time.
+    """A tick and the head alone as slots, context and loops grow; one at a time.
 
     The source's first 24 layers: 2, 3 and 4 divide them.
     """

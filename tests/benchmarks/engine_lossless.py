@@ -4,7 +4,7 @@
     python tests/benchmarks/engine_lossless.py --checkpoint=CKPT  one of ours
 
 Prints a JSON row for 1, 4 and 16 slots: the gain, and its share of what the parts of a tick,
-measured in the same run, predict.
+measured alone in the same run, predict.
 """
 
 from __future__ import annotations
