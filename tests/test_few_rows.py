@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -138,6 +139,19 @@ def test_many_products_at_once(kernel):
     for _ in range(20):
         for y, wt in zip(run(x, wts), wts, strict=True):
             np.testing.assert_allclose(y, x @ wt.T, atol=1e-4)
+
+
+def test_no_helper_is_left_behind(kernel):
+    """Also of products that end at once, since no lane is busy: one would spin for ever."""
+    x, wt, loop = np.zeros((3, 576), np.float32), draw(600, 576), np.zeros(3, np.int32)
+    lora = module.Lora(loop, 2, draw(2 * 64, 576), [draw(600, 2 * 64)])
+    run = jax.jit(lambda x, wt, lora: module.by_kernel(x, wt, (), lora._replace(num_loops=2)))
+    for _ in range(50):
+        np.testing.assert_array_equal(run(x, wt, lora), 0)
+    time.sleep(0.1)
+    before = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.15
 
 
 @pytest.mark.parametrize(

@@ -18,19 +18,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from recursive_jax.decoding import admission
-from recursive_jax.decoding.early_exit import Measure, Recorded
+from recursive_jax.decoding.early_exit import Measure
 from recursive_jax.decoding.placement import Placement
-from recursive_jax.decoding.requests import Request, Sampling
+from recursive_jax.decoding.requests import Request
 from recursive_jax.decoding.sampling import SamplingParams
 from recursive_jax.decoding.scheduler import Chunk
 from recursive_jax.decoding.state import (
     MAX_TICKS,
     NO_TOKEN,
-    Changes,
     Chunks,
     Found,
-    Settings,
-    Slots,
 )
 from recursive_jax.decoding.tick import Ticks
 from recursive_jax.models import few_queries, native, paged
@@ -198,17 +195,16 @@ class Engine:
             self._cache = self._placement.make(self._new_cache, self._placement.cache)
             self._tainted: set[int] = set()  # slots that hold NaN
         self._state = self._placement.put(self._ticks.state(self._placement.shards))
-        self._settings = self._no_settings()
-        self._changes = self._no_changes()
-        self._on_device: dict[str, Any] = {}  # settings and changes that were sent already
+        self._orders = self._ticks.orders(self._placement.shards)
+        self._sent: Any = None  # the orders on the device; None: there are newer ones
 
     def compile(self) -> None:
         """Make the executables; `step` does it when it was not done before."""
         if self._executables:
             return
         place, run, wipe = self._placement, self._run, self._wipe_slot
-        fixed = place.put((self._settings, self._changes))
-        fixed += place.everywhere(np.int32(0), np.int32(0), np.bool_(False))
+        numbers = np.bool_(False), np.int32(0), np.int32(0), np.bool_(False)
+        fixed = place.put(self._orders.pack()), *place.everywhere(*numbers)
         for name, work in (("tick", None), ("chunk", place.put(self._chunk_arrays([])))):
             arguments = (self.params, self._cache, self._state, *fixed, work)
             self._executables[name] = place.compile(run, *arguments)
@@ -231,7 +227,7 @@ class Engine:
             number = self._placement.everywhere(np.int32(slot))
             self._cache = self._executables["wipe"](cache, *number)
             self._tainted.remove(slot)
-        s, n = self._settings, len(request.tokens)
+        s, n = self._orders.settings, len(request.tokens)
         for name, value in SamplingParams.stack([request.sampling]).__dict__.items():
             getattr(s.sampling, name)[slot] = value[0]
         s.seeds[slot] = request.sampling.seed
@@ -246,7 +242,7 @@ class Engine:
         if s.recorded.size:
             s.recorded[slot, n - 1 : n - 1 + request.max_new_tokens] = request.recorded_loops
         self._change(slot, request.tokens[-1], n - 1, waiting=n == 1)
-        self._changes.text[slot, :n] = request.tokens
+        self._orders.changes.text[slot, :n] = request.tokens
 
     def release(self, slot: int) -> None:
         """All lanes of the slot end; a request that finished has left its slot by itself."""
@@ -275,21 +271,17 @@ class Engine:
         self.compile()
         place = self._placement
         work = place.put(self._chunk_arrays(chunks[:num_ticks])) if with_chunk else None
-        sent = {
-            "settings": lambda: place.put(_copied(self._settings)),
-            "changes": lambda: place.put(_copied(self._changes)),
-        }
-        for name, send in sent.items():
-            if name not in self._on_device:
-                self._on_device[name] = send()
+        fresh = self._orders.changes.reset.any()
+        if self._sent is None:
+            self._sent = place.put(self._orders.pack())
         cache, self._cache = self._cache, None  # donated: gone, even when the call fails
         new_cache, self._state, found, count = self._executables["chunk" if with_chunk else "tick"](
             self.params,
             cache,
             self._state,
-            self._on_device["settings"],
-            self._on_device["changes"],
+            self._sent,
             *place.everywhere(
+                np.bool_(fresh),
                 np.int32(first_tick),
                 np.int32(num_ticks),
                 # shards that stopped at different ticks could not go on together
@@ -297,10 +289,7 @@ class Engine:
             ),
             work,
         )
-        if self._changes.reset.any():
-            self._changes.reset[:] = False  # there, too; the texts need not be sent again
-            done = place.put(_copied(self._changes.reset))
-            self._on_device["changes"] = self._on_device["changes"].replace(reset=done)
+        self._orders.changes.reset[:] = False
         found, count = jax.device_get((found, count))  # here at the latest an error is known
         self._cache = new_cache
         # a shard that stopped earlier had nothing left to do
@@ -321,10 +310,10 @@ class Engine:
         return (way, f"{name} kernel") if refusal is None else ("xla", f"XLA ({name}: {refusal})")
 
     def _change(self, slot: int, token: int, position: int, waiting: bool) -> None:
-        self._changes.reset[slot] = True
-        slots = self._changes.slots
+        changes, self._sent = self._orders.changes, None
+        changes.reset[slot] = True
+        slots = changes.slots
         slots.token[slot], slots.position[slot], slots.waiting[slot] = token, position, waiting
-        self._on_device.clear()
 
     def _read(self, found: Found) -> Tick:
         slots = lambda mask: [slot for slot, true in enumerate(mask) if true]  # noqa: E731
@@ -345,26 +334,6 @@ class Engine:
         model, new = self.model, self._placement.cache_class.zeros
         return new(model.cfg, self.num_slots, self.context_length, model.dtype)
 
-    def _no_settings(self) -> Settings:
-        num_slots, loops = self.num_slots, self.num_loops
-        ints = lambda *shape, fill=0: np.full(shape, fill, np.int32)  # noqa: E731
-        recorded = self.context_length if isinstance(self.measure, Recorded) else 0
-        return Settings(
-            sampling=SamplingParams.stack([Sampling()] * num_slots),
-            seeds=np.zeros(num_slots, np.uint32),
-            stop=ints(num_slots, self.num_stop, fill=NO_TOKEN),
-            first=ints(num_slots),
-            last=ints(num_slots),
-            min_loops=ints(num_slots, fill=1),
-            max_loops=ints(num_slots, fill=loops),
-            thresholds=np.zeros((num_slots, loops), np.float32),
-            recorded=ints(num_slots, recorded),
-        )
-
-    def _no_changes(self) -> Changes:
-        text = np.zeros((self.num_slots, self.context_length), np.int32)
-        return Changes(np.zeros(self.num_slots, bool), Slots.empty(self.num_slots), text)
-
     def _chunk_arrays(self, chunks: Sequence[Chunk]) -> Chunks:
         """For every shard its own: the slot's shard runs a chunk, the others have none."""
         columns = np.zeros((5, self._placement.shards, MAX_TICKS), np.int32)
@@ -373,8 +342,3 @@ class Engine:
             columns[:, shard, i] = chunk._replace(slot=slot)
         *columns, ends_prompt = columns.reshape(5, -1)
         return Chunks(*columns, ends_prompt.astype(bool))
-
-
-def _copied(tree):
-    """Host arrays that may change while the device still reads them."""
-    return jax.tree.map(np.copy, tree)

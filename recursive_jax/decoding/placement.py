@@ -18,7 +18,7 @@ from flax import linen as nn
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from recursive_jax.decoding.state import Changes, Chunks, Settings, State
+from recursive_jax.decoding.state import Chunks, State
 from recursive_jax.models.kv_cache import Cache, KVCache, RowCache
 
 
@@ -62,16 +62,16 @@ class Placement:
         slots, whole = PartitionSpec(self._slot_axes), PartitionSpec()
         cache = found = PartitionSpec(None, None, self._slot_axes)
 
-        def spread(params, cache_, state, settings, changes, first, count, until, chunks):
+        def spread(params, cache_, state, orders, fresh, first, count, until, chunks):
             with nn.logical_axis_rules(self._rules):
                 return jax.shard_map(
                     run,
                     mesh=self._mesh,
-                    in_specs=(whole, cache, slots, slots, slots, whole, whole, whole, slots),
+                    in_specs=(whole, cache, slots, slots, whole, whole, whole, whole, slots),
                     out_specs=(cache, slots, found, slots),
                     axis_names=set(self._slot_axes),
                     check_vma=False,
-                )(params, cache_, state, settings, changes, first, count, until, chunks)
+                )(params, cache_, state, orders, fresh, first, count, until, chunks)
 
         return spread
 
@@ -121,7 +121,7 @@ class Placement:
         """Of what `spread(run)` returns."""
         return self.cache, self.slots, self._sharding(None, None, self._slot_axes), self.slots
 
-    def put(self, tree: State | Settings | Changes | Chunks | jax.typing.ArrayLike | None):
+    def put(self, tree: State | Chunks | jax.typing.ArrayLike | None):
         """Host arrays that begin with an axis of slots (or of shards) -> their devices."""
         return self._put(tree, self.slots)
 

@@ -1,8 +1,8 @@
 """What the device keeps and exchanges with the host while it decodes.
 
 Axes: S slots, B lanes, C chunk length, D embed, L loops, W stop ids, T ticks, N cache length, F
-fields of `Found`. On a mesh the shards' slots stand one behind the other, and so do their lanes and
-chunks.
+fields of `Found`, O numbers of `Orders`. On a mesh the shards' slots stand one behind the other,
+and so do their lanes and chunks.
 """
 
 from __future__ import annotations
@@ -83,11 +83,36 @@ class Settings:
 
 @struct.dataclass
 class Changes:
-    """Slots that start anew: admitted, or released (then `waiting` is False)."""
+    """Slots that start anew: admitted, or released (then `waiting` is False). Done once."""
 
     reset: jax.Array  # bool [S]
     slots: Slots
     text: jax.Array  # int32 [S, N]
+
+
+@struct.dataclass
+class Orders:
+    """What the host has to say about its slots; to the device, one array is faster than twenty."""
+
+    settings: Settings
+    changes: Changes
+
+    def pack(self) -> np.ndarray:
+        """int32 [S, O], a copy; on the host."""
+        rows = lambda a: a.reshape(len(a), a[0].size)  # noqa: E731
+        leaves = [rows(leaf) for leaf in jax.tree.leaves(self)]
+        bits = [a.astype(np.int32) if a.dtype == bool else a.view(np.int32) for a in leaves]
+        return np.concatenate(bits, axis=1)
+
+    def unpack(self, packed: jax.Array) -> Orders:
+        """`pack`ed orders of the same shapes; on the device."""
+        leaves, structure = jax.tree.flatten(self)
+        ends = np.cumsum([leaf[0].size for leaf in leaves])
+        parts = jnp.split(packed, ends[:-1], axis=1)
+        back = lambda a, leaf: a != 0 if leaf.dtype == bool else a.view(leaf.dtype)  # noqa: E731
+        both = zip(parts, leaves, strict=True)
+        parts = [back(a, leaf).reshape(leaf.shape) for a, leaf in both]
+        return jax.tree.unflatten(structure, parts)
 
 
 @struct.dataclass

@@ -12,7 +12,7 @@ is *committed* when its successor is known; in lossless decoding only after the 
 successor may turn out to be another one: then the lanes started from the wrong one are dropped.
 
 Axes: S slots, P lanes of a slot, B = S·P lanes, C chunk length, D embed, V vocab, L loops, W stop
-ids, T ticks, N cache length.
+ids, T ticks, N cache length, O numbers of `Orders`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from recursive_jax.decoding.early_exit import Measure
+from recursive_jax.decoding.early_exit import Measure, Recorded
 from recursive_jax.decoding.exits import Exits
 from recursive_jax.decoding.layout import Layout
+from recursive_jax.decoding.requests import Sampling
+from recursive_jax.decoding.sampling import SamplingParams
 from recursive_jax.decoding.state import (
     NO_TOKEN,
     Changes,
@@ -35,6 +37,7 @@ from recursive_jax.decoding.state import (
     Exited,
     Found,
     Lanes,
+    Orders,
     Settings,
     Slots,
     State,
@@ -101,7 +104,7 @@ class Ticks:
     def _exits(self) -> Exits:
         return Exits(self.model, self._layout, self.measure, self.can_exit, self.lossless)
 
-    # Empty state, on the host.
+    # Empty state and orders, on the host.
 
     def state(self, shards: int = 1) -> State:
         num_slots = self.num_slots * shards
@@ -126,6 +129,24 @@ class Ticks:
             chunk=np.zeros((shards * self.chunk_length, dim), dtype),
         )
 
+    def orders(self, shards: int = 1) -> Orders:
+        num_slots, loops = self.num_slots * shards, self.num_loops
+        ints = lambda *shape, fill=0: np.full((num_slots, *shape), fill, np.int32)  # noqa: E731
+        recorded = self.context_length if isinstance(self.measure, Recorded) else 0
+        settings = Settings(
+            sampling=SamplingParams.stack([Sampling()] * num_slots),
+            seeds=np.zeros(num_slots, np.uint32),
+            stop=ints(self.num_stop, fill=NO_TOKEN),
+            first=ints(),
+            last=ints(),
+            min_loops=ints(fill=1),
+            max_loops=ints(fill=loops),
+            thresholds=np.zeros((num_slots, loops), np.float32),
+            recorded=ints(recorded),
+        )
+        none, text = np.zeros(num_slots, bool), ints(self.context_length)
+        return Orders(settings, Changes(none, Slots.empty(num_slots), text))
+
     # On the device.
 
     def run(
@@ -133,8 +154,8 @@ class Ticks:
         params: Any,
         cache: Cache,
         state: State,
-        settings: Settings,
-        changes: Changes,
+        orders: jax.Array,
+        fresh: jax.Array,
         first_tick: jax.Array,
         num_ticks: jax.Array,
         until_free: jax.Array,
@@ -143,6 +164,8 @@ class Ticks:
         """Up to `num_ticks` ticks: fewer when nothing is left to do.
 
         Args:
+          orders: int32 [S, O], packed.
+          fresh: bool [], their changes are not done yet.
           first_tick: int32 [], its number; matters only when `period` > 1.
           until_free: bool [], also stop after a tick in which a request ended.
           chunks: one for each of the ticks; None compiles to a tick without prompt work.
@@ -150,6 +173,9 @@ class Ticks:
         Returns:
           cache, state, what was found (packed, int32 [F, T, S]), and int32 [1], how many ticks ran.
         """
+
+        orders = self.orders().unpack(orders)
+        settings = orders.settings
 
         def goes_on(carry):
             i, freed, _, state, _ = carry
@@ -164,13 +190,13 @@ class Ticks:
             cache, state, now = self._tick(params, cache, state, settings, gate_tick, chunk)
             return i + 1, jnp.any(now.finished), cache, state, found.at[:, i].set(now.pack())
 
-        state, found = self._change(state, changes), Found.nothing(self.num_slots)
+        state, found = self._change(state, orders.changes, fresh), Found.nothing(self.num_slots)
         start = (jnp.int32(0), jnp.bool_(False), cache, state, found)
         count, _, cache, state, found = jax.lax.while_loop(goes_on, tick, start)
         return cache, state, found, count[None]
 
-    def _change(self, state: State, changes: Changes) -> State:
-        reset = changes.reset
+    def _change(self, state: State, changes: Changes, fresh) -> State:
+        reset = changes.reset & fresh
         exited = jnp.where(reset, self.num_loops, state.exited.loops)
         idle = jnp.where(self._layout.of_lanes(reset), self.num_loops, state.lanes.loop)
         return state.replace(

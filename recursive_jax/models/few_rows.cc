@@ -28,6 +28,7 @@ using Floats = ffi::Buffer<ffi::F32>;
 
 constexpr int64_t kLine = 16;            // floats of a line of the cache
 constexpr int64_t kPanel = 2 * kLane;    // rows of a panel
+constexpr int64_t kTile = 6;             // rows of wt that are multiplied at once
 constexpr int64_t kSmallest = 16 << 10;  // weights that are worth another thread
 
 // Up to 16 rows of x, side by side: of every number the rows make one vector or two, which one
@@ -71,15 +72,13 @@ inline void Copy(Vector (*to)[Wide], const Vector (*from)[Wide]) {
 // sums += `Outs` rows of w, `stride` apart, times `Wide` vectors of each of `count` numbers, `step`
 // vectors apart. Meanwhile as many rows from `next` on are fetched, a line at a time, for memory
 // that is asked for all at once is waited for; and into the second level of the cache, for the first
-// has no room for them beside x. Few rows of x wait for memory, which is fastest front to back; many
-// multiply, and are not held up where the same columns are fetched.
+// has no room for them beside x. For few rows it has, and for what is needed in a moment: they are
+// done with a line before the next comes from the second level.
 template <int Outs, int Wide>
 inline void Add(Vector (*kept)[Wide], const float* w, int64_t stride, const Vector* x, int64_t step,
                 int64_t count, const float* next) {
   Vector sums[Outs][Wide];
   Copy<Outs, Wide>(sums, kept);
-  const bool in_order = Wide == 1 && stride == count;
-  const int64_t along = in_order ? Outs : 1, across = in_order ? kLine : stride;
   const auto add = [&](int64_t i) __attribute__((always_inline)) {
 #pragma GCC unroll 6
     for (int o = 0; o < Outs; o++) {
@@ -94,13 +93,19 @@ inline void Add(Vector (*kept)[Wide], const float* w, int64_t stride, const Vect
   for (; i + kLine <= count; i += kLine) {
 #pragma GCC unroll 16
     for (int64_t k = 0; k < kLine; k++) {
-      if (k < Outs) __builtin_prefetch(next + k * across + i * along, 0, 2);
+      if (k < 2 * Outs && k % 2 == 0) __builtin_prefetch(next + k / 2 * stride + i, 0, 2);
+      if (k < 2 * Outs && k % 2 && Wide == 1) __builtin_prefetch(w + k / 2 * stride + i + 2 * kLine);
       add(i + k);
     }
   }
   for (; i < count; i++) add(i);
   Copy<Outs, Wide>(kept, sums);
 }
+
+// Where a tile's weights begin, and those of its LoRA if it has one.
+struct Place {
+  const float *w, *b;
+};
 
 struct Product {
   const float *w, *a = nullptr;
@@ -111,41 +116,66 @@ struct Product {
   std::vector<Part> parts;
   int64_t hidden;  // so many of the parts, the first ones, are of A
   std::atomic<int64_t> next{0}, done{0};
+  std::atomic<bool> ready{false};  // the panels are there
+
+  // The first part of a thread, whose weights come while the panels are made.
+  int64_t Take() {
+    const int64_t i = next++;
+    if (i < static_cast<int64_t>(parts.size()) && !ready) {
+      const Part& part = parts[i];
+      const float *from = At(part, part.begin).w, *end = At(part, part.end).w;
+      end = std::min(end, from + kTile * in);
+      for (; from < end; from += kLine) __builtin_prefetch(from, 0, 2);
+    }
+    return i;
+  }
 
   // Whoever comes takes parts until none is left, so nobody waits for a thread that never comes.
-  void Help() {
-    for (int64_t i; (i = next++) < static_cast<int64_t>(parts.size()); done++) {
+  void Help(int64_t i) {
+    const int64_t count = parts.size();
+    while (!ready) std::this_thread::yield();
+    if (panels.empty()) return;
+    for (int64_t then; i < count; i = then, done++) {
       while (i >= hidden && done < hidden) std::this_thread::yield();
-      for (int64_t o = parts[i].begin, end = parts[i].end; o < end;) {
-        const int64_t left = end - o;
-        o += left >= 6 ? AllRows<6>(parts[i], o) : left >= 2 ? AllRows<2>(parts[i], o)
-                                                             : AllRows<1>(parts[i], o);
+      const Part &part = parts[i], *after = &part;
+      for (int64_t o = part.begin, width; o < part.end; o += width) {
+        const int64_t left = part.end - o;
+        width = left >= kTile ? kTile : left >= 2 ? 2 : 1;
+        if (width == left && (then = next++) < count) after = &parts[then];  // fetched meanwhile
+        const Place to_come = after == &part ? At(part, o + width) : At(*after, after->begin);
+        width == kTile ? AllRows<kTile>(part, o, to_come)
+        : width == 2 ? AllRows<2>(part, o, to_come) : AllRows<1>(part, o, to_come);
       }
     }
   }
 
+  Place At(const Part& part, int64_t o) const {
+    if (part.loop >= 0) return {a + o * in, nullptr};
+    const Member& member = *part.member;
+    return {w + o * in, member.rank ? member.b + (o - member.begin) * loops * member.rank : nullptr};
+  }
+
   template <int Outs>
-  int64_t AllRows(const Part& part, int64_t o) {
+  void AllRows(const Part& part, int64_t o, const Place& then) {
     for (Panel& panel : panels) {
       if (panel.least >= part.member->rows) continue;
       const int64_t v = part.loop < 0 ? 0 : panel.first[part.loop];
       const int64_t end = part.loop < 0 ? panel.vectors : panel.last[part.loop];
-      // Six times two sums, and what they are made of, fit the registers.
-      if (end - v == 2) Tile<Outs, 2>(part, o, panel, v);
-      if (end - v == 1) Tile<Outs, 1>(part, o, panel, v);
+      // kTile times two sums, and what they are made of, fit the registers.
+      if (end - v == 2) Tile<Outs, 2>(part, o, panel, v, then);
+      if (end - v == 1) Tile<Outs, 1>(part, o, panel, v, then);
     }
-    return Outs;
   }
 
-  // Rows o, o + 1, … of what the part is of, times `Wide` vectors of the panel.
+  // Rows o, o + 1, … of what the part is of, times `Wide` vectors of the panel; `then` is fetched.
   template <int Outs, int Wide>
-  void Tile(const Part& part, int64_t o, Panel& panel, int64_t v) {
+  void Tile(const Part& part, int64_t o, Panel& panel, int64_t v, const Place& then) {
     const Member& member = *part.member;
     const bool hidden = part.loop >= 0;
-    const float* mine = (hidden ? a : w) + o * in;
+    const Place mine = At(part, o);
     Vector sums[Outs][Wide] = {};
-    Add<Outs, Wide>(sums, mine, in, &panel.x[v], panel.vectors, in, mine + Outs * in);
-    if (!hidden && member.rank) AddLora<Outs, Wide>(sums, member, o, panel, v);
+    Add<Outs, Wide>(sums, mine.w, in, &panel.x[v], panel.vectors, in, then.w);
+    if (mine.b) AddLora<Outs, Wide>(sums, member, mine.b, panel, v, then.b ? then.b : mine.b);
     float numbers[Outs][Wide * kLane];
     std::memcpy(numbers, sums, sizeof sums);
     for (int64_t i = 0, r = v * kLane; i < Wide * kLane; i++, r++) {
@@ -164,15 +194,14 @@ struct Product {
   }
 
   template <int Outs, int Wide>
-  void AddLora(Vector (&sums)[Outs][Wide], const Member& member, int64_t o, Panel& panel,
-               int64_t v) {
-    const int64_t stride = loops * member.rank;
-    const float* b = member.b + (o - member.begin) * stride;
+  void AddLora(Vector (&sums)[Outs][Wide], const Member& member, const float* b, Panel& panel,
+               int64_t v, const float* next) {
+    const int64_t stride = loops * member.rank, step = member.rank * panel.vectors;
     const Vector* x = &panel.hidden[member.ranks * panel.vectors];
-    for (int64_t l = 0; l < loops; l++, b += member.rank, x += member.rank * panel.vectors) {
+    for (int64_t l = 0; l < loops; l++, b += member.rank, next += member.rank, x += step) {
       const int64_t first = std::max(panel.first[l], v), last = std::min(panel.last[l], v + Wide);
       const auto add = [&](auto& some, auto wide, int64_t from) {
-        Add<Outs, wide>(some, b, stride, x + from, panel.vectors, member.rank, b + Outs * stride);
+        Add<Outs, wide>(some, b, stride, x + from, panel.vectors, member.rank, next);
       };
       if (last - first == Wide) {
         add(sums, std::integral_constant<int, Wide>(), v);
@@ -201,9 +230,16 @@ std::unique_ptr<Vector[]> SideBySide(const Panel& panel, const float* x, int64_t
       row[r] = there ? x + panel.rows[v * kLane + r] * in : &zero;
       step[r] = there;
     }
-    for (int64_t i = 0; i < in; i++) {
-      Vector& number = numbers[i * panel.vectors + v];
+    int64_t i = 0;
+    for (Vector block[kLane]; i + kLane <= in; i += kLane) {
 #pragma GCC unroll 8
+      for (int64_t r = 0; r < kLane; r++) block[r] = step[r] ? Load(row[r] + i) : Vector{};
+      Transpose(block);
+#pragma GCC unroll 8
+      for (int64_t k = 0; k < kLane; k++) numbers[(i + k) * panel.vectors + v] = block[k];
+    }
+    for (; i < in; i++) {
+      Vector& number = numbers[i * panel.vectors + v];
       for (int64_t r = 0; r < kLane; r++) number[r] = row[r][i * step[r]];
     }
   }
@@ -272,10 +308,6 @@ ffi::Error Multiply(ffi::ThreadPool pool, Floats x, Floats wt, ffi::RemainingArg
     }
     p.members.push_back(member);
   }
-  const int64_t fewest = *std::min_element(rows.begin(), rows.end());
-  p.panels = Panels(x.typed_data(), loop, p.y, x.dimensions()[0], p.in, p.out, loops, p.ranks,
-                    fewest);
-  if (p.panels.empty()) return ffi::Error::Success();
 
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
   const auto split = [&](const Member& of, int64_t l, int64_t begin, int64_t end) {
@@ -293,9 +325,17 @@ ffi::Error Multiply(ffi::ThreadPool pool, Floats x, Floats wt, ffi::RemainingArg
   for (const Member& of : p.members) split(of, -1, of.begin, of.end);
   const int64_t parts = p.parts.size();
   for (int64_t i = 1; i < std::min(threads, parts); i++) {
-    pool.Schedule([product] { product->Help(); });
+    pool.Schedule([product, us = std::this_thread::get_id()] {
+      if (std::this_thread::get_id() == us && !product->ready) return;  // a full pool calls at once
+      product->Help(product->Take());
+    });
   }
-  p.Help();
+  const int64_t first = p.Take(), fewest = *std::min_element(rows.begin(), rows.end());
+  p.panels = Panels(x.typed_data(), loop, p.y, x.dimensions()[0], p.in, p.out, loops, p.ranks,
+                    fewest);
+  p.ready = true;
+  if (p.panels.empty()) return ffi::Error::Success();
+  p.Help(first);
   while (p.done < parts) std::this_thread::yield();
   return ffi::Error::Success();
 }

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 #ifdef __FMA__
 #include <immintrin.h>
@@ -42,6 +43,33 @@ inline Vector MultiplyAdd(Vector a, Vector b, Vector c) {
   return _mm256_fmadd_ps(a, b, c);
 #else
   return a * b + c;
+#endif
+}
+
+// Rows become columns.
+inline void Transpose(Vector (&rows)[kLane]) {
+#ifdef __FMA__
+  Vector twos[kLane], fours[kLane];  // numbers of as many rows stand side by side
+  for (int r = 0; r < 8; r += 2) {
+    twos[r] = _mm256_unpacklo_ps(rows[r], rows[r + 1]);
+    twos[r + 1] = _mm256_unpackhi_ps(rows[r], rows[r + 1]);
+  }
+  for (int r = 0; r < 8; r += 2) {
+    const int from = r < 4 ? r / 2 : r / 2 + 2;  // 0, 1, 4, 5
+    fours[r] = _mm256_shuffle_ps(twos[from], twos[from + 2], 0x44);
+    fours[r + 1] = _mm256_shuffle_ps(twos[from], twos[from + 2], 0xee);
+  }
+  for (int r = 0; r < 4; r++) {
+    rows[r] = _mm256_permute2f128_ps(fours[r], fours[r + 4], 0x20);
+    rows[r + 4] = _mm256_permute2f128_ps(fours[r], fours[r + 4], 0x31);
+  }
+#else
+  for (int64_t r = 0; r < kLane; r++) {
+    for (int64_t i = 0; i < r; i++) {
+      const float number = rows[r][i];
+      rows[r][i] = rows[i][r], rows[i][r] = number;
+    }
+  }
 #endif
 }
 
