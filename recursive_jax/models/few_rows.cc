@@ -1,7 +1,7 @@
 // y = x wt^T for a few rows x [rows, in] and large weights wt [out, in], and in the same pass what
 // the LoRA of each row's own loop adds; all float32, row-major.
 //
-// Reading the weights is what takes the time, so they are read once, front to back, whatever the
+// Reading the weights is what takes the time, so they are read once, and in time, whatever the
 // rows: kernels for large products first copy them into blocks, those for one row read them again
 // for every row. Rows of zeros, as idle lanes have, cost nothing. Each number of y is one sum in one
 // order, so a row's do not depend on the others, nor on how many there are.
@@ -27,27 +27,45 @@ namespace ffi = xla::ffi;
 using Floats = ffi::Buffer<ffi::F32>;
 
 constexpr int64_t kLine = 16;            // floats of a line of the cache
-constexpr int64_t kPanel = 2 * kLane;    // rows of a panel
 constexpr int64_t kTile = 6;             // rows of wt that are multiplied at once
 constexpr int64_t kSmallest = 16 << 10;  // weights that are worth another thread
 
-// Up to 16 rows of x, side by side: of every number the rows make one vector or two, which one
-// weight multiplies.
-struct Panel {
-  std::vector<int64_t> rows;           // in x and y
-  int64_t least;                       // of the rows
-  std::vector<int32_t> loops;          // of the rows; those of a loop stand together
-  int64_t vectors;                     // of a number
-  std::vector<int64_t> first, last;    // of the vectors, that have rows of a loop
-  std::unique_ptr<Vector[]> x, hidden;  // [number][vectors]: the rows, and their products with A
+// Vectors that one weight multiplies: two are enough to be as fast as the CPU can, but where it has
+// longer ones, four are multiplied in the time of two.
+#ifdef __AVX512F__
+constexpr int kWidest = 4;
+#else
+constexpr int kWidest = 2;
+#endif
+constexpr int64_t kPanel = kWidest * kLane;  // rows of a panel
 
-  std::unique_ptr<Vector[]> Space(int64_t numbers) const {  // aligned: much faster to read
-    return std::unique_ptr<Vector[]>(new Vector[numbers * vectors]);
-  }
+// Vectors [number][vectors], that begin where a line does: much faster to read.
+class Columns {
+ public:
+  Columns() = default;
+  explicit Columns(int64_t count) : lines_(new Line[(count + 1) / 2]) {}
+  Vector* get() const { return lines_[0].vectors; }
+
+ private:
+  struct alignas(64) Line {
+    Vector vectors[2];
+  };
+  std::unique_ptr<Line[]> lines_;
+};
+
+// Some rows of x, side by side: of every number they make one vector, two or kWidest.
+struct Panel {
+  std::vector<int64_t> rows;         // in x and y
+  std::vector<int32_t> loops;        // of the rows; those of a loop stand together
+  int64_t vectors;                   // of a number
+  std::vector<int64_t> asked;        // of the vectors, by member: the first ones
+  std::vector<int64_t> first, last;  // of the vectors, that have rows of a loop
+  Columns x, hidden;                 // the rows, and their products with A
 };
 
 // What reads the same x: a projection's rows of wt and, by loop, of A, and its B.
 struct Member {
+  int64_t index;
   int64_t begin, end;   // rows of wt
   int64_t rows;         // of x that it is asked for, the first ones
   int64_t rank, ranks;  // of a loop; the first of its rows of A
@@ -60,8 +78,8 @@ struct Part {
   int64_t begin, end;
 };
 
-template <int Outs, int Wide>
-inline void Copy(Vector (*to)[Wide], const Vector (*from)[Wide]) {
+template <int Outs, int Wide, class V>
+inline void Copy(V (*to)[Wide], const V (*from)[Wide]) {
 #pragma GCC unroll 6
   for (int o = 0; o < Outs; o++) {
 #pragma GCC unroll 2
@@ -74,15 +92,15 @@ inline void Copy(Vector (*to)[Wide], const Vector (*from)[Wide]) {
 // that is asked for all at once is waited for; and into the second level of the cache, for the first
 // has no room for them beside x. For few rows it has, and for what is needed in a moment: they are
 // done with a line before the next comes from the second level.
-template <int Outs, int Wide>
-inline void Add(Vector (*kept)[Wide], const float* w, int64_t stride, const Vector* x, int64_t step,
+template <int Outs, int Wide, class V>
+inline void Add(V (*kept)[Wide], const float* w, int64_t stride, const V* x, int64_t step,
                 int64_t count, const float* next) {
-  Vector sums[Outs][Wide];
+  V sums[Outs][Wide];
   Copy<Outs, Wide>(sums, kept);
   const auto add = [&](int64_t i) __attribute__((always_inline)) {
 #pragma GCC unroll 6
     for (int o = 0; o < Outs; o++) {
-      const Vector weights = Repeat(w[o * stride + i]);
+      const V weights = Repeat<V>(w[o * stride + i]);
 #pragma GCC unroll 2
       for (int v = 0; v < Wide; v++) {
         sums[o][v] = MultiplyAdd(weights, x[i * step + v], sums[o][v]);
@@ -101,6 +119,19 @@ inline void Add(Vector (*kept)[Wide], const float* w, int64_t stride, const Vect
   for (; i < count; i++) add(i);
   Copy<Outs, Wide>(kept, sums);
 }
+
+#ifdef __AVX512F__
+// Four vectors as two long ones.
+template <int Outs>
+inline void Add(Vector (*kept)[4], const float* w, int64_t stride, const Vector* x, int64_t step,
+                int64_t count, const float* next) {
+  LongVector sums[Outs][2];
+  std::memcpy(sums, kept, sizeof sums);
+  const auto pairs = reinterpret_cast<const LongVector*>(x);
+  Add<Outs, 2>(sums, w, stride, pairs, step / 2, count, next);
+  std::memcpy(kept, sums, sizeof sums);
+}
+#endif
 
 // Where a tile's weights begin, and those of its LoRA if it has one.
 struct Place {
@@ -158,11 +189,13 @@ struct Product {
   template <int Outs>
   void AllRows(const Part& part, int64_t o, const Place& then) {
     for (Panel& panel : panels) {
-      if (panel.least >= part.member->rows) continue;
-      const int64_t v = part.loop < 0 ? 0 : panel.first[part.loop];
-      const int64_t end = part.loop < 0 ? panel.vectors : panel.last[part.loop];
+      int64_t v = part.loop < 0 ? 0 : panel.first[part.loop], end = panel.asked[part.member->index];
+      if (part.loop >= 0) end = std::min(end, panel.last[part.loop]);
       // kTile times two sums, and what they are made of, fit the registers.
-      if (end - v == 2) Tile<Outs, 2>(part, o, panel, v, then);
+      if constexpr (kWidest == 4) {
+        if (end - v == 4) Tile<Outs, 4>(part, o, panel, v, then), v = end;
+      }
+      if (end - v >= 2) Tile<Outs, 2>(part, o, panel, v, then), v += 2;
       if (end - v == 1) Tile<Outs, 1>(part, o, panel, v, then);
     }
   }
@@ -174,7 +207,7 @@ struct Product {
     const bool hidden = part.loop >= 0;
     const Place mine = At(part, o);
     Vector sums[Outs][Wide] = {};
-    Add<Outs, Wide>(sums, mine.w, in, &panel.x[v], panel.vectors, in, then.w);
+    Add<Outs>(sums, mine.w, in, panel.x.get() + v, panel.vectors, in, then.w);
     if (mine.b) AddLora<Outs, Wide>(sums, member, mine.b, panel, v, then.b ? then.b : mine.b);
     float numbers[Outs][Wide * kLane];
     std::memcpy(numbers, sums, sizeof sums);
@@ -183,7 +216,8 @@ struct Product {
       if (hidden) {  // zeros but for the rows of this loop
         const bool own = there && panel.loops[r] == part.loop;
         for (int j = 0; j < Outs; j++) {
-          panel.hidden[(o + j) * panel.vectors + r / kLane][r % kLane] = own ? numbers[j][i] : 0;
+          const int64_t at = (o + j) * panel.vectors + r / kLane;
+          panel.hidden.get()[at][r % kLane] = own ? numbers[j][i] : 0;
         }
       } else if (there && panel.rows[r] < member.rows) {
         float* to = y + panel.rows[r] * out + o;
@@ -197,30 +231,36 @@ struct Product {
   void AddLora(Vector (&sums)[Outs][Wide], const Member& member, const float* b, Panel& panel,
                int64_t v, const float* next) {
     const int64_t stride = loops * member.rank, step = member.rank * panel.vectors;
-    const Vector* x = &panel.hidden[member.ranks * panel.vectors];
+    const Vector* x = panel.hidden.get() + member.ranks * panel.vectors;
     for (int64_t l = 0; l < loops; l++, b += member.rank, next += member.rank, x += step) {
       const int64_t first = std::max(panel.first[l], v), last = std::min(panel.last[l], v + Wide);
-      const auto add = [&](auto& some, auto wide, int64_t from) {
-        Add<Outs, wide>(some, b, stride, x + from, panel.vectors, member.rank, next);
+      const auto add = [&](auto& some, int64_t from) {
+        Add<Outs>(some, b, stride, x + from, panel.vectors, member.rank, next);
+      };
+      const auto part = [&](auto wide, int64_t from) {
+        Vector some[Outs][wide];
+        for (int j = 0; j < Outs; j++) std::copy_n(sums[j] + from - v, wide(), some[j]);
+        add(some, from);
+        for (int j = 0; j < Outs; j++) std::copy_n(some[j], wide(), sums[j] + from - v);
       };
       if (last - first == Wide) {
-        add(sums, std::integral_constant<int, Wide>(), v);
+        add(sums, v);
         continue;
       }
-      for (int64_t from = first; from < last; from++) {
-        Vector some[Outs][1];
-        for (int j = 0; j < Outs; j++) some[j][0] = sums[j][from - v];
-        add(some, std::integral_constant<int, 1>(), from);
-        for (int j = 0; j < Outs; j++) sums[j][from - v] = some[j][0];
+      int64_t from = first;
+      if constexpr (Wide == 4) {
+        if (last - from >= 2) part(std::integral_constant<int, 2>(), from), from += 2;
       }
+      if (from < last) part(std::integral_constant<int, 1>(), from);
     }
   }
 };
 
 // The rows of the panel in x [rows, in], side by side.
-std::unique_ptr<Vector[]> SideBySide(const Panel& panel, const float* x, int64_t in) {
+Columns SideBySide(const Panel& panel, const float* x, int64_t in) {
   static const float zero = 0;
-  auto numbers = panel.Space(in);
+  Columns columns(in * panel.vectors);
+  Vector* const numbers = columns.get();
   const int64_t rows = panel.rows.size();
   for (int64_t v = 0; v < panel.vectors; v++) {
     const float* row[kLane];
@@ -243,12 +283,13 @@ std::unique_ptr<Vector[]> SideBySide(const Panel& panel, const float* x, int64_t
       for (int64_t r = 0; r < kLane; r++) number[r] = row[r][i * step[r]];
     }
   }
-  return numbers;
+  return columns;
 }
 
 // Rows of x that have numbers, in panels; those of zeros are zeros in y.
 std::vector<Panel> Panels(const float* x, const int32_t* loop, float* y, int64_t count, int64_t in,
-                          int64_t out, int64_t loops, int64_t ranks, int64_t fewest) {
+                          int64_t out, int64_t loops, int64_t ranks,
+                          ffi::Span<const int64_t> asked) {
   std::vector<int64_t> order;
   for (int64_t r = 0; r < count; r++) {
     const float* row = x + r * in;
@@ -259,14 +300,24 @@ std::vector<Panel> Panels(const float* x, const int32_t* loop, float* y, int64_t
     }
   }
   // Rows that all are asked for stay in front.
+  const int64_t fewest = *std::min_element(asked.begin(), asked.end());
   const auto key = [&](int64_t r) { return std::pair(r >= fewest, loop ? loop[r] : 0); };
   std::stable_sort(order.begin(), order.end(), [&](auto r, auto s) { return key(r) < key(s); });
   std::vector<Panel> panels;
   for (auto at = order.begin(); at != order.end();) {
     const auto end = at + std::min<int64_t>(kPanel, order.end() - at);
     Panel panel;
-    panel.rows.assign(at, end), panel.least = *std::min_element(at, end);
-    panel.vectors = (end - at + kLane - 1) / kLane;
+    panel.rows.assign(at, end);
+    const auto vectors = [](int64_t rows) {
+      const int64_t least = (rows + kLane - 1) / kLane;
+      return least > 2 ? kWidest : least;
+    };
+    panel.vectors = vectors(end - at);
+    for (int64_t rows : asked) {
+      int64_t count = end - at;
+      while (count && at[count - 1] >= rows) count--;
+      panel.asked.push_back(vectors(count));
+    }
     panel.first.assign(loops, 0), panel.last.assign(loops, 0);
     for (int64_t r = 0; loops && r < end - at; r++) {
       const int32_t l = std::clamp<int64_t>(loop[at[r]], 0, loops - 1);  // as XLA would
@@ -275,7 +326,7 @@ std::vector<Panel> Panels(const float* x, const int32_t* loop, float* y, int64_t
       panel.last[l] = r / kLane + 1;
     }
     panel.x = SideBySide(panel, x, in);
-    panel.hidden = panel.Space(ranks);
+    panel.hidden = Columns(ranks * panel.vectors);
     panels.push_back(std::move(panel));
     at = end;
   }
@@ -300,7 +351,7 @@ ffi::Error Multiply(ffi::ThreadPool pool, Floats x, Floats wt, ffi::RemainingArg
   }
   Member member = {};
   for (size_t i = 0; i < outs.size(); i++) {
-    member.begin = member.end, member.ranks += loops * member.rank;
+    member.index = i, member.begin = member.end, member.ranks += loops * member.rank;
     member.end += outs[i], member.rows = rows[i];
     if (loops) {
       const auto b = lora.get<Floats>(2 + i);
@@ -330,9 +381,9 @@ ffi::Error Multiply(ffi::ThreadPool pool, Floats x, Floats wt, ffi::RemainingArg
       product->Help(product->Take());
     });
   }
-  const int64_t first = p.Take(), fewest = *std::min_element(rows.begin(), rows.end());
+  const int64_t first = p.Take();
   p.panels = Panels(x.typed_data(), loop, p.y, x.dimensions()[0], p.in, p.out, loops, p.ranks,
-                    fewest);
+                    rows);
   p.ready = true;
   if (p.panels.empty()) return ffi::Error::Success();
   p.Help(first);

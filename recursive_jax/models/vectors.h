@@ -15,9 +15,10 @@ constexpr int64_t kLane = 8;  // floats of a vector
 typedef float Vector __attribute__((vector_size(kLane * sizeof(float))));
 typedef int32_t Integers __attribute__((vector_size(kLane * sizeof(int32_t))));
 
-inline Vector Repeat(float number) {
-  Vector v;  // a sum with zeros would be one more operation
-  for (int i = 0; i < kLane; i++) v[i] = number;
+template <class V = Vector>
+inline V Repeat(float number) {
+  V v;  // a sum with zeros would be one more operation
+  for (int64_t i = 0; i < kLane; i++) v[i] = number;
   return v;
 }
 
@@ -72,6 +73,19 @@ inline void Transpose(Vector (&rows)[kLane]) {
   }
 #endif
 }
+
+#ifdef __AVX512F__
+typedef float LongVector __attribute__((vector_size(2 * sizeof(Vector))));
+
+template <>
+inline LongVector Repeat(float number) {
+  return _mm512_set1_ps(number);
+}
+
+inline LongVector MultiplyAdd(LongVector a, LongVector b, LongVector c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+#endif
 
 // e^x for x <= 0, to a few units in the last place; below 1e-38 it stays there.
 inline Vector Exp(Vector x) {
