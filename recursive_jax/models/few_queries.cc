@@ -27,6 +27,7 @@ using Ints = ffi::Buffer<ffi::S32>;
 
 constexpr int64_t kRows = 32;            // the most of a block: KVCache.BLOCK
 constexpr int64_t kSizes = 64;           // the most vectors of a head
+constexpr int64_t kLine = 16;            // floats of a line of the cache
 constexpr int64_t kSmallest = 16 << 10;  // floats that are worth another thread
 
 // One kv head of one lane, for `Heads` of its query heads.
@@ -189,6 +190,12 @@ struct Job {
     const auto within = [](int64_t i, int64_t end) { return 0 <= i && i < end; };
     if (!within(l, loops) || !within(slot, num_slots) || !within(position, blocks * rows)) return;
     const int64_t block = position / rows, row = position % rows;
+    // A key lies in as many lines of the cache as it has numbers: all are asked for, then written.
+    for (int64_t head = 0; head < kv_heads; head++) {
+      const int64_t to = Place(l, slot, block, head);
+      for (int64_t i = 0; i < size; i++) __builtin_prefetch(keys + to + i * rows + row, 1);
+      for (int64_t i = 0; i < size; i += kLine) __builtin_prefetch(values + to + row * size + i, 1);
+    }
     for (int64_t head = 0; head < kv_heads; head++) {
       const int64_t from = (r * kv_heads + head) * size, to = Place(l, slot, block, head);
       for (int64_t i = 0; i < size; i++) keys[to + i * rows + row] = k[from + i];
