@@ -27,7 +27,6 @@ using Ints = ffi::Buffer<ffi::S32>;
 
 constexpr int64_t kRows = 32;            // the most of a block: KVCache.BLOCK
 constexpr int64_t kSizes = 64;           // the most vectors of a head
-constexpr int64_t kLine = 16;            // floats of a line of the cache
 constexpr int64_t kSmallest = 16 << 10;  // floats that are worth another thread
 
 // One kv head of one lane, for `Heads` of its query heads.

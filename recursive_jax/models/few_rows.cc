@@ -26,7 +26,6 @@ namespace {
 namespace ffi = xla::ffi;
 using Floats = ffi::Buffer<ffi::F32>;
 
-constexpr int64_t kLine = 16;            // floats of a line of the cache
 constexpr int64_t kTile = 6;             // rows of wt that are multiplied at once
 constexpr int64_t kSmallest = 16 << 10;  // weights that are worth another thread
 

@@ -10,7 +10,8 @@
 #include <immintrin.h>
 #endif
 
-constexpr int64_t kLane = 8;  // floats of a vector
+constexpr int64_t kLane = 8;   // floats of a vector
+constexpr int64_t kLine = 16;  // of a line of a CPU's cache
 
 typedef float Vector __attribute__((vector_size(kLane * sizeof(float))));
 typedef int32_t Integers __attribute__((vector_size(kLane * sizeof(int32_t))));
