@@ -33,10 +33,6 @@ class Missing:
     positions: jax.Array  # int32 [M, 1]; >= cache length: nothing is missing
     slots: jax.Array  # int32 [M]
 
-    def after(self, x: jax.Array, loop: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """`x [B, 1, D]`, `loop [B]` of the lanes with these rows behind them."""
-        return jnp.concatenate([x, self.x]), jnp.concatenate([loop, self.loop])
-
 
 @struct.dataclass
 class Context:

@@ -68,8 +68,11 @@ class Layer(nn.Module):
         mlp = Mlp(cfg, self.dtype, self.data_shards, name="mlp")
 
         with jax.named_scope("attention"):
-            rows, row_loop = (x, loop) if missing is None else missing.after(x, loop)
-            rows = pre("pre_attention_norm")(rows, row_loop)
+            norm = pre("pre_attention_norm")
+            rows, row_loop = norm(x, loop), loop
+            if missing is not None:  # by itself: all but the scale is the same in every layer
+                rows = jnp.concatenate([rows, norm(missing.x, missing.loop)])
+                row_loop = jnp.concatenate([loop, missing.loop])
             y, cache = attention(rows, row_loop, context, tables, cache)
             y = post("post_attention_norm", y)
         with jax.named_scope("mlp"):

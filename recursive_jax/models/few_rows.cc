@@ -38,17 +38,27 @@ constexpr int kWidest = 2;
 #endif
 constexpr int64_t kPanel = kWidest * kLane;  // rows of a panel
 
-// Vectors [number][vectors], that begin where a line does: much faster to read.
+// Vectors of rows side by side, [pair][number][2], or one of each [number]: who reads one pair finds
+// its numbers side by side too, from where a line begins. Both are much faster.
 class Columns {
  public:
   Columns() = default;
-  explicit Columns(int64_t count) : lines_(new Line[(count + 1) / 2]) {}
-  Vector* get() const { return lines_[0].vectors; }
+  Columns(int64_t numbers, int64_t vectors)
+      : numbers_(numbers),
+        step_(std::min<int64_t>(vectors, 2)),
+        lines_(new Line[(numbers * vectors + 1) / 2]) {}
+
+  int64_t step() const { return step_; }          // from a number to the next
+  int64_t apart() const { return numbers_ * 2; }  // from a pair to the next
+  Vector* At(int64_t number, int64_t vector) const {
+    return lines_[0].vectors + vector / 2 * apart() + number * step_ + vector % 2;
+  }
 
  private:
   struct alignas(64) Line {
     Vector vectors[2];
   };
+  int64_t numbers_, step_;
   std::unique_ptr<Line[]> lines_;
 };
 
@@ -86,14 +96,15 @@ inline void Copy(V (*to)[Wide], const V (*from)[Wide]) {
   }
 }
 
-// sums += `Outs` rows of w, `stride` apart, times `Wide` vectors of each of `count` numbers, `step`
-// vectors apart. Meanwhile as many rows from `next` on are fetched, a line at a time, for memory
-// that is asked for all at once is waited for; and into the second level of the cache, for the first
-// has no room for them beside x. For few rows it has, and for what is needed in a moment: they are
-// done with a line before the next comes from the second level.
+// sums += `Outs` rows of w, `stride` apart, times `Wide` vectors of each of `count` numbers; those
+// are `apart` from each other, and a number's are `step` before the next one's. Meanwhile as many
+// rows from `next` on are fetched, a line at a time, for memory that is asked for all at once is
+// waited for; and into the second level of the cache, for the first has no room for them beside x.
+// For few rows it has, and for what is needed in a moment: they are done with a line before the next
+// comes from the second level.
 template <int Outs, int Wide, class V>
 inline void Add(V (*kept)[Wide], const float* w, int64_t stride, const V* x, int64_t step,
-                int64_t count, const float* next) {
+                int64_t apart, int64_t count, const float* next) {
   V sums[Outs][Wide];
   Copy<Outs, Wide>(sums, kept);
   const auto add = [&](int64_t i) __attribute__((always_inline)) {
@@ -102,7 +113,7 @@ inline void Add(V (*kept)[Wide], const float* w, int64_t stride, const V* x, int
       const V weights = Repeat<V>(w[o * stride + i]);
 #pragma GCC unroll 2
       for (int v = 0; v < Wide; v++) {
-        sums[o][v] = MultiplyAdd(weights, x[i * step + v], sums[o][v]);
+        sums[o][v] = MultiplyAdd(weights, x[i * step + v * apart], sums[o][v]);
       }
     }
   };
@@ -120,17 +131,25 @@ inline void Add(V (*kept)[Wide], const float* w, int64_t stride, const V* x, int
 }
 
 #ifdef __AVX512F__
-// Four vectors as two long ones.
+// Two pairs as two long vectors.
 template <int Outs>
 inline void Add(Vector (*kept)[4], const float* w, int64_t stride, const Vector* x, int64_t step,
-                int64_t count, const float* next) {
+                int64_t apart, int64_t count, const float* next) {
   LongVector sums[Outs][2];
   std::memcpy(sums, kept, sizeof sums);
   const auto pairs = reinterpret_cast<const LongVector*>(x);
-  Add<Outs, 2>(sums, w, stride, pairs, step / 2, count, next);
+  Add<Outs, 2>(sums, w, stride, pairs, step / 2, apart / 2, count, next);
   std::memcpy(kept, sums, sizeof sums);
 }
 #endif
+
+// The same with x from a number and its v-th vector on.
+template <int Outs, int Wide>
+inline void Add(Vector (*sums)[Wide], const float* w, int64_t stride, const Columns& x,
+                int64_t number, int64_t v, int64_t count, const float* next) {
+  const int64_t apart = Wide == 4 ? x.apart() : 1;
+  Add<Outs>(sums, w, stride, x.At(number, v), x.step(), apart, count, next);
+}
 
 // Where a tile's weights begin, and those of its LoRA if it has one.
 struct Place {
@@ -191,8 +210,8 @@ struct Product {
       int64_t v = part.loop < 0 ? 0 : panel.first[part.loop], end = panel.asked[part.member->index];
       if (part.loop >= 0) end = std::min(end, panel.last[part.loop]);
       // kTile times two sums, and what they are made of, fit the registers.
-      if constexpr (kWidest == 4) {
-        if (end - v == 4) Tile<Outs, 4>(part, o, panel, v, then), v = end;
+      if constexpr (kWidest == 4) {  // of both pairs: all take the time of one
+        if (v < 2 && end > 2) Tile<Outs, 4>(part, o, panel, 0, then), v = end;
       }
       if (end - v >= 2) Tile<Outs, 2>(part, o, panel, v, then), v += 2;
       if (end - v == 1) Tile<Outs, 1>(part, o, panel, v, then);
@@ -206,7 +225,7 @@ struct Product {
     const bool hidden = part.loop >= 0;
     const Place mine = At(part, o);
     Vector sums[Outs][Wide] = {};
-    Add<Outs>(sums, mine.w, in, panel.x.get() + v, panel.vectors, in, then.w);
+    Add<Outs>(sums, mine.w, in, panel.x, 0, v, in, then.w);
     if (mine.b) AddLora<Outs, Wide>(sums, member, mine.b, panel, v, then.b ? then.b : mine.b);
     float numbers[Outs][Wide * kLane];
     std::memcpy(numbers, sums, sizeof sums);
@@ -215,8 +234,7 @@ struct Product {
       if (hidden) {  // zeros but for the rows of this loop
         const bool own = there && panel.loops[r] == part.loop;
         for (int j = 0; j < Outs; j++) {
-          const int64_t at = (o + j) * panel.vectors + r / kLane;
-          panel.hidden.get()[at][r % kLane] = own ? numbers[j][i] : 0;
+          (*panel.hidden.At(o + j, r / kLane))[r % kLane] = own ? numbers[j][i] : 0;
         }
       } else if (there && panel.rows[r] < member.rows) {
         float* to = y + panel.rows[r] * out + o;
@@ -229,28 +247,23 @@ struct Product {
   template <int Outs, int Wide>
   void AddLora(Vector (&sums)[Outs][Wide], const Member& member, const float* b, Panel& panel,
                int64_t v, const float* next) {
-    const int64_t stride = loops * member.rank, step = member.rank * panel.vectors;
-    const Vector* x = panel.hidden.get() + member.ranks * panel.vectors;
-    for (int64_t l = 0; l < loops; l++, b += member.rank, next += member.rank, x += step) {
+    const int64_t stride = loops * member.rank;
+    for (int64_t l = 0, at = member.ranks; l < loops;
+         l++, b += member.rank, next += member.rank, at += member.rank) {
       const int64_t first = std::max(panel.first[l], v), last = std::min(panel.last[l], v + Wide);
-      const auto add = [&](auto& some, int64_t from) {
-        Add<Outs>(some, b, stride, x + from, panel.vectors, member.rank, next);
-      };
-      const auto part = [&](auto wide, int64_t from) {
+      const auto part = [&](auto wide) {
         Vector some[Outs][wide];
-        for (int j = 0; j < Outs; j++) std::copy_n(sums[j] + from - v, wide(), some[j]);
-        add(some, from);
-        for (int j = 0; j < Outs; j++) std::copy_n(some[j], wide(), sums[j] + from - v);
+        for (int j = 0; j < Outs; j++) std::copy_n(sums[j] + first - v, wide(), some[j]);
+        Add<Outs>(some, b, stride, panel.hidden, at, first, member.rank, next);
+        for (int j = 0; j < Outs; j++) std::copy_n(some[j], wide(), sums[j] + first - v);
       };
-      if (last - first == Wide) {
-        add(sums, v);
-        continue;
+      if (last - first == Wide || (first < 2 && last > 2)) {  // as their product with A was made
+        Add<Outs>(sums, b, stride, panel.hidden, at, v, member.rank, next);
+      } else if (last - first == 2) {
+        if constexpr (Wide == 4) part(std::integral_constant<int, 2>());
+      } else if (last > first) {
+        part(std::integral_constant<int, 1>());
       }
-      int64_t from = first;
-      if constexpr (Wide == 4) {
-        if (last - from >= 2) part(std::integral_constant<int, 2>(), from), from += 2;
-      }
-      if (from < last) part(std::integral_constant<int, 1>(), from);
     }
   }
 };
@@ -258,8 +271,7 @@ struct Product {
 // The rows of the panel in x [rows, in], side by side.
 Columns SideBySide(const Panel& panel, const float* x, int64_t in) {
   static const float zero = 0;
-  Columns columns(in * panel.vectors);
-  Vector* const numbers = columns.get();
+  Columns columns(in, panel.vectors);
   const int64_t rows = panel.rows.size();
   for (int64_t v = 0; v < panel.vectors; v++) {
     const float* row[kLane];
@@ -275,11 +287,10 @@ Columns SideBySide(const Panel& panel, const float* x, int64_t in) {
       for (int64_t r = 0; r < kLane; r++) block[r] = step[r] ? Load(row[r] + i) : Vector{};
       Transpose(block);
 #pragma GCC unroll 8
-      for (int64_t k = 0; k < kLane; k++) numbers[(i + k) * panel.vectors + v] = block[k];
+      for (int64_t k = 0; k < kLane; k++) *columns.At(i + k, v) = block[k];
     }
     for (; i < in; i++) {
-      Vector& number = numbers[i * panel.vectors + v];
-      for (int64_t r = 0; r < kLane; r++) number[r] = row[r][i * step[r]];
+      for (int64_t r = 0; r < kLane; r++) (*columns.At(i, v))[r] = row[r][i * step[r]];
     }
   }
   return columns;
@@ -325,7 +336,7 @@ std::vector<Panel> Panels(const float* x, const int32_t* loop, float* y, int64_t
       panel.last[l] = r / kLane + 1;
     }
     panel.x = SideBySide(panel, x, in);
-    panel.hidden = Columns(ranks * panel.vectors);
+    panel.hidden = Columns(ranks, panel.vectors);
     panels.push_back(std::move(panel));
     at = end;
   }

@@ -82,7 +82,7 @@ def trace(count: int, new: int, shares: list[float]) -> np.ndarray:
     return exits
 
 
-EVERY = 7  # round trips between timings of the parts; odd, so that they precede all in turn
+EVERY = 7  # round trips of an engine before the next one's turn
 
 
 def serve(engine: Engine, todo: list[Request]):
@@ -96,13 +96,14 @@ def serve_in_turn(
 ):
     """All answer all, (tokens/s, stats) of each by its own seconds.
 
-    Whoever is behind goes on for one round trip, and now and then `watches` time the parts of a
-    tick: when the machine is busy for a while, it is for all of them alike.
+    Whoever is behind goes on for a few round trips; before that `watches` time the parts of a tick:
+    when the machine is busy for a while, it is for all of them alike. Parts are warm when they are
+    timed, but an engine's first tick after other work is not, so its turn has more than one trip.
     """
     sessions, total = [Session(engine) for engine in engines], sum(r.max_new_tokens for r in todo)
     for session, request in itertools.product(sessions, todo):
         session.submit(request)
-    seconds, tokens = [0.0] * len(engines), [0] * len(engines)
+    seconds, tokens, i = [0.0] * len(engines), [0] * len(engines), 0
     for trip in itertools.count():
         working = [i for i, session in enumerate(sessions) if not session.idle]
         if trip % EVERY == 0 or not working:
@@ -110,7 +111,8 @@ def serve_in_turn(
                 watch.run()
         if not working:
             break
-        i = min(working, key=tokens.__getitem__)
+        if trip % EVERY == 0 or i not in working:
+            i = min(working, key=tokens.__getitem__)
         began = time.perf_counter()
         events, _ = sessions[i].round()
         seconds[i] += time.perf_counter() - began
