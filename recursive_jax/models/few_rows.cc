@@ -100,13 +100,20 @@ inline void Copy(V (*to)[Wide], const V (*from)[Wide]) {
 // are `apart` from each other, and a number's are `step` before the next one's. Meanwhile as many
 // rows from `next` on are fetched, a line at a time, for memory that is asked for all at once is
 // waited for; and into the second level of the cache, for the first has no room for them beside x.
-// For few rows it has, and for what is needed in a moment: they are done with a line before the next
-// comes from the second level.
+// For few vectors it has, and for what is needed in a moment: they are done with a line before the
+// next comes from the second level.
 template <int Outs, int Wide, class V>
 inline void Add(V (*kept)[Wide], const float* w, int64_t stride, const V* x, int64_t step,
                 int64_t apart, int64_t count, const float* next) {
   V sums[Outs][Wide];
   Copy<Outs, Wide>(sums, kept);
+  // Where rows adjoin, from both halves of them in turn: a CPU that sees one line after the other
+  // goes on by itself, best along two or so.
+  const bool halves = Outs % 2 == 0 && stride == count;
+  const int64_t half = Outs / 2 * count;
+  const auto ahead = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    return next + (halves ? n % 2 * half + i / 2 * Outs + n / 2 * kLine : n * stride + i);
+  };
   const auto add = [&](int64_t i) __attribute__((always_inline)) {
 #pragma GCC unroll 6
     for (int o = 0; o < Outs; o++) {
@@ -121,7 +128,7 @@ inline void Add(V (*kept)[Wide], const float* w, int64_t stride, const V* x, int
   for (; i + kLine <= count; i += kLine) {
 #pragma GCC unroll 16
     for (int64_t k = 0; k < kLine; k++) {
-      if (k < 2 * Outs && k % 2 == 0) __builtin_prefetch(next + k / 2 * stride + i, 0, 2);
+      if (k < 2 * Outs && k % 2 == 0) __builtin_prefetch(ahead(i, k / 2), 0, 2);
       if (k < 2 * Outs && k % 2 && Wide == 1) __builtin_prefetch(w + k / 2 * stride + i + 2 * kLine);
       add(i + k);
     }
