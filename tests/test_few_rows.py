@@ -89,7 +89,7 @@ def reference(x, wt, members, lora):
     return y
 
 
-@pytest.mark.parametrize("count", [1, 2, 7, 12, 13, 16, 21, 40])
+@pytest.mark.parametrize("count", [1, 2, 7, 12, 13, 16, 21, 30, 40])
 @pytest.mark.parametrize("num_loops", [2, 3])
 def test_each_row_has_the_lora_of_its_loop(kernel, count, num_loops):
     """Unlike ranks, zero among them; a projection asked of the first rows only; NaN stays alone."""

@@ -103,7 +103,7 @@ def serve_in_turn(
     sessions, total = [Session(engine) for engine in engines], sum(r.max_new_tokens for r in todo)
     for session, request in itertools.product(sessions, todo):
         session.submit(request)
-    seconds, tokens, i = [0.0] * len(engines), [0] * len(engines), 0
+    seconds, tokens, mine = [0.0] * len(engines), [0] * len(engines), 0
     for trip in itertools.count():
         working = [i for i, session in enumerate(sessions) if not session.idle]
         if trip % EVERY == 0 or not working:
@@ -111,12 +111,12 @@ def serve_in_turn(
                 watch.run()
         if not working:
             break
-        if trip % EVERY == 0 or i not in working:
-            i = min(working, key=tokens.__getitem__)
+        if trip % EVERY == 0 or mine not in working:
+            mine = min(working, key=tokens.__getitem__)
         began = time.perf_counter()
-        events, _ = sessions[i].round()
-        seconds[i] += time.perf_counter() - began
-        tokens[i] += sum(len(e.tokens) for e in events)
+        events, _ = sessions[mine].round()
+        seconds[mine] += time.perf_counter() - began
+        tokens[mine] += sum(len(e.tokens) for e in events)
     assert tokens == [total] * len(engines)
     return [(total / s, session.stats) for s, session in zip(seconds, sessions, strict=True)]
 
