@@ -118,6 +118,19 @@ def test_each_row_has_the_lora_of_its_loop(kernel, count, num_loops):
     np.testing.assert_array_equal(broken[others][there[others]], y[others][there[others]])
 
 
+@pytest.mark.parametrize("rows", [(8, 16, 8), (8, 8, 16), (16, 8, 8), (20, 4, 8), (32,), (3, 21)])
+def test_loops_may_begin_and_end_in_any_vector(kernel, rows):
+    """Eight rows are a vector, and four vectors of AVX-512 two pairs."""
+    size, loop = 20, np.repeat(np.arange(len(rows)), rows)
+    x, wt = draw(len(loop), size), draw(13, size)
+    members, lora = [(13, len(x))], module.Lora(loop, 3, draw(15, size), [draw(13, 15)])
+    run = jax.jit(
+        lambda x, wt, at, bts: module.by_kernel(x, wt, members, lora._replace(at=at, bts=bts))
+    )
+    expected = reference(x, wt, members, lora)
+    np.testing.assert_allclose(run(x, wt, lora.at, lora.bts), expected, atol=2e-3)
+
+
 def test_projections_may_each_be_asked_of_other_rows(kernel):
     """Rows are taken 16 at a time, by loop: here rows 32 to 39 come before 16 to 31."""
     members, size = [(9, 16), (7, 32), (8, 40)], 20

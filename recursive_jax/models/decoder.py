@@ -70,7 +70,7 @@ class Layer(nn.Module):
         with jax.named_scope("attention"):
             norm = pre("pre_attention_norm")
             rows, row_loop = norm(x, loop), loop
-            if missing is not None:  # by itself: all but the scale is the same in every layer
+            if missing is not None:  # by itself: all but scale and bias is the same in every layer
                 rows = jnp.concatenate([rows, norm(missing.x, missing.loop)])
                 row_loop = jnp.concatenate([loop, missing.loop])
             y, cache = attention(rows, row_loop, context, tables, cache)

@@ -189,7 +189,7 @@ struct Job {
     const auto within = [](int64_t i, int64_t end) { return 0 <= i && i < end; };
     if (!within(l, loops) || !within(slot, num_slots) || !within(position, blocks * rows)) return;
     const int64_t block = position / rows, row = position % rows;
-    // A key lies in as many lines of the cache as it has numbers: all are asked for, then written.
+    // A key lies in as many cache lines of the CPU as it has numbers: all are fetched, then written.
     for (int64_t head = 0; head < kv_heads; head++) {
       const int64_t to = Place(l, slot, block, head);
       for (int64_t i = 0; i < size; i++) __builtin_prefetch(keys + to + i * rows + row, 1);

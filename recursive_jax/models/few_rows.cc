@@ -107,12 +107,12 @@ inline void Add(V (*kept)[Wide], const float* w, int64_t stride, const V* x, int
                 int64_t apart, int64_t count, const float* next) {
   V sums[Outs][Wide];
   Copy<Outs, Wide>(sums, kept);
-  // Where rows adjoin, from both halves of them in turn: a CPU that sees one line after the other
-  // goes on by itself, best along two or so.
+  // Where rows adjoin, from both halves of them in turn: two streams, which a CPU's own prefetcher
+  // goes on with; of one stream, or of as many as there are rows, less comes in time.
   const bool halves = Outs % 2 == 0 && stride == count;
   const int64_t half = Outs / 2 * count;
   const auto ahead = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    return next + (halves ? n % 2 * half + i / 2 * Outs + n / 2 * kLine : n * stride + i);
+    return next + (halves ? n % 2 * half + i * (Outs / 2) + n / 2 * kLine : n * stride + i);
   };
   const auto add = [&](int64_t i) __attribute__((always_inline)) {
 #pragma GCC unroll 6
@@ -218,9 +218,12 @@ struct Product {
       if (part.loop >= 0) end = std::min(end, panel.last[part.loop]);
       // kTile times two sums, and what they are made of, fit the registers.
       if constexpr (kWidest == 4) {  // of both pairs: all take the time of one
-        if (v < 2 && end > 2) Tile<Outs, 4>(part, o, panel, 0, then), v = end;
+        if (v < 2 && end > 2) {
+          Tile<Outs, 4>(part, o, panel, 0, then);
+          continue;
+        }
       }
-      if (end - v >= 2) Tile<Outs, 2>(part, o, panel, v, then), v += 2;
+      if (end - v == 2) Tile<Outs, 2>(part, o, panel, v, then);
       if (end - v == 1) Tile<Outs, 1>(part, o, panel, v, then);
     }
   }
