@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import pathlib
 import sys
 import time
@@ -77,6 +78,7 @@ def define_flags(values: flags.FlagValues) -> None:
     string("stats", None, "file: the run in numbers, JSON")
     string("heatmap", None, "file: picture (.png, .svg, .pdf) of tokens coloured by exit loop")
     engine_flags.define_flags(values)
+    flags.adopt_module_key_flags(engine_flags, values)  # --help tells them too
     flags.mark_flag_as_required("checkpoint", flag_values=values)
 
 
@@ -325,7 +327,7 @@ def main() -> None:
     try:
         run(flags.FLAGS)
     except KeyboardInterrupt:
-        out = flags.FLAGS.out
+        out = flags.FLAGS.out and os.path.realpath(flags.FLAGS.out)
         files = [f for f in (f"{out}.part", out) if out and pathlib.Path(f).exists()]
         note(f"\nstopped; finished answers: {files[0]}" if files else "\nstopped")
         sys.exit(130)

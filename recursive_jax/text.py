@@ -82,8 +82,11 @@ def encode_batch(
             backend.no_padding()
             encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
             batch = [encoding.ids for encoding in encodings]
-    except (TypeError, UnicodeError) as error:  # half of a surrogate pair
-        raise ValueError(f"the text cannot be written as UTF-8 ({error}); mend it") from error
+    except (TypeError, UnicodeError) as error:
+        raise ValueError(
+            "the text cannot be written as UTF-8: it holds half of a surrogate pair, or bytes that "
+            "were no UTF-8; mend it"
+        ) from error
     if vocab_size is not None:
         for ids in batch:
             check_ids(tokenizer, ids, vocab_size)
@@ -213,7 +216,7 @@ def apply_chat(tokenizer: Any, prompt: str | Sequence[Mapping[str, str]]) -> lis
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             "this tokenizer has no chat template: the model was not trained to chat. "
-            "Leave out --chat and give it a text to continue"
+            "Give it a text to continue ('prompt', without --chat)"
         )
     from jinja2 import TemplateError
 

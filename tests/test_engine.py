@@ -3,6 +3,9 @@
 import dataclasses
 import functools
 import itertools
+import os
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -561,15 +564,37 @@ def test_the_cache_is_updated_in_place(options, split, full_compilation):
         assert memory.temp_size_in_bytes < engine.cache_bytes / 4, name
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="Linux tells the peak")
+def test_the_process_never_holds_a_second_cache():
+    """By what the process holds at its peak; `in_place` above is by the compiler's account."""
+
+    def held(name):
+        status = pathlib.Path("/proc/self/status").read_text()
+        return int(re.search(rf"{name}:\s+(\d+)", status)[1]) << 10
+
+    cfg = RELAXED.replace(num_layers=8)
+    engine = Engine(Decoder(cfg), params_of(cfg), 16, 4096, measure=Static(1), chunk_length=16)
+    requests = [Request(i, (1, 2, 3), 40) for i in range(32)]
+    generate(engine, requests[:1])  # all is compiled, and every page of the cache touched
+    assert engine.cache_bytes >= 128 << 20
+    before = held("VmRSS")
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    generate(engine, requests)
+    assert held("VmHWM") - before < engine.cache_bytes / 4
+
+
 def test_bad_requests_end_with_a_reason_and_the_others_are_answered():
     engine = engine_of(TIED, measure=make_measure("top1"), thresholds=(0.6, 0.3))
-    good = Request("good", (1, 2, 3), 4)
+    good = Request("good", np.asarray([1, 2, 3]), np.int64(4))
     bad = {
         "room for an answer": Request(0, (1,) * CONTEXT, 1),
         "do not fit": Request(1, (1,) * 30, CONTEXT),
         "stop ids": Request(2, (1,), 4, stop=range(9)),
         "stop id of": Request(7, (1,), 4, stop=("a", 2**40)),
         "token 61": Request(3, (61,), 4),
+        "token 'a'; expected an integer": Request(8, (1, "a"), 4),
+        "token 1.5; expected an integer": Request(9, (1.5,), 4),
+        "sampling=None; expected a Sampling": Request(10, (1,), 4, sampling=None),
         "max_loops=4": Request(4, (1,), 4, max_loops=4),
         "min_loops=9": Request(5, (1,), 4, min_loops=9),
         "threshold of top1": Request(6, (1,), 4, exit_threshold=1.5),
@@ -580,6 +605,8 @@ def test_bad_requests_end_with_a_reason_and_the_others_are_answered():
     assert completions[-1].finish_reason == "length" and len(completions[-1].tokens) == 4
     with pytest.raises(ValueError, match="runs all loops"):
         engine_of(TIED).check(Request(0, (1,), 4, max_loops=1))
+    with pytest.raises(ValueError, match="runs all loops; make it with an exit measure"):
+        engine_of(TIED, measure=Static(TIED.num_loops)).check(Request(0, (1,), 4, exit_threshold=1))
     with pytest.raises(ValueError, match="recorded_loops"):
         engine_of(RELAXED, measure=Recorded()).check(Request(0, (1,), 4, recorded_loops=(1, 2)))
 
@@ -609,6 +636,9 @@ def test_an_engine_that_failed_in_a_step_is_mended_by_reset(monkeypatch):
         ({"measure": Static(1), "thresholds": 0.5}, "takes no threshold"),
         ({"measure": make_measure("top1"), "thresholds": (0.1, 0.2, 0.3)}, "3 exit thresholds"),
         ({"chunk_length": 0}, "chunk_length"),
+        ({"num_stop": -1}, "num_stop=-1; expected"),
+        ({"chunk_length": "4"}, "chunk_length='4'; expected an integer"),
+        ({"measure": "top1"}, "measure='top1'; expected one of decoding.early_exit"),
     ],
 )
 def test_an_engine_that_makes_no_sense_is_refused(options, words):

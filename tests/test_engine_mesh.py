@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -63,11 +64,20 @@ def groups_of(line: str) -> list[list[int]]:
         rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({iota}\))? \{{([^}}]*)\}}", line
     )
     assert mesh, f"collective among unknown devices: {line}"
-    axes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-    sizes, over = [int(n) for n in axes.values()], re.findall(r"'(\w+)'(?!:)", mesh[4])
+    axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+    # (axis, place, size); 'tensor':(4)2 of 8 devices: those of 2 x 4 that differ in the last place
+    over = [
+        (name, int(place or 1), int(size or axes[name]))
+        for name, place, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", mesh[4])
+    ]
     assert over, f"collective among unknown devices: {line}"
-    ids = devices(numbers(mesh[2]) or sizes, numbers(mesh[3])).reshape(sizes)
-    last = [list(axes).index(name) for name in over]
+    digits = []
+    for name, size in axes.items():
+        cuts = {n for axis, a, b in over if axis == name for n in (a, a * b)} | {1, size}
+        pairs = list(itertools.pairwise(sorted(cuts))) or [(1, 1)]
+        digits += [(name, a, b // a) for a, b in pairs]
+    sizes, last = [size for _, _, size in digits], [digits.index(digit) for digit in over]
+    ids = devices(numbers(mesh[2]) or list(axes.values()), numbers(mesh[3])).reshape(sizes)
     ids = np.moveaxis(ids, last, range(-len(last), 0))
     return ids.reshape(-1, np.prod([sizes[i] for i in last])).tolist()
 
@@ -183,6 +193,9 @@ def test_a_collective_between_data_shards_would_be_seen():
     assert groups_of("replica_groups=[2,4]<=[4,2]T(1,0)") == [[0, 2, 4, 6], [1, 3, 5, 7]]
     named = "replica_groups=mesh['x'=2,'y'=1,'z'=4]"
     assert groups_of(named + " {'z'}") == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert groups_of(named + " {'z':(2)2}") == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert groups_of(named + " {'z':(1)2}") == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert groups_of(named + " {'y'}") == [[n] for n in range(8)]
     transposed = named + ", device_ids=([4,2]T(1,0)) {'x'}"
     assert groups_of(transposed) == [[0, 1], [2, 3], [4, 5], [6, 7]]
 

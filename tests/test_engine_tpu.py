@@ -1,6 +1,7 @@
 """Ticks compiled ahead of time for TPUs that are not here: kernel, memory, collectives."""
 
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -85,5 +86,9 @@ def test_ticks_compile_for_tpus_that_are_not_here(cfg, topology, data, tensor):
         # A head_dim of 64 fills half of what a TPU keeps for it.
         held = memory.alias_size_in_bytes
         assert held < cache * (1.02 if fits else 2.02)
-        # No copy of the cache; what there is, is weights on their way, in another order.
-        assert memory.temp_size_in_bytes < 0.8 * held
+        shape = ",".join(
+            map(str, engine._cache.rows.sharding.shard_shape(engine._cache.rows.shape))
+        )
+        assert f"[{shape}]" in text and not re.search(rf"\[{shape}\]\S* copy\(", text)
+        # Temporaries are weights on their way, in another order, not the cache.
+        assert memory.temp_size_in_bytes < 0.8 * cache

@@ -172,6 +172,12 @@ def command(*arguments):
     )  # fmt: skip
 
 
+def test_help_tells_every_flag_of_the_readme():
+    told = command("--help").stdout
+    for name in ("prompts", "num_slots", "exit_measure", "missing_kv", "[no]lossless", "tensor"):
+        assert f"  --{name}: " in told
+
+
 def test_jsonl_through_the_command_line_and_on_a_mesh(tiny, tmp_path):
     """A real process on one device; then the same lines here, on eight."""
     source = tmp_path / "prompts.jsonl"

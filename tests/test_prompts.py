@@ -1,7 +1,9 @@
 """Files of prompts and answers, and what requests are checked for."""
 
 import json
+import os
 import pathlib
+import threading
 
 import pytest
 
@@ -41,6 +43,8 @@ def test_prompts_of_a_jsonl_file_and_what_is_wrong_with_them(tmp_path):
         ({"prompt": "x", "id": True}, ":11: id=True; expected"),
         ({"prompt": "x", "id": "a"}, ":12: id 'a' is taken by line 1"),
         ({"prompt": "x", "recorded_loops": 5}, ":13: recorded_loops=5; expected a list"),
+        ("[" * 100_000, ":14: a number of too many digits, or lists too deep"),
+        (f'{{"prompt": "a", "seed": {"1" * 5000}}}', ":15: a number of too many digits"),
     ]
     path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x, _ in lines))
     prompts = read_prompts(path, DEFAULTS)
@@ -74,6 +78,44 @@ def test_prompt_files_that_are_none(tmp_path):
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="not UTF-8"):
         read_prompts(tmp_path / "binary.txt", DEFAULTS)
+    with pytest.raises(ValueError, match="is a directory; expected a file of prompts in it"):
+        read_prompts(tmp_path, DEFAULTS)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="open files' names are Linux's")
+def test_answers_do_not_replace_what_is_no_file(tmp_path):
+    """A link stays one, and a pipe or a device is written to."""
+    link, target, pipe = tmp_path / "link", tmp_path / "there" / "target", tmp_path / "pipe"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    os.mkfifo(pipe)
+    read = []
+    reader = threading.Thread(target=lambda: read.extend(pipe.read_text().splitlines()))
+    reader.daemon = True
+    reader.start()
+    opened = open(tmp_path / "opened", "w+")
+    print("before", file=opened, flush=True)
+    for path in (link, pipe, f"/proc/self/fd/{opened.fileno()}"):
+        with Answers(path) as answers:
+            answers.add(1, Completion("b"))
+            answers.add(0, Completion("a"))
+            answers.close()
+    reader.join(timeout=10)
+    assert link.is_symlink() and pipe.is_fifo()
+    assert [json.loads(line)["id"] for line in read] == ["a", "b"]
+    assert target.read_text().splitlines() == read
+    print("after", file=opened)
+    opened.close()
+    assert (tmp_path / "opened").read_text().splitlines() == ["before", *read, "after"]
+    names = sorted(p.name for p in tmp_path.rglob("*"))
+    assert names == ["link", "opened", "pipe", "target", "there"]
+
+
+def test_files_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "x.jsonl", "/proc/x.jsonl"):
+        with pytest.raises(ValueError, match=f"cannot write {path}; expected a file in a"):
+            Answers(path)
 
 
 def test_answers_are_on_disk_at_once_and_in_order_at_the_end(tmp_path):

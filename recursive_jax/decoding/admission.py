@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from recursive_jax.decoding.early_exit import Measure, Recorded
-from recursive_jax.decoding.requests import Request, check_number
+from recursive_jax.decoding.early_exit import Measure, Recorded, Static
+from recursive_jax.decoding.requests import Request, Sampling, check_number
 
 if TYPE_CHECKING:
     from recursive_jax.decoding.engine import Engine
@@ -25,10 +26,15 @@ def check(request: Request, engine: Engine) -> None:
         )
     for token in request.stop:
         check_number(f"stop id of request {request.id!r}", token, True, 0, 2**31 - 1)
-    outside = [t for t in request.tokens if not 0 <= t < vocab_size]
-    if outside:
+    for token in request.tokens:
+        if not hasattr(token, "__index__") or not 0 <= token < vocab_size:
+            raise ValueError(
+                f"request {request.id!r} has token {token!r}; expected an integer in "
+                f"0 … {vocab_size - 1}"
+            )
+    if not isinstance(request.sampling, Sampling):
         raise ValueError(
-            f"request {request.id!r} has token {outside[0]}; expected 0 … {vocab_size - 1}"
+            f"request {request.id!r} has sampling={request.sampling!r}; expected a Sampling"
         )
     for name in ("min_loops", "max_loops"):
         if (getattr(request, name) or 1) > num_loops:
@@ -37,7 +43,9 @@ def check(request: Request, engine: Engine) -> None:
                 f"{num_loops} loops"
             )
     leaves = (request.max_loops or num_loops) < num_loops
-    if (leaves or request.exit_threshold is not None) and not engine.can_exit:
+    # the last loop as the only exit: an engine made for requests' own bounds
+    judges = engine.can_exit and engine.measure != Static(num_loops)
+    if (leaves and not engine.can_exit) or (request.exit_threshold is not None and not judges):
         raise ValueError(
             f"request {request.id!r} asks for early exits, this engine runs all loops; make "
             "it with an exit measure (--exit_measure)"
@@ -46,7 +54,8 @@ def check(request: Request, engine: Engine) -> None:
         engine.measure.check_threshold(request.exit_threshold)
     if isinstance(engine.measure, Recorded):
         loops = request.recorded_loops
-        if len(loops) != request.max_new_tokens or not all(1 <= n <= num_loops for n in loops):
+        good = all(isinstance(n, numbers.Integral) and 1 <= n <= num_loops for n in loops)
+        if len(loops) != request.max_new_tokens or not good:
             raise ValueError(
                 f"request {request.id!r} has {len(loops)} recorded_loops; expected one in "
                 f"1 … {num_loops} for each of {request.max_new_tokens} new tokens"

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from recursive_jax.decoding import admission
 from recursive_jax.decoding.early_exit import Measure
 from recursive_jax.decoding.placement import Placement
-from recursive_jax.decoding.requests import Request
+from recursive_jax.decoding.requests import Request, check_number
 from recursive_jax.decoding.sampling import SamplingParams
 from recursive_jax.decoding.scheduler import Chunk
 from recursive_jax.decoding.state import (
@@ -117,9 +117,14 @@ class Engine:
         rules: Sequence[tuple[str, Any]] = (),
     ):
         sizes = {"num_slots": num_slots, "context_length": context_length}
-        for name, value in (sizes | {"chunk_length": chunk_length}).items():
-            if value < 1:
-                raise ValueError(f"{name}={value}; expected at least 1")
+        sizes |= {"chunk_length": chunk_length, "num_stop": num_stop}
+        for name, value in sizes.items():
+            check_number(name, value, True, 1, 2**31 - 1)
+        if measure is not None and not isinstance(measure, Measure):
+            raise ValueError(
+                f"measure={measure!r}; expected one of decoding.early_exit, as make_measure(name) "
+                "gives"
+            )
         if missing_kv not in MISSING_KV:
             raise ValueError(f"missing_kv={missing_kv!r}; expected one of {', '.join(MISSING_KV)}")
         if lossless and (missing_kv != "complete" or measure is None or not measure.can_exit):

@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import pathlib
+import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -70,11 +72,13 @@ def read_prompts(path: str | os.PathLike, defaults: Mapping[str, Any]) -> list[P
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: not text, or no prompt in it.
+      ValueError: a directory, not text, or no prompt in it.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"no such file: {path}; expected prompts, one a line, or .jsonl")
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory; expected a file of prompts in it")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -111,8 +115,10 @@ def _line_seed(seed: int, number: int) -> int:
 def _read_record(prompt: Prompt, line: str) -> None:
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError("a number of too many digits, or lists too deep in each other") from error
     if not isinstance(record, dict):
         raise ValueError(f"expected an object with prompt or messages, got {line[:40]}")
     name = record.get("id", prompt.id)
@@ -150,26 +156,47 @@ def _is_conversation(messages: Any) -> bool:
 
 def check_writable(path: str | os.PathLike) -> None:
     """Makes the directory of a file to be written; ValueError if it could not be written there."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    if _is_stream(pathlib.Path(path)):
+        return
+    path = pathlib.Path(os.path.realpath(path))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):  # only trying tells
+            writable = not path.is_dir() and (not path.exists() or os.access(path, os.W_OK))
+    except OSError:
+        writable = False
+    if not writable:
         raise ValueError(f"cannot write {path}; expected a file in a writable directory")
+
+
+def _is_stream(path: pathlib.Path) -> bool:
+    """A pipe, a device or a file that is open already, which another file must not replace."""
+    other = path.exists() and not path.is_file() and not path.is_dir()
+    return other or _descriptor(path) is not None
+
+
+def _descriptor(path: pathlib.Path) -> int | None:
+    """Of /dev/stdout and the like: opened anew, it would be written to from its beginning."""
+    names = {"/dev/stdout": 1, "/dev/stderr": 2}
+    number = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d+)", os.path.abspath(path))
+    return int(number[1]) if number else names.get(os.path.abspath(path))
 
 
 class Answers:
     """A file of answers: FILE.part grows as they finish, FILE is written in order at the end.
 
-    As a context: at its end, or after an error; an interrupted run leaves FILE.part.
+    As a context: at its end, or after an error; an interrupted run leaves FILE.part. A pipe or a
+    device (/dev/stdout) gets all at the end.
 
     Args:
-      path: FILE; its directory is made.
+      path: FILE, or a link to it; its directory is made.
       write: False on all processes but one.
     """
 
     def __init__(self, path: str | os.PathLike, write: bool = True):
-        self.path, self._write = pathlib.Path(path), write
-        self._lines: dict[int, str] = {}
-        self._file = None
+        self._stream = _is_stream(pathlib.Path(path))
+        self.path = pathlib.Path(path if self._stream else os.path.realpath(path))
+        self._write, self._lines, self._file = write, {}, None
         if write:
             check_writable(path)
 
@@ -184,7 +211,7 @@ class Answers:
         """`index` is its place in the file. On disk when this returns."""
         record = completion.to_json(logprobs)
         self._lines[index] = json.dumps(record, ensure_ascii=False) + "\n"
-        if self._write:
+        if self._write and not self._stream:
             self._file = self._file or self._open(".part")
             self._file.write(self._lines[index])
             self._file.flush()
@@ -192,12 +219,20 @@ class Answers:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-            with self._open(".sorted") as f:
-                f.writelines(self._lines[index] for index in sorted(self._lines))
-            os.replace(f.name, self.path)
+            self._write_all(".sorted")
+            os.replace(f"{self.path}.sorted", self.path)
             os.unlink(f"{self.path}.part")
             self._file = None
+        elif self._stream and self._write:
+            self._write_all("")
+            self._write = False
+
+    def _write_all(self, suffix: str) -> None:
+        with self._open(suffix) as f:
+            f.writelines(self._lines[index] for index in sorted(self._lines))
 
     def _open(self, suffix: str):
         # What UTF-8 cannot hold (half a surrogate pair in an id) becomes a JSON escape.
-        return open(f"{self.path}{suffix}", "w", encoding="utf-8", errors="backslashreplace")
+        number = _descriptor(self.path)
+        where = f"{self.path}{suffix}" if number is None else os.dup(number)
+        return open(where, "w", encoding="utf-8", errors="backslashreplace")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import sys
 from typing import Any
 
@@ -37,7 +38,7 @@ class Sampling:
 
     def __post_init__(self):
         for name, integer, low, high in (
-            ("temperature", False, 0, math.inf),
+            ("temperature", False, 0, 1e6),
             ("top_k", True, 0, 2**31 - 1),
             ("top_p", False, 0, 1),
             ("min_p", False, 0, 1),
@@ -184,8 +185,8 @@ class Completion:
 
 def check_number(name: str, value: Any, integer: bool, low: float, high: float) -> None:
     """Raises ValueError unless `value` is a finite number in [low, high]."""
-    kinds = (int,) if integer else (int, float)
-    good = isinstance(value, kinds) and not isinstance(value, bool)
+    kind = numbers.Integral if integer else numbers.Real
+    good = isinstance(value, kind) and not isinstance(value, bool)
     # the largest float is smaller than some integers, and not a number is in no range
     if not good or not low <= value <= min(high, sys.float_info.max):
         most = "" if high == math.inf else f" and at most {high}"

@@ -8,6 +8,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from recursive_jax.models.config import DecoderConfig
 
@@ -192,11 +193,15 @@ class RowCache(Cache):
     def read(self, loop, layer, slots, block):
         size = self.block_length
         start = jnp.minimum(block * size, self.length - size)
+        # What is read keeps the order of the cache: that which the products of attention would
+        # rather have, a TPU's compiler asks of the whole cache, and copies it in every layer.
+        as_stored = Layout(major_to_minor=tuple(range(self.rows.ndim)))
 
         def one(loop, slot, start):
             sizes = (1, 1, 1, size, *self.rows.shape[4:])
             at = loop, layer, slot, start, 0, 0, 0
-            return jax.lax.dynamic_slice(self.rows, at, sizes)[0, 0, 0]
+            rows = jax.lax.dynamic_slice(self.rows, at, sizes)
+            return with_layout_constraint(rows, as_stored)[0, 0, 0]
 
         # One by one: a TPU's gather of pieces this large goes through all of the cache.
         rows = jnp.stack([one(loop[i], slots[i], start[i]) for i in range(slots.shape[0])])
