@@ -113,7 +113,7 @@ def test_answers_do_not_replace_what_is_no_file(tmp_path):
 
 def test_files_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    for path in (tmp_path, tmp_path / "file" / "x.jsonl", "/proc/x.jsonl"):
+    for path in (tmp_path, tmp_path / "file" / "x.jsonl", "/proc/x.jsonl", "/dev/fd/999"):
         with pytest.raises(ValueError, match=f"cannot write {path}; expected a file in a"):
             Answers(path)
 

@@ -158,11 +158,11 @@ def check_writable(path: str | os.PathLike) -> None:
     """Makes the directory of a file to be written; ValueError if it could not be written there."""
     if _is_stream(pathlib.Path(path)):
         return
-    path = pathlib.Path(os.path.realpath(path))
+    real = pathlib.Path(os.path.realpath(path))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):  # only trying tells
-            writable = not path.is_dir() and (not path.exists() or os.access(path, os.W_OK))
+        real.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=real.parent):  # only trying tells
+            writable = not real.is_dir() and (not real.exists() or os.access(real, os.W_OK))
     except OSError:
         writable = False
     if not writable:
@@ -171,8 +171,9 @@ def check_writable(path: str | os.PathLike) -> None:
 
 def _is_stream(path: pathlib.Path) -> bool:
     """A pipe, a device or a file that is open already, which another file must not replace."""
-    other = path.exists() and not path.is_file() and not path.is_dir()
-    return other or _descriptor(path) is not None
+    if not path.exists() or path.is_dir():
+        return False
+    return not path.is_file() or _descriptor(path) is not None
 
 
 def _descriptor(path: pathlib.Path) -> int | None:
