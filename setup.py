@@ -20,7 +20,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["recursive_jax", "recursive_jax.*"]),
-    package_data={"recursive_jax": ["assets/**/*", "models/*.cc", "models/*.h"]},
+    package_data={"recursive_jax": ["assets/**/*", "cpu/kernels/*"]},
     python_requires=">=3.11",
     install_requires=[
         JAX,

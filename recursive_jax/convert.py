@@ -20,10 +20,11 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from recursive_jax import certificate as certify
-from recursive_jax import cli, metrics, text
+from recursive_jax import text
+from recursive_jax.console import app, output, tables
+from recursive_jax.evaluation import certificate as certify
 from recursive_jax.models.decoder import Decoder
-from recursive_jax.training.documents import documents
+from recursive_jax.text.documents import documents
 from recursive_jax.weights import checkpoint, tying
 from recursive_jax.weights.source import Source, open_source
 
@@ -69,7 +70,7 @@ def convert(
             text_tokens,
             source.cfg.vocab_size,
         )
-    metrics.say(metrics.table(plan(source, recipe)) + "\n")
+    output.say(tables.table(plan(source, recipe)) + "\n")
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
@@ -116,39 +117,39 @@ def print_certificate(certificate: Mapping[str, Any], out) -> None:
         (group, f"{source[group]:,}" if group in source else "", f"{sizes[group]:,}")
         for group in ("shared", "lora", "vectors", "embedding", "total")
     ]
-    metrics.say("\n" + metrics.table(rows, ("parameters", "source", "recursive")))
+    output.say("\n" + tables.table(rows, ("parameters", "source", "recursive")))
     random = certificate["recipe"]["method"] == "random"
     used = "those of the layers not kept" if random else "every one consumed"
-    metrics.say(
+    output.say(
         f"{sizes['ratio_to_source']:.1%} of the source's size "
         f"(layers alone {sizes['block_ratio_to_source']:.1%}); "
         f"{certificate['tensors']:,} tensors of the source's decoder, {used}"
     )
     if kept:
-        metrics.say(
+        output.say(
             "energy of the residual kept: " + "  ".join(f"{n} {e:.1%}" for n, e in kept.items())
         )
     if "perplexity" in certificate:
         c = certificate
-        metrics.say(
+        output.say(
             f"on {c['text_tokens']:,} tokens of {c['text']}: perplexity "
             f"{c['source_perplexity']:,.2f} -> {c['perplexity']:,.2f}, "
             f"KL {max(c['kl'], 0):.3f} nats, top-1 agreement {c['top1_agreement']:.1%}"
         )
         identity = c["full_rank_identity"]
         if "max_logit_error" in identity:
-            metrics.say(
+            output.say(
                 f"full-rank identity holds: max |Δlogit| {identity['max_logit_error']:.1e} of scale"
             )
         if c["kl"] > 0.1:
-            metrics.say("expected: a converted model has to be uptrained before it is of use")
+            output.say("expected: a converted model has to be uptrained before it is of use")
     for warning in certificate["warnings"]:
-        metrics.say(f"warning: {warning}")
+        output.say(f"warning: {warning}")
     family = certificate["family"]
     config = (
         "gemma" if family.startswith("gemma") else "pythia" if family == "gpt_neox" else "llama"
     )
-    metrics.say(
+    output.say(
         f"wrote {out} ({certificate['seconds']:.0f} s); next: python -m recursive_jax.train "
         f"--config=configs/{config}_rrt.py --workdir=DIR --config.init_from={out} "
         f"--config.source={certificate['source']}"
@@ -202,4 +203,4 @@ def arguments() -> tuple[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("out",))
+    app.run(main, required=("out",))

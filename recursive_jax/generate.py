@@ -26,17 +26,19 @@ from typing import Any
 import jax
 from absl import flags
 
-from recursive_jax import cli, engine_flags, heatmap, metrics, report, sharding, text
+from recursive_jax import metrics, sharding, text
+from recursive_jax.analysis import timing
+from recursive_jax.console import app, engine_flags, heatmap, report, tables
+from recursive_jax.console.engine_flags import Exits
+from recursive_jax.console.progress import PromptProgress
 from recursive_jax.decoding import prompts as prompts_lib
-from recursive_jax.decoding import timing
 from recursive_jax.decoding.engine import Engine
 from recursive_jax.decoding.prompts import Answers, Prompt
 from recursive_jax.decoding.requests import Completion, Request
 from recursive_jax.decoding.state import MAX_TICKS
 from recursive_jax.decoding.text_session import News, TextSession
-from recursive_jax.engine_flags import Exits
-from recursive_jax.loading import Opened, open_model
-from recursive_jax.models.decoder import parameter_counts
+from recursive_jax.model import Opened, open_model
+from recursive_jax.models.parameters import parameter_counts
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -152,7 +154,7 @@ class Run:
         if not places:
             raise nothing_left(self._prompts, errors)
         limits = {index: requests[place].max_new_tokens for index, place in places.items()}
-        with report.Progress(limits) as progress:
+        with PromptProgress(limits) as progress:
             for news in self._news():
                 progress.add(news.index, news.tokens, news.completion is not None)
                 if news.completion:
@@ -286,7 +288,7 @@ def answer(
     passes = cfg.num_loops * tokens / min(options.num_slots, len(requests))
     model = opened.load(mesh, dtype, passes)
     shape = "".join(f", {name}={size}" for name, size in mesh.shape.items() if size > 1)
-    counted = metrics.count(parameter_counts(model.params)["total"])
+    counted = tables.count(parameter_counts(model.params)["total"])
     layers = f"{cfg.num_loops} × {cfg.num_layers} layers"
     start = time.perf_counter()
     engine = engine_flags.make_engine(model, options, exits, list(requests.values()))
@@ -295,7 +297,7 @@ def answer(
     rows["prompts"] = f"{len(requests):,} of {len(prompts):,}"
     rows |= engine_flags.describe(engine, options, exits)
     rows["compiled in"] = f"{time.perf_counter() - start:.1f} s"
-    note(metrics.table(list(rows.items())))
+    note(tables.table(list(rows.items())))
 
     job = Run(engine, opened.tokenizer, prompts, answers)
     if options.prompts is None:
@@ -335,4 +337,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     define_flags(flags.FLAGS)
-    cli.run(main)
+    app.run(main)

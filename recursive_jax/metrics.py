@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import pathlib
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 
@@ -67,92 +64,3 @@ def _keep_until(file: pathlib.Path, last_step: int) -> None:
     temporary = file.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(file)
-
-
-class Progress:
-    """Rates and remaining time of a loop of `total` steps that may start in the middle.
-
-    The first step of a run compiles; it is left out of the rate. So are evaluations and saves
-    (`pause`), which only the remaining time counts.
-    """
-
-    def __init__(self, total: int, start: int = 0):
-        self._total = total
-        self._first = start + 1
-        self._marks: list[tuple[int, float]] = []
-        self._paused = 0.0
-
-    def tick(self, step: int) -> None:
-        """Call after step `step` (1-based) has finished."""
-        if step >= self._first:
-            self._marks.append((step, time.perf_counter() - self._paused))
-            del self._marks[:-50]
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Around work between two steps that is no part of them."""
-        began = time.perf_counter()
-        yield
-        self._paused += time.perf_counter() - began
-
-    @property
-    def seconds_per_step(self) -> float:
-        if len(self._marks) < 2:
-            return math.nan
-        (a, start), (b, end) = self._marks[0], self._marks[-1]
-        return (end - start) / (b - a)
-
-    def eta(self, step: int) -> str:
-        between = self._paused / max(1, step + 1 - self._first)
-        seconds = (self.seconds_per_step + between) * (self._total - step)
-        return "?" if math.isnan(seconds) else clock(seconds)
-
-
-def clock(seconds: float) -> str:
-    """`h:mm:ss`, or `m:ss` under an hour."""
-    minutes, seconds = divmod(int(round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def count(n: int | float) -> str:
-    """A number a person can read: 1,234 · 12.3M · 4.56B."""
-    if abs(n) < 1e6:
-        return f"{n:,.0f}"
-    unit, size = ("B", 1e9) if abs(n) >= 999.5e6 else ("M", 1e6)  # 999.9M is 1B
-    n /= size
-    return f"{n:,.0f}{unit}" if abs(n) >= 999.5 else f"{n:.3g}{unit}"
-
-
-def table(rows: Sequence[Sequence[Any]], header: Sequence[str] = ()) -> str:
-    """Plain aligned columns; numbers to the right, words to the left."""
-    lines = [[str(cell) for cell in row] for row in ([header] if header else []) + list(rows)]
-    columns = list(zip(*lines, strict=True))
-    widths = [max(len(cell) for cell in column) for column in columns]
-    numeric = [
-        all(not isinstance(row[i], str) or row[i].lstrip("-")[:1].isdigit() for row in rows)
-        for i in range(len(widths))
-    ]
-    out = [
-        "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(line, widths, numeric, strict=True)
-        ).rstrip()
-        for line in lines
-    ]
-    if header:
-        out.insert(1, "  ".join("─" * width for width in widths))
-    return "\n".join(out)
-
-
-def say(text: str = "") -> None:
-    """Print on process 0 only, at once."""
-    if jax.process_index() == 0:
-        print(text, flush=True)
-
-
-def fail(error: Exception) -> None:
-    """End the program with a user's mistake told in one line, no traceback."""
-    message = str(error)
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)

@@ -21,26 +21,20 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from recursive_jax import certificate, cli, metrics, sharding, text
-from recursive_jax.models.decoder import (
-    REMAT_CHOICES,
-    Decoder,
-    abstract_params,
-    logical_axes,
-    parameter_counts,
-)
+from recursive_jax import metrics, sharding, start, text
+from recursive_jax.console import app, output, tables
+from recursive_jax.console.progress import StepProgress
+from recursive_jax.evaluation import certificate
+from recursive_jax.evaluation.perplexity import perplexity
+from recursive_jax.models.decoder import REMAT_CHOICES, Decoder
+from recursive_jax.models.parameters import abstract_params, logical_axes, parameter_counts
+from recursive_jax.text.documents import documents
 from recursive_jax.training import data as data_lib
 from recursive_jax.training import loop
-from recursive_jax.training.documents import documents
-from recursive_jax.training.evaluation import perplexity
 from recursive_jax.training.losses import Objective
-from recursive_jax.training.optimizer import (
-    OptimizerConfig,
-    learning_rate_schedule,
-    make_optimizer,
-)
+from recursive_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from recursive_jax.training.step import TrainState, init_state, make_train_step
-from recursive_jax.weights import checkpoint, start, tying
+from recursive_jax.weights import checkpoint, tying
 from recursive_jax.weights.source import Source, open_source
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "what to train, e.g. configs/gemma_rrt.py")
@@ -206,7 +200,7 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
         batches.set_state(progress["data"])
         history, spent = progress["history"], progress["seconds"]
         if first_step == num_steps:
-            metrics.say(f"{workdir} has trained to the end; nothing to do but to sum up")
+            output.say(f"{workdir} has trained to the end; nothing to do but to sum up")
             began = time.time()
     else:
         first_step = 0
@@ -243,10 +237,10 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
         sharding.wait_for_all("checkpoint directory")
     print_start(config, begin, mesh, dtype, rows, num_steps, first_step)
     for warning in (begin.certificate or {}).get("warnings", ()):
-        metrics.say(f"warning: {warning}")
+        output.say(f"warning: {warning}")
     writer = metrics.MetricWriter(workdir, first_step)
     saver = checkpoint.Writer(workdir, keep=config.keep_checkpoints)
-    progress_bar = metrics.Progress(num_steps, first_step)
+    progress_bar = StepProgress(num_steps, first_step)
     rate = learning_rate_schedule(optimizer, num_steps)
 
     # few windows are not padded to a batch of a thousand rows
@@ -264,7 +258,7 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
         values |= {f"{name}/perplexity_exit_{i}": x for i, x in enumerate(exits, 1)}
         writer.write(step, values)
         by_loop = f"  by exit {' · '.join(f'{x:.4g}' for x in exits)}" if exits else ""
-        metrics.say(
+        output.say(
             f"  {name} perplexity {result['perplexity']:.4g} (nll {result['nll']:.4f}, "
             f"{result['tokens']:,} tokens){by_loop}"
         )
@@ -275,7 +269,7 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
         written["train/learning_rate"] = float(rate(step - 1))  # the optimizer counts from 0
         writer.write(step, written | {"perf/tokens_per_second": tokens_per_second})
         shown = [f"{k} {values[k]:.4f}" for k in ("loss", "ce", "kd", "ce_exit_1") if k in values]
-        metrics.say(
+        output.say(
             f"step {step}/{num_steps}  {step / num_steps:.0%}  {'  '.join(shown)}  "
             + (
                 "compiled"
@@ -308,7 +302,7 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
     summary = summarise(config, state, source, history, step, tokens_per_step)
     summary["seconds"] = round(seconds(), 1)
     if step < num_steps:
-        metrics.say(f"stopped at step {step} and saved; run the same command to go on")
+        output.say(f"stopped at step {step} and saved; run the same command to go on")
         return summary
     file = workdir / "summary.json"
     if jax.process_index() == 0 and not (first_step == num_steps and file.exists()):
@@ -322,20 +316,20 @@ def print_start(config, begin, mesh, dtype, rows, num_steps, first_step) -> None
     counts = {k: n for k, n in parameter_counts(abstract_params(cfg)).items() if n}
     tokens = config.data.batch_size * config.data.context_length
     shape = " × ".join(f"{name}={size}" for name, size in mesh.shape.items())
-    metrics.say(
-        metrics.table(
+    output.say(
+        tables.table(
             [
                 ("model", begin.origin),
                 ("decoder", f"{cfg.family}, {cfg.num_loops} loops × {cfg.num_layers} layers, "
                             f"width {cfg.embed_dim}, norms {cfg.norms}"),
-                ("parameters", "  ".join(f"{k} {metrics.count(n)}" for k, n in counts.items())),
+                ("parameters", "  ".join(f"{k} {tables.count(n)}" for k, n in counts.items())),
                 ("devices", f"{len(devices)} × {devices[0].device_kind}, "
                             f"{jax.process_count()} process(es), mesh {shape}"),
                 ("compute", f"{dtype.name}, params and loss float32, remat {config.remat}"),
-                ("data", f"{config.data.train}: {metrics.count(rows.num_tokens)} tokens, "
+                ("data", f"{config.data.train}: {tables.count(rows.num_tokens)} tokens, "
                          f"{len(rows):,} rows of {config.data.context_length}"),
                 ("to do", f"{num_steps - first_step:,} steps × {tokens:,} tokens = "
-                          f"{metrics.count((num_steps - first_step) * tokens)}, "
+                          f"{tables.count((num_steps - first_step) * tokens)}, "
                           f"{num_steps * config.data.batch_size / len(rows):.2f} epochs in all"),
             ]
         )
@@ -375,12 +369,12 @@ def print_end(summary, workdir) -> None:
                  f"{quality['nll']:.4f}")
             )  # fmt: skip
     header = ("model", "layers' parameters", "all parameters", "perplexity", "nll")
-    metrics.say("\n" + metrics.table(rows, header))
+    output.say("\n" + tables.table(rows, header))
     if "recovered" in summary:
-        metrics.say(f"{summary['recovered']:.0%} of the gap in nll to the source recovered")
-    metrics.say(
-        f"trained on {metrics.count(summary['tokens'])} tokens in "
-        f"{metrics.clock(summary['seconds'])}; checkpoint: {workdir}\n"
+        output.say(f"{summary['recovered']:.0%} of the gap in nll to the source recovered")
+    output.say(
+        f"trained on {tables.count(summary['tokens'])} tokens in "
+        f"{tables.clock(summary['seconds'])}; checkpoint: {workdir}\n"
         f"next: python -m recursive_jax.generate --checkpoint={workdir} --prompt='…'"
     )
 
@@ -392,4 +386,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("config", "workdir"))
+    app.run(main, required=("config", "workdir"))

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from recursive_jax import sharding
 from recursive_jax.models.config import DecoderConfig, Rope
-from recursive_jax.models.decoder import abstract_params, logical_axes
+from recursive_jax.models.parameters import abstract_params, logical_axes
 from recursive_jax.text import load_tokenizer
 from recursive_jax.training.optimizer import OptimizerConfig, make_optimizer
 from recursive_jax.weights import checkpoint

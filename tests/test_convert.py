@@ -9,13 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from recursive_jax import certificate
 from recursive_jax import convert as job
-from recursive_jax.models import zoo
+from recursive_jax.evaluation import certificate
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.decoder import Decoder, init_params
+from recursive_jax.models.decoder import Decoder
+from recursive_jax.models.parameters import init_params
 from recursive_jax.text import Windows
-from recursive_jax.weights import checkpoint, hf, tying
+from recursive_jax.weights import checkpoint, hf, hf_config, tying
 from recursive_jax.weights.source import ASSETS, open_source
 
 CFG = DecoderConfig(
@@ -183,7 +183,7 @@ def test_an_existing_directory_is_not_touched(source_dir, tmp_path):
 
 def test_layer_by_layer_is_the_model(tmp_path):
     """Local and global layers differ in window and rope, so a layer must keep its own."""
-    cfg = zoo.preset("gemma3_270m").replace(
+    cfg = hf_config.preset("gemma3_270m").replace(
         vocab_size=64, embed_dim=16, mlp_dim=24, num_heads=2, head_dim=8, num_layers=4,
         windows=(3, 0, 3, 3), rope_of_depth=(1, 0, 1, 1), embed_scale=4.0,
     )  # fmt: skip

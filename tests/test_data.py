@@ -14,8 +14,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recursive_jax.text.documents import Documents, documents
 from recursive_jax.training import data
-from recursive_jax.training.documents import Documents, documents
 
 
 def encode_batch(texts):

@@ -11,8 +11,9 @@ import pytest
 
 from recursive_jax.models.attention import attend, attend_cached, attention_mask
 from recursive_jax.models.config import DecoderConfig, Rope
-from recursive_jax.models.decoder import Decoder, abstract_params, split_layers
+from recursive_jax.models.decoder import Decoder, split_layers
 from recursive_jax.models.kv_cache import KVCache, RowCache
+from recursive_jax.models.parameters import abstract_params
 
 LENGTH = 12
 _TINY = dict(vocab_size=29, embed_dim=16, mlp_dim=24, num_layers=2, num_loops=2, max_length=32)

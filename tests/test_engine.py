@@ -13,15 +13,17 @@ import numpy as np
 import pytest
 import slow_reference
 
-from recursive_jax.decoding.early_exit import Recorded, Static, Thresholds, make_measure
+from recursive_jax.analysis.simulation import Recording, replay
 from recursive_jax.decoding.engine import Engine
+from recursive_jax.decoding.exit_measures import Recorded, Static, make_measure
 from recursive_jax.decoding.requests import Completion, Request, Sampling
 from recursive_jax.decoding.scheduler import Scheduler
 from recursive_jax.decoding.session import Session, generate
-from recursive_jax.decoding.simulation import Recording, replay
+from recursive_jax.decoding.thresholds import Thresholds
 from recursive_jax.models.config import DecoderConfig, Rope
-from recursive_jax.models.decoder import Decoder, abstract_params, init_params, split_layers
+from recursive_jax.models.decoder import Decoder, split_layers
 from recursive_jax.models.kv_cache import KVCache
+from recursive_jax.models.parameters import abstract_params, init_params
 
 CONTEXT = 40
 RELAXED = DecoderConfig(

@@ -14,10 +14,11 @@ from jax.sharding import PartitionSpec as P
 from test_engine import CONTEXT, GEMMA, RELAXED, as_recorded, follows, params_of, requests_of, serve
 
 from recursive_jax import sharding
-from recursive_jax.decoding.early_exit import Recorded
 from recursive_jax.decoding.engine import Engine
+from recursive_jax.decoding.exit_measures import Recorded
 from recursive_jax.decoding.placement import Placement
-from recursive_jax.models.decoder import Decoder, logical_axes
+from recursive_jax.models.decoder import Decoder
+from recursive_jax.models.parameters import logical_axes
 
 WIDE = RELAXED.replace(num_heads=8, num_kv_heads=4, vocab_size=64)
 MODES = {

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from test_engine import as_recorded, follows, serve
 
-from recursive_jax.decoding.early_exit import Recorded
 from recursive_jax.decoding.engine import Engine
+from recursive_jax.decoding.exit_measures import Recorded
 from recursive_jax.decoding.requests import Request, Sampling
 from recursive_jax.models.decoder import Decoder, split_layers
 from recursive_jax.weights import tying

@@ -9,16 +9,17 @@ import pytest
 from test_engine_mesh import collectives
 
 from recursive_jax import sharding
-from recursive_jax.decoding.early_exit import TopProbability
 from recursive_jax.decoding.engine import Engine
-from recursive_jax.models import zoo
-from recursive_jax.models.decoder import Decoder, abstract_params, logical_axes
+from recursive_jax.decoding.exit_measures import TopProbability
+from recursive_jax.models.decoder import Decoder
+from recursive_jax.models.parameters import abstract_params, logical_axes
+from recursive_jax.weights import hf_config
 
 SLOTS, CONTEXT = 16, 1024
 LORA = {name: 64 for name in ("q", "k", "v", "o", "gate", "up", "down")}
 GEMMA_2B, SMOLLM2 = (
     source.replace(num_layers=source.depth // 2, num_loops=2, norms="per_loop", lora_ranks=LORA)
-    for source in (zoo.preset("gemma_2b"), zoo.preset("smollm2_135m"))
+    for source in (hf_config.preset("gemma_2b"), hf_config.preset("smollm2_135m"))
 )
 KERNEL = "ragged_paged_attention_kernel"
 

@@ -6,25 +6,20 @@ import pytest
 from flax import linen as nn
 
 from recursive_jax import sharding
-from recursive_jax.models import zoo
-from recursive_jax.models.decoder import (
-    Decoder,
-    abstract_params,
-    logical_axes,
-    parameter_counts,
-)
+from recursive_jax.models.decoder import Decoder
+from recursive_jax.models.parameters import abstract_params, logical_axes, parameter_counts
 from recursive_jax.training.data import Batch
 from recursive_jax.training.losses import Objective
 from recursive_jax.training.optimizer import OptimizerConfig, make_optimizer
 from recursive_jax.training.step import init_state, make_train_step
-from recursive_jax.weights import tying
+from recursive_jax.weights import hf_config, tying
 
 MODELS = {"gemma_2b": "1.07", "tinyllama_1_1b": "0.53", "pythia_1b": "0.44"}
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_train_step_of_full_size_models_traces_with_shardings(name):
-    source = zoo.preset(name)
+    source = hf_config.preset(name)
     cfg = tying.tied_config(source, num_loops=2, lora_ranks=64)
     counts = parameter_counts(abstract_params(cfg))
     # the relaxed sizes the paper prints, rank 64 (Table G.2), layers only

@@ -16,11 +16,13 @@ import pytest
 from absl import flags
 
 from recursive_jax import generate as job
-from recursive_jax import loading, sharding, text
-from recursive_jax.decoding.early_exit import Thresholds
+from recursive_jax import model as model_lib
+from recursive_jax import sharding, text
 from recursive_jax.decoding.prompts import Prompt
+from recursive_jax.decoding.thresholds import Thresholds
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.decoder import Decoder, abstract_params
+from recursive_jax.models.decoder import Decoder
+from recursive_jax.models.parameters import abstract_params
 from recursive_jax.weights import checkpoint, hf
 from recursive_jax.weights.source import ASSETS
 
@@ -404,7 +406,7 @@ def test_mistakes_are_told_in_one_sentence(tiny, tmp_path, options, message):
 
 
 def test_an_empty_prompt_needs_a_bos_token(tiny):
-    opened, options = loading.open_model(str(tiny)), {"max_new_tokens": 9}
+    opened, options = model_lib.open_model(str(tiny)), {"max_new_tokens": 9}
     prompt = Prompt(0, "", options)
     assert job.to_request(opened, prompt, False, CONTEXT).tokens == (0,)
     without = dataclasses.replace(opened, tokenizer=space_tokenizer())

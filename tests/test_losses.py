@@ -12,15 +12,8 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recursive_jax.training.losses import (
-    KD_LOSSES,
-    Objective,
-    chunk_length,
-    chunked_sum,
-    cross_entropy,
-    divergence,
-    token_losses,
-)
+from recursive_jax.models.chunked_head import chunk_length, chunked_sum, cross_entropy
+from recursive_jax.training.losses import KD_LOSSES, Objective, divergence, token_losses
 
 EXITS, BATCH, LENGTH, WIDTH, VOCAB = 3, 2, 10, 8, 37
 # Everything here is compiled to be run once, so XLA's backend need not optimise it.

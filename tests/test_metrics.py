@@ -6,33 +6,35 @@ import math
 import pytest
 
 from recursive_jax import metrics
+from recursive_jax.console import output, tables
+from recursive_jax.console import progress as progress_lib
 
 
 def test_numbers_a_person_can_read():
     shown = [0, 999, 1234, 999_999, 1_000_000, 12_345_678, 999_950_000, 4.56e9, 2.5e12]
-    assert [metrics.count(n) for n in shown] == [
+    assert [tables.count(n) for n in shown] == [
         "0", "999", "1,234", "999,999", "1M", "12.3M", "1B", "4.56B", "2,500B",
     ]  # fmt: skip
-    assert [metrics.clock(s) for s in (0, 59.4, 59.6, 3599, 3600, 36_061)] == [
+    assert [tables.clock(s) for s in (0, 59.4, 59.6, 3599, 3600, 36_061)] == [
         "0:00", "0:59", "1:00", "59:59", "1:00:00", "10:01:01",
     ]  # fmt: skip
 
 
 def test_table_aligns_words_left_and_numbers_right():
-    text = metrics.table([("a", "1,234.5", 7), ("long name", "-2.0", 12)], ("who", "nll", "n"))
+    text = tables.table([("a", "1,234.5", 7), ("long name", "-2.0", 12)], ("who", "nll", "n"))
     assert text.split("\n") == [
         "who            nll   n",
         "─────────  ───────  ──",
         "a          1,234.5   7",
         "long name     -2.0  12",
     ]
-    assert metrics.table([("model", "x"), ("to do", "5 steps")]) == "model  x\nto do  5 steps"
+    assert tables.table([("model", "x"), ("to do", "5 steps")]) == "model  x\nto do  5 steps"
 
 
 def test_progress_leaves_compilation_out(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-    progress = metrics.Progress(total=20, start=10)
+    monkeypatch.setattr(progress_lib.time, "perf_counter", lambda: now[0])
+    progress = progress_lib.StepProgress(total=20, start=10)
     assert progress.eta(10) == "?"
     now[0] = 100.0  # the first step compiles
     progress.tick(11)
@@ -101,6 +103,6 @@ def scalars(directory):
 
 def test_fail_is_one_line_and_exit_code_2(capsys):
     with pytest.raises(SystemExit) as exit_:
-        metrics.fail(ValueError("no such thing; make one"))
+        output.fail(ValueError("no such thing; make one"))
     assert exit_.value.code == 2
     assert capsys.readouterr().err == "error: no such thing; make one\n"

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from recursive_jax import heatmap, report
-from recursive_jax.decoding.timing import Times
+from recursive_jax.analysis.timing import Times
+from recursive_jax.console import heatmap, report
+from recursive_jax.console.progress import PromptProgress
 
 
 def test_a_picture_has_the_colour_of_every_loop(tmp_path):
@@ -82,7 +83,7 @@ def test_a_lossless_run_in_numbers():
 
 
 def test_progress_counts_parts_of_requests(capsys):
-    progress = report.Progress({0: 10, 1: 20})
+    progress = PromptProgress({0: 10, 1: 20})
     with progress:
         progress.add(0, 5, False)
         progress.add(1, 5, False)

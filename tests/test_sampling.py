@@ -10,6 +10,7 @@ import pytest
 from scipy import special, stats
 from scipy.special import log_softmax, softmax
 
+from recursive_jax.cpu import build
 from recursive_jax.decoding.requests import Sampling
 from recursive_jax.decoding.sampling import (
     History,
@@ -20,7 +21,6 @@ from recursive_jax.decoding.sampling import (
     sample,
     scale,
 )
-from recursive_jax.models import native
 
 VOCAB = 37
 BY_KERNEL_OR_XLA = pytest.mark.parametrize("one_device", [True, False], ids=["kernel", "XLA"])
@@ -43,7 +43,7 @@ MIXED = [
 def kernel():
     if not any(map(shutil.which, ["c++", "g++", "clang++"])):
         pytest.skip("no C++ compiler on this machine")
-    assert native.has("Largest")
+    assert build.has("Top1")
 
 
 def kept_by_sorting(logits: np.ndarray, s: Sampling) -> np.ndarray:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recursive_jax.analysis.simulation import Recording, TickTime, Totals, replay
 from recursive_jax.decoding.scheduler import Chunk, Scheduler
-from recursive_jax.decoding.simulation import Recording, TickTime, Totals, replay
 
 UNIT = TickTime(block=1.0)
 

@@ -11,10 +11,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from recursive_jax import sharding
+from recursive_jax.evaluation.perplexity import perplexity
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.decoder import Decoder, abstract_params, logical_axes
+from recursive_jax.models.decoder import Decoder
+from recursive_jax.models.parameters import abstract_params, logical_axes
 from recursive_jax.training.data import Batch
-from recursive_jax.training.evaluation import perplexity
 from recursive_jax.training.losses import Objective
 from recursive_jax.training.optimizer import OptimizerConfig, make_optimizer
 from recursive_jax.training.step import init_state, make_train_step

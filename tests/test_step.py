@@ -11,14 +11,11 @@ import scipy.special
 
 from recursive_jax.models import layers
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.decoder import REMAT_CHOICES, Decoder, abstract_params, head_params
+from recursive_jax.models.decoder import REMAT_CHOICES, Decoder
+from recursive_jax.models.parameters import abstract_params, head_params
 from recursive_jax.training.data import Batch
 from recursive_jax.training.losses import Objective
-from recursive_jax.training.optimizer import (
-    OptimizerConfig,
-    learning_rate_schedule,
-    make_optimizer,
-)
+from recursive_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from recursive_jax.training.step import init_state, make_loss, make_train_step
 
 TEACHER = DecoderConfig(

@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recursive_jax import text
-from recursive_jax.decoding.early_exit import Recorded, Static
 from recursive_jax.decoding.engine import Engine
+from recursive_jax.decoding.exit_measures import Recorded, Static
 from recursive_jax.decoding.requests import Request, Sampling
 from recursive_jax.decoding.text_session import StopStrings, TextSession
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.decoder import Decoder, abstract_params
+from recursive_jax.models.decoder import Decoder
+from recursive_jax.models.parameters import abstract_params
 from recursive_jax.weights.source import ASSETS
 
 TINY = DecoderConfig(

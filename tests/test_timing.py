@@ -6,13 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from recursive_jax.decoding import timing
-from recursive_jax.decoding.early_exit import Static
+from recursive_jax.analysis import timing
 from recursive_jax.decoding.engine import Engine
+from recursive_jax.decoding.exit_measures import Static
 from recursive_jax.decoding.requests import Request, Sampling
 from recursive_jax.decoding.session import generate
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.decoder import Decoder, abstract_params
+from recursive_jax.models.decoder import Decoder
+from recursive_jax.models.parameters import abstract_params
 
 CFG = DecoderConfig(
     family="llama", vocab_size=61, embed_dim=32, mlp_dim=48, num_heads=4, num_kv_heads=2,

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.decoder import abstract_params
+from recursive_jax.models.parameters import abstract_params
 from recursive_jax.training.optimizer import OptimizerConfig, make_optimizer
 from recursive_jax.weights import checkpoint, hf
 from recursive_jax.weights.source import ASSETS

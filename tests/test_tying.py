@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recursive_jax.models.config import DecoderConfig, Rope
-from recursive_jax.models.decoder import Decoder, abstract_params, parameter_counts
+from recursive_jax.models.decoder import Decoder
+from recursive_jax.models.parameters import abstract_params, parameter_counts
 from recursive_jax.weights import low_rank, names, tying
 
 SMALL = dict(

@@ -12,7 +12,7 @@ import pathlib
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from recursive_jax.training import documents
+from recursive_jax.text import documents
 
 VOCAB_SIZE = 4096
 SPECIALS = ["<|bos|>", "<|eos|>", "<|pad|>"]

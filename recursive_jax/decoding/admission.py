@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from recursive_jax.decoding.early_exit import Measure, Recorded, Static
+from recursive_jax.decoding.exit_measures import Measure, Recorded, Static
 from recursive_jax.decoding.requests import Request, Sampling, check_number
 
 if TYPE_CHECKING:

@@ -17,20 +17,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from recursive_jax.cpu import build
+from recursive_jax.cpu import cache as cpu_cache
 from recursive_jax.decoding import admission
-from recursive_jax.decoding.early_exit import Measure
+from recursive_jax.decoding.exit_measures import Measure
 from recursive_jax.decoding.placement import Placement
 from recursive_jax.decoding.requests import Request, check_number
 from recursive_jax.decoding.sampling import SamplingParams
 from recursive_jax.decoding.scheduler import Chunk
-from recursive_jax.decoding.state import (
-    MAX_TICKS,
-    NO_TOKEN,
-    Chunks,
-    Found,
-)
+from recursive_jax.decoding.state import MAX_TICKS, NO_TOKEN, Chunks, Found
 from recursive_jax.decoding.tick import Ticks
-from recursive_jax.models import few_queries, native, paged
+from recursive_jax.models import tpu
 from recursive_jax.models.decoder import Decoder
 from recursive_jax.models.kv_cache import Cache
 
@@ -150,7 +147,7 @@ class Engine:
             )
         self._attends, self.attention = self._choose_attention()
         if self._placement.platform == "cpu" and self._placement.devices == 1:
-            native.use_huge_pages(jax.tree.leaves(params))
+            build.use_huge_pages(jax.tree.leaves(params))
         self._ticks = Ticks(
             # it sees one shard's lanes
             model=model.clone(data_shards=1, attends=self._attends),
@@ -306,10 +303,10 @@ class Engine:
         sizes = model.cfg, model.dtype
         if place.platform == "tpu":
             way, name = "paged", "ragged paged attention"
-            refusal = paged.refusal(*sizes, self.context_length, place.head_shards)
+            refusal = tpu.refusal(*sizes, self.context_length, place.head_shards)
         elif place.platform == "cpu":
-            way, name = "few_queries", "few_queries.cc"
-            refusal = few_queries.refusal(*sizes, place.devices)
+            way, name = "few_queries", "decode_attention.cc"
+            refusal = cpu_cache.refusal(*sizes, place.devices)
         else:
             return "xla", f"XLA (our kernels are for TPUs and CPUs, not {place.platform})"
         return (way, f"{name} kernel") if refusal is None else ("xla", f"XLA ({name}: {refusal})")

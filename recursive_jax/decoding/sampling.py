@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from recursive_jax.cpu import build
 from recursive_jax.decoding.requests import Sampling
-from recursive_jax.models import native
 
 
 @struct.dataclass
@@ -79,7 +79,7 @@ def sample(
       seeds: uint32 `[B]`.
       positions: int32 `[B]`, where the drawn token will stand.
       history: what the penalties are for; without it they do nothing.
-      one_device: all logits are on one; if that is a CPU, `largest.cc` looks through them.
+      one_device: all logits are on one; if that is a CPU, `top1.cc` looks through them.
 
     Returns:
       tokens int32 `[B]`, and their log-probabilities f32 `[B]` under `logits` as given, before
@@ -133,12 +133,12 @@ def look_through(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     rows = logits.shape[:1]
     result = lambda dtype: jax.ShapeDtypeStruct(rows, dtype)  # noqa: E731
     results = result(jnp.float32), result(jnp.int32), result(jnp.float32)
-    top, first, log_sum = native.call("Largest", results)(logits)
+    top, first, log_sum = build.call("Top1", results)(logits)
     return top[:, None], first, log_sum
 
 
 def _by_kernel(one_device: bool) -> bool:
-    return one_device and jax.default_backend() == "cpu" and native.has("Largest")
+    return one_device and jax.default_backend() == "cpu" and build.has("Top1")
 
 
 def largest(x: jax.Array, one_device: bool = False) -> jax.Array:

@@ -25,9 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from recursive_jax.decoding.early_exit import Measure, Recorded
-from recursive_jax.decoding.exits import Exits
-from recursive_jax.decoding.layout import Layout
+from recursive_jax.decoding.exit_measures import Measure, Recorded
+from recursive_jax.decoding.head import Exits
+from recursive_jax.decoding.lanes import Layout
 from recursive_jax.decoding.requests import Sampling
 from recursive_jax.decoding.sampling import SamplingParams
 from recursive_jax.decoding.state import (

@@ -11,7 +11,8 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from recursive_jax.models import few_queries, paged
+from recursive_jax.cpu import cache as cpu_cache
+from recursive_jax.models import tpu
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.kv_cache import Cache
 from recursive_jax.models.layers import Linear, Norm, joint_parts
@@ -128,13 +129,13 @@ class Attention(nn.Module):
         def see(queries, loops, slots, places):
             where = loops, tables.index, slots
             if self.attends == "paged" and by_lane and queries.shape[1] == 1:
-                return paged.attend(cfg, queries[:, 0], cache, *where, places[:, 0])[:, None]
+                return tpu.attend(cfg, queries[:, 0], cache, *where, places[:, 0])[:, None]
             return attend_cached(queries, cache, where, places, window_of(loops), *how)
 
         with jax.named_scope("attend"):
             if self.attends == "few_queries" and one_each:
                 rows = q[:lanes], k, v, cache, at, positions, window_of(of_lanes)
-                y, cache = few_queries.attend(*rows, *how)
+                y, cache = cpu_cache.attend(*rows, *how)
             else:
                 cache = cache.write(k, v, *at, positions)
                 y = see(q[:lanes], of_lanes, context.slots[:lanes], positions[:lanes])

@@ -1,6 +1,6 @@
-"""What a decoder is: one frozen, validated, JSON-serialisable description shared by every room.
+"""What a decoder is: one frozen, validated, JSON-serialisable description shared by all packages.
 
-A *family* (gemma, llama, gpt_neox, ...) is nothing but a choice of these fields; see `zoo`.
+A *family* (gemma, llama, gpt_neox, ...) is a choice of these fields; see `weights.hf_config`.
 Depth-dependent facts (attention window, rope kind) are tables over
 `depth = loop * num_layers + layer`, so a layer that is shared by several loops may still be local
 in one and global in the next, exactly as its depths were in the source model.

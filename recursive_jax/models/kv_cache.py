@@ -145,7 +145,9 @@ class KVCache(Cache):
         "keys": ("loop", "layer", "slot", "block", "kv_heads", "head_dim", "row"),
         "values": ("loop", "layer", "slot", "block", "kv_heads", "row", "head_dim"),
     }
-    BLOCK = 32  # the most few_queries.cc takes: little is read in vain, and stays in a CPU's cache
+    BLOCK = (
+        32  # the most decode_attention.cc takes: little is read in vain, and stays in a CPU's cache
+    )
 
     @property
     def length(self):

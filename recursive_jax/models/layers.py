@@ -12,8 +12,8 @@ import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from recursive_jax.cpu.matmul import Lora, by_kernel, few_rows, takes
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.few_rows import Lora, by_kernel, few_rows, takes
 
 ACTIVATION_FNS = {
     "silu": nn.silu,

@@ -24,7 +24,7 @@ import grain
 import numpy as np
 from flax import struct
 
-from recursive_jax.training.documents import Documents
+from recursive_jax.text.documents import Documents
 
 CHARS_PER_CALL = 4_000_000  # handed to the tokenizer at once; it spreads them over the cores
 CACHE_VERSION = 1  # of the files below

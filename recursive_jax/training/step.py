@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from recursive_jax.models.decoder import Decoder, head_params
+from recursive_jax.models.chunked_head import chunk_length, chunked_sum
+from recursive_jax.models.decoder import Decoder
+from recursive_jax.models.parameters import head_params
 from recursive_jax.training.data import Batch
-from recursive_jax.training.losses import Objective, chunk_length, chunked_sum, token_losses
+from recursive_jax.training.losses import Objective, token_losses
 
 
 @struct.dataclass

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.decoder import abstract_params
+from recursive_jax.models.parameters import abstract_params
 
 FORMAT = 1
 CONFIG = "config.json"

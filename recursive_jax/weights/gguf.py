@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recursive_jax.models import zoo
 from recursive_jax.models.config import DecoderConfig, Rope
-from recursive_jax.weights import names
+from recursive_jax.weights import hf_config, names
 from recursive_jax.weights.gguf_tokenizer import build_tokenizer
 from recursive_jax.weights.names import AS_IS, TRANSPOSE, Row, Transform
 
@@ -138,7 +137,7 @@ class GGUFFile:
 
     @functools.cached_property
     def config(self) -> DecoderConfig:
-        return zoo.config_from_hf(self._hf_config())
+        return hf_config.config_from_hf(self._hf_config())
 
     def params(self, dtype: np.dtype = np.float32) -> names.LazyParams:
         """The parameters as a lazy flat mapping, dequantised an item at a time; audited now."""
@@ -189,7 +188,7 @@ class GGUFFile:
         return tokenizer
 
     def _hf_config(self) -> dict[str, Any]:
-        """The Hugging Face config these metadata amount to; `zoo` audits the values."""
+        """These metadata as a Hugging Face config; `weights.hf_config` audits the values."""
         prefix = self.architecture + "."
         settings = {
             key.removeprefix(prefix): self._uniform(key)
@@ -209,7 +208,7 @@ class GGUFFile:
         hf["vocab_size"] = int(self.tensors["token_embd.weight"].shape[1])
         hf["tie_word_embeddings"] = "output.weight" not in self.tensors
         for key, tensor in (("attention_bias", "attn_q"), ("mlp_bias", "ffn_up")):
-            if key in zoo.MODEL_TYPES[hf["model_type"]].keys:
+            if key in hf_config.MODEL_TYPES[hf["model_type"]].keys:
                 hf[key] = f"blk.0.{tensor}.bias" in self.tensors
         self._check_head_dim(hf, settings)
         if self.architecture in ("gemma2", "gemma3"):

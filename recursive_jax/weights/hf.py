@@ -17,9 +17,8 @@ from typing import Any
 import ml_dtypes  # noqa: F401  (teaches numpy bfloat16, which safetensors then reads)
 import numpy as np
 
-from recursive_jax.models import zoo
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.weights import names
+from recursive_jax.weights import hf_config, names
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -92,7 +91,7 @@ def load_config(path: str | os.PathLike) -> DecoderConfig:
         raise ValueError(f"{file} is not valid JSON ({error}); copy it again") from error
     if not isinstance(hf, dict):
         raise ValueError(f"{file} holds a {type(hf).__name__}; expected an object")
-    return zoo.config_from_hf(hf)
+    return hf_config.config_from_hf(hf)
 
 
 def open_params(
@@ -184,7 +183,7 @@ def save_params(
     if wrong:
         raise ValueError(f"parameters missing or left over for this config: {', '.join(wrong)}")
     stored = np.dtype(dtype or params["embedding"].dtype)
-    config = zoo.config_to_hf(cfg) | {"torch_dtype": stored.name} | dict(config_extra or {})
+    config = hf_config.config_to_hf(cfg) | {"torch_dtype": stored.name} | dict(config_extra or {})
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))

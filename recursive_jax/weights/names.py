@@ -16,7 +16,7 @@ import numpy as np
 from flax import traverse_util
 
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.decoder import abstract_params
+from recursive_jax.models.parameters import abstract_params
 
 
 class Transform(NamedTuple):

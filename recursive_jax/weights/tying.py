@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from recursive_jax.models.config import NORM_MODES, DecoderConfig
-from recursive_jax.models.decoder import init_params
+from recursive_jax.models.parameters import init_params
 from recursive_jax.weights import low_rank, names
 
 METHODS = ("stepwise", "average", "lower", "upper", "random")

@@ -3,7 +3,7 @@
     python tests/benchmarks/attention.py
 
 One new row and one query per lane of a `KVCache` of 2 loops x 15 layers, every layer's rows once,
-and nothing else: `few_queries.attend`; `Cache.write` and `attention.attend_cached`; in turn. Prints
+and nothing else: `cpu_cache.attend`; `Cache.write` and `attention.attend_cached`; in turn. Prints
 a JSON row of medians for every number of lanes and rows.
 """
 
@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from recursive_jax.models import few_queries, native
+from recursive_jax.cpu import build
+from recursive_jax.cpu import cache as cpu_cache
 from recursive_jax.models.attention import attend_cached
 from recursive_jax.models.kv_cache import KVCache
 
@@ -74,9 +75,9 @@ def by_xla(q, k, v, cache, where, positions, *how):
 
 
 def main():
-    ways = {"few_queries.cc": few_queries.attend, "XLA": by_xla}
-    if not native.has("FewQueries"):  # it has said why
-        del ways["few_queries.cc"]
+    ways = {"decode_attention.cc": cpu_cache.attend, "XLA": by_xla}
+    if not build.has("DecodeAttention"):  # it has said why
+        del ways["decode_attention.cc"]
     for lanes, rows in ((1, 64), (2, 64), (16, 64), (32, 64), (1, 1024), (16, 1024)):
         calls = {name: timed(attend, lanes, rows) for name, attend in ways.items()}
         times = {name: [] for name in ways}

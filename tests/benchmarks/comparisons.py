@@ -11,7 +11,7 @@ import json
 import pathlib
 
 from configs import quickstart
-from recursive_jax import metrics
+from recursive_jax.console import output, tables
 from recursive_jax.train import train
 from recursive_jax.weights.source import open_source
 from recursive_jax.weights.tying import tied_config
@@ -39,7 +39,7 @@ def run(name: str, workdir: pathlib.Path, tokens: int, rank: int) -> dict:
         if not config.source:
             vanilla = open_source("tiny").cfg
             config.scratch = tied_config(vanilla, config.model.num_loops).to_json()
-        metrics.say(f"\n== {name}")
+        output.say(f"\n== {name}")
         train(config, directory)
     return json.loads(summary.read_text())
 
@@ -64,7 +64,7 @@ def main():
         (n, f"{r['layer_parameters']:,}", f"{r['before']:.4f}", f"{r['after']:.4f}")
         for n, r in shown.items()
     ]
-    metrics.say("\n" + metrics.table(rows, ("start", "layers' parameters", "nll before", "after")))
+    output.say("\n" + tables.table(rows, ("start", "layers' parameters", "nll before", "after")))
     print(json.dumps({"result": "comparisons", "tokens": args.tokens, "rows": shown}))
 
 

@@ -25,8 +25,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from recursive_jax.models import zoo
-from recursive_jax.weights import hf, names
+from recursive_jax.weights import hf, hf_config, names
 from recursive_jax.weights.source import ASSETS
 
 
@@ -69,7 +68,7 @@ def main():
     parser.add_argument("--preset", default="gemma_2b")
     parser.add_argument("--lora_rank", type=int, default=64)
     args = parser.parse_args()
-    cfg, source = zoo.preset(args.preset), args.scratch / "source"
+    cfg, source = hf_config.preset(args.preset), args.scratch / "source"
     if not source.exists():
         hf.save_params(RandomParams(cfg), cfg, source)
         for name in ("tokenizer.json", "tokenizer_config.json"):

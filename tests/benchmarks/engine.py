@@ -31,15 +31,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from recursive_jax.decoding import simulation, timing
-from recursive_jax.decoding.early_exit import Recorded
+from recursive_jax.analysis import simulation, timing
 from recursive_jax.decoding.engine import Engine
+from recursive_jax.decoding.exit_measures import Recorded
 from recursive_jax.decoding.requests import Request
 from recursive_jax.decoding.scheduler import Scheduler
 from recursive_jax.decoding.session import Session
-from recursive_jax.models import zoo
-from recursive_jax.models.decoder import Decoder, init_params, split_layers
-from recursive_jax.weights import tying
+from recursive_jax.models.decoder import Decoder, split_layers
+from recursive_jax.models.parameters import init_params
+from recursive_jax.weights import hf_config, tying
 from recursive_jax.weights.source import open_source
 
 
@@ -332,7 +332,7 @@ def resident() -> int:
 
 def lora(args):
     """Benchmark 5: what the LoRAs of mixed loops add to a tick."""
-    cfg = zoo.preset("gemma_2b").replace(num_layers=2, num_loops=2, vocab_size=1024)
+    cfg = hf_config.preset("gemma_2b").replace(num_layers=2, num_loops=2, vocab_size=1024)
     ticks: dict[int, list[float]] = {}
     engines = {}
     for rank in (0, 64, 512):

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from engine import make, parser, requests, row, serve, serve_in_turn, stopwatch
 
 from recursive_jax import text
-from recursive_jax.decoding.early_exit import Static
+from recursive_jax.decoding.exit_measures import Static
 from recursive_jax.decoding.requests import Request, Sampling
 from recursive_jax.models.decoder import Decoder, split_layers
 from recursive_jax.weights import checkpoint, tying

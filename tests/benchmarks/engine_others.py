@@ -22,7 +22,7 @@ import time
 import numpy as np
 from engine import make, parser, recursive, requests, row, serve
 
-from recursive_jax.decoding import timing
+from recursive_jax.analysis import timing
 from recursive_jax.decoding.requests import Request
 
 FILE_TYPE = "general.file_type"

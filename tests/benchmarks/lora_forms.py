@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from recursive_jax.models import layers, zoo
-from recursive_jax.models.decoder import Decoder, init_params
+from recursive_jax.models import layers
+from recursive_jax.models.decoder import Decoder
+from recursive_jax.models.parameters import init_params
+from recursive_jax.weights import hf_config
 
 
 def step(cfg, form, batch, length, dtype):
@@ -53,7 +55,7 @@ def main():
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()
-    plain = zoo.preset("gemma_2b").replace(num_layers=1, vocab_size=64, num_loops=2)
+    plain = hf_config.preset("gemma_2b").replace(num_layers=1, vocab_size=64, num_loops=2)
     ranks = {name: min(args.rank, *shape) for name, shape in plain.projections.items()}
     relaxed = plain.replace(lora_ranks=ranks)
     runs = {

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from recursive_jax.models import native
-from recursive_jax.models.few_rows import by_kernel, by_xla
+from recursive_jax.cpu import build
+from recursive_jax.cpu.matmul import by_kernel, by_xla
 
 SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536))  # [out, in]: qkv, o, gate and up, down
 LAYERS, ROUNDS = 30, 25
@@ -35,13 +35,13 @@ def through(product, layers, x):
 def forms(weights):
     on_device = jax.tree.map(jnp.asarray, weights)
     ways = {
-        "few_rows.cc": by_kernel,
+        "skinny_matmul.cc": by_kernel,
         "weight on the left": by_xla,
         "as many rows as there are": lambda x, w: jax.lax.optimization_barrier(w @ x.T).T,
         "weight on the right": lambda x, w: x @ w.T,
     }
-    if not native.has("FewRows"):  # it has said why
-        del ways["few_rows.cc"]
+    if not build.has("SkinnyMatmul"):  # it has said why
+        del ways["skinny_matmul.cc"]
     for name, product in ways.items():
         run = jax.jit(lambda layers, x, product=product: through(product, layers, x))
         yield name, lambda x, run=run: run(on_device, x).block_until_ready()

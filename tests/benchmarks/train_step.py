@@ -22,13 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from recursive_jax.models import zoo
-from recursive_jax.models.decoder import Decoder, init_params
+from recursive_jax.models.decoder import Decoder
+from recursive_jax.models.parameters import init_params
 from recursive_jax.training.data import Batch
 from recursive_jax.training.losses import Objective
 from recursive_jax.training.optimizer import OptimizerConfig, make_optimizer
 from recursive_jax.training.step import init_state, make_train_step
-from recursive_jax.weights import checkpoint
+from recursive_jax.weights import checkpoint, hf_config
 
 
 def ours(cfg, params, tokens, dtype, remat, unroll):
@@ -137,7 +137,7 @@ def main():
     parser.add_argument("--unroll", type=int, default=1)
     parser.add_argument("--account", action="store_true", help="where the time goes")
     args = parser.parse_args()
-    cfg = zoo.preset("smollm2_135m")
+    cfg = hf_config.preset("smollm2_135m")
     params = checkpoint.as_numpy(jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(0)))
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (args.batch, args.length + 1))
     tokens = tokens.astype(np.int32)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from recursive_jax import metrics
+from recursive_jax.console import output
 
 MISTAKES = (ValueError, OSError, FloatingPointError)  # what the rooms raise for callers' mistakes
 
@@ -24,14 +24,14 @@ def run(main: Callable[[], None], required: Sequence[str] = ()) -> None:
 
     def guarded(argv):
         if len(argv) > 1:
-            metrics.fail(ValueError(f"unexpected arguments {argv[1:]}; flags start with --"))
+            output.fail(ValueError(f"unexpected arguments {argv[1:]}; flags start with --"))
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save
         try:
             main()
         except MISTAKES as error:
             logging.debug("raised here", exc_info=True)
-            metrics.fail(error)
+            output.fail(error)
 
     app.run(guarded, flags_parser=_parse)
 
@@ -41,13 +41,13 @@ def _parse(argv: Sequence[str]) -> list[str]:
         _check_config(argv)
         return flags.FLAGS(argv)
     except ImportError as error:
-        metrics.fail(ValueError(f"the config file imports what is not there: {error}"))
+        output.fail(ValueError(f"the config file imports what is not there: {error}"))
     except (flags.Error, *MISTAKES) as error:
         lines = str(error).strip().splitlines()  # config_flags puts a traceback in between
-        metrics.fail(ValueError(lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"))
+        output.fail(ValueError(lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"))
     except Exception as error:  # of the config file's own code
         words = " ".join(str(error).split())
-        metrics.fail(ValueError(f"the config file fails: {type(error).__name__}: {words}"))
+        output.fail(ValueError(f"the config file fails: {type(error).__name__}: {words}"))
 
 
 def _check_config(argv: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """One query per lane over the rows of a `KVCache`: attention of decoding on a CPU.
 
-`few_queries.cc` writes new rows and does what `attention.attend_cached` does, in one pass over the
-rows; where it cannot be compiled (`native`) XLA does both.
+`decode_attention.cc` writes new rows and does what `attention.attend_cached` does, in one pass
+over the rows; where it cannot be compiled (`native`) XLA does both.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from recursive_jax.models import native
+from recursive_jax.cpu import build
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.kv_cache import KVCache
 
-_MOST_SIZE = 512  # of a head, as in few_queries.cc
+_MOST_SIZE = 512  # of a head, as in decode_attention.cc
 
 
 def refusal(cfg: DecoderConfig, dtype: Any, devices: int = 1) -> str | None:
@@ -32,7 +32,7 @@ def refusal(cfg: DecoderConfig, dtype: Any, devices: int = 1) -> str | None:
         return f"it does not take {np.dtype(dtype).name}"
     if cfg.head_dim % 8 or cfg.head_dim > _MOST_SIZE:
         return f"head_dim={cfg.head_dim} is not a multiple of 8 up to {_MOST_SIZE}"
-    return None if native.has("FewQueries") else "it is not compiled"
+    return None if build.has("DecodeAttention") else "it is not compiled"
 
 
 def attend(
@@ -66,7 +66,7 @@ def attend(
     windows = () if window is None else (ints(window, lanes),)
     like = lambda array: jax.ShapeDtypeStruct(array.shape, jnp.float32)  # noqa: E731
     results = like(q[:, 0]), like(cache.keys), like(cache.values)
-    y, keys, values = native.call("FewQueries", results, input_output_aliases={3: 1, 4: 2})(
+    y, keys, values = build.call("DecodeAttention", results, input_output_aliases={3: 1, 4: 2})(
         q[:, 0],
         k[:, 0],
         v[:, 0],

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from recursive_jax.models.config import DecoderConfig, Rope
-from recursive_jax.models.families import (
+from recursive_jax.weights.families import (
     ACTIVATIONS,
     COMMON_KEYS,
     FAMILIES,

@@ -10,10 +10,10 @@ import jax
 from absl import flags
 
 from recursive_jax import sharding
-from recursive_jax.decoding.early_exit import MEASURE_NAMES, Measure, Static, make_measure
 from recursive_jax.decoding.engine import MISSING_KV, Engine
+from recursive_jax.decoding.exit_measures import MEASURE_NAMES, Measure, Static, make_measure
 from recursive_jax.decoding.requests import Request, check_number
-from recursive_jax.loading import Model, Opened
+from recursive_jax.model import Model, Opened
 
 NO_MEASURE, CALIBRATED = "none", "calibrated"
 

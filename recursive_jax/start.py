@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.decoder import init_params
+from recursive_jax.models.parameters import init_params
 from recursive_jax.weights import checkpoint, tying
 from recursive_jax.weights.source import ASSETS, Source
 

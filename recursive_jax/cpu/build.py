@@ -22,8 +22,12 @@ from typing import Any
 
 import jax
 
-_SOURCES = {"FewRows": "few_rows.cc", "FewQueries": "few_queries.cc", "Largest": "largest.cc"}
-_HEADERS = ("vectors.h",)
+_SOURCES = {
+    "SkinnyMatmul": "kernels/skinny_matmul.cc",
+    "DecodeAttention": "kernels/decode_attention.cc",
+    "Top1": "kernels/top1.cc",
+}
+_HEADERS = ("kernels/vectors.h",)
 _PAGE = 2 << 20
 _MADV_COLLAPSE = 25
 _FLAGS = ("-O2", "-march=native", "-std=c++17", "-shared", "-fPIC")

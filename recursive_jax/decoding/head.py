@@ -11,12 +11,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from recursive_jax.decoding.early_exit import Look, Measure
-from recursive_jax.decoding.layout import Layout
+from recursive_jax.decoding.exit_measures import Look, Measure
+from recursive_jax.decoding.lanes import Layout
 from recursive_jax.decoding.requests import Sampling
 from recursive_jax.decoding.sampling import History, SamplingParams, largest, sample
 from recursive_jax.decoding.state import NO_TOKEN, Lanes, Seen
-from recursive_jax.models.decoder import Decoder, head_params
+from recursive_jax.models.decoder import Decoder
+from recursive_jax.models.parameters import head_params
 
 IDLE = SamplingParams.stack([Sampling()])
 SMALL = 8  # rows of the head: fewer cost the same, reading its weights is what takes time

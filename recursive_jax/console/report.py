@@ -4,67 +4,15 @@ from __future__ import annotations
 
 import json
 import pathlib
-import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-from recursive_jax import metrics
+from recursive_jax.analysis.timing import Times
+from recursive_jax.console import tables
 from recursive_jax.decoding.engine import Engine
 from recursive_jax.decoding.session import Stats
-from recursive_jax.decoding.timing import Times
-
-
-class Progress:
-    """A bar on standard error: prompts done, tokens per second, time left.
-
-    How far a request is: its tokens over its limit; one that ends before its limit jumps.
-    """
-
-    def __init__(self, limits: Mapping[int, int]):
-        """limits: `max_new_tokens` of every request."""
-        from tqdm import tqdm
-
-        self._limits, self._counts = limits, dict.fromkeys(limits, 0)
-        self._share = 0.0  # requests done, parts of them too
-        self._tokens, self._start, self._shown = 0, time.perf_counter(), 0.0
-        self._bar = tqdm(
-            total=len(limits),
-            disable=jax.process_index() != 0,
-            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} prompts [{elapsed}{postfix}]",
-        )
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._bar.close()
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._start
-
-    def add(self, request: int, count: int, over: bool) -> None:
-        """A request now has `count` tokens."""
-        before = self._counts[request] / self._limits[request]
-        self._tokens += count - self._counts[request]
-        self._counts[request] = count
-        self._share += (1.0 if over else count / self._limits[request]) - before
-        if over:
-            self._bar.update()
-        if self.seconds - self._shown > 0.2 or self._share == len(self._limits):
-            self._refresh()
-
-    def _refresh(self) -> None:
-        self._shown = self.seconds
-        seconds, total = self.seconds, len(self._limits)
-        words = f"{self._tokens / seconds:,.1f} tok/s"
-        if self._share:
-            left = seconds * max(total - self._share, 0.0) / self._share
-            words += f", {metrics.clock(left)} left"
-        self._bar.set_postfix_str(words, refresh=False)
-        self._bar.refresh()
 
 
 def summary(
@@ -154,7 +102,7 @@ def table(record: Mapping[str, Any]) -> str:
             ("bound", f"{record['bound_tokens_per_second']:,.1f} tok/s"),
             ("share of the bound", f"{record['share_of_bound']:.0%}"),
         ]
-    return metrics.table(rows)
+    return tables.table(rows)
 
 
 def write(path: str | pathlib.Path, record: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """`x @ wt.T` for a few rows x: where decoding on a CPU spends its time.
 
-XLA's CPU kernels read the matrix once for every row, or copy it into blocks first. `few_rows.cc`
+XLA's CPU kernels read the matrix once for every row, or copy it into blocks first. The kernel
 reads it once for all rows, and adds their LoRAs on the way; where it cannot be compiled (`native`)
 XLA's kernels do.
 """
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from recursive_jax.models import native
+from recursive_jax.cpu import build
 
 MOST_ROWS = 64  # of our kernel: for more, XLA's take less time
 
@@ -42,7 +42,7 @@ def takes(rows: jax.Array, wt: jax.Array, out_dtype) -> bool:
     """Whether our kernel multiplies these `rows [N, in]`: few, of float32, on a CPU."""
     dtypes = {jnp.dtype(d) for d in (rows.dtype, wt.dtype, out_dtype)}
     ours = 0 < len(rows) <= MOST_ROWS and wt.size and dtypes == {jnp.dtype(jnp.float32)}
-    return bool(ours and jax.default_backend() == "cpu" and native.has("FewRows"))
+    return bool(ours and jax.default_backend() == "cpu" and build.has("SkinnyMatmul"))
 
 
 def by_kernel(
@@ -51,7 +51,7 @@ def by_kernel(
     members: Sequence[tuple[int, int]] = (),
     lora: Lora | None = None,
 ) -> jax.Array:
-    """`rows [N, in] @ (wt.T + a[loop] @ b[loop])` by `few_rows.cc`; where `takes` is True.
+    """`rows [N, in] @ (wt.T + a[loop] @ b[loop])` by `skinny_matmul.cc`; where `takes` is True.
 
     Args:
       members: (rows of wt, first rows of x that it is asked for) of the projections that wt joins;
@@ -62,7 +62,7 @@ def by_kernel(
     loras = () if lora is None else (lora.loop.astype(jnp.int32), lora.at, *lora.bts)
     outs, asked = (np.array(numbers, np.int64) for numbers in zip(*members, strict=True))
     loops = np.int64(0 if lora is None else lora.num_loops)
-    return native.call("FewRows", shape)(rows, wt, *loras, outs=outs, rows=asked, loops=loops)
+    return build.call("SkinnyMatmul", shape)(rows, wt, *loras, outs=outs, rows=asked, loops=loops)
 
 
 def by_xla(rows: jax.Array, wt: jax.Array, out_dtype=None) -> jax.Array:

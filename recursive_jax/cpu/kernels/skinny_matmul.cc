@@ -6,7 +6,7 @@
 // for every row. Rows of zeros, as idle lanes have, cost nothing. Each number of y is one sum in one
 // order, so a row's do not depend on the others, nor on how many there are.
 //
-// Compiled and registered by native.py, called by few_rows.py.
+// Compiled and registered by build.py, called by skinny_matmul.py.
 
 #include <algorithm>
 #include <atomic>
@@ -413,7 +413,7 @@ ffi::Error Multiply(ffi::ThreadPool pool, Floats x, Floats wt, ffi::RemainingArg
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(FewRows, Multiply,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SkinnyMatmul, Multiply,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Floats>()

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from recursive_jax.models.decoder import Decoder, head_params
-from recursive_jax.training.losses import chunk_length, chunked_sum, cross_entropy
+from recursive_jax.models.chunked_head import chunk_length, chunked_sum, cross_entropy
+from recursive_jax.models.decoder import Decoder
+from recursive_jax.models.parameters import head_params
 
 
 def perplexity(

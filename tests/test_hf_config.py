@@ -6,8 +6,9 @@ import pathlib
 import numpy as np
 import pytest
 
-from recursive_jax.models import decoder, zoo
+from recursive_jax.models import decoder
 from recursive_jax.models.config import Rope
+from recursive_jax.weights import hf_config
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -135,7 +136,7 @@ GEMMA3_4B = dict(
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs_are_read_and_equal_the_presets(name):
-    assert zoo.config_from_hf(PUBLISHED[name]) == zoo.preset(name)
+    assert hf_config.config_from_hf(PUBLISHED[name]) == hf_config.preset(name)
 
 
 # Stored numbers of the published models (their model cards; paper Table 1 for Gemma 2B, TinyLlama
@@ -159,7 +160,7 @@ def test_published_configs_are_read_and_equal_the_presets(name):
     ],
 )
 def test_presets_have_the_published_number_of_parameters(name, total):
-    counts = decoder.parameter_counts(decoder.abstract_params(zoo.preset(name)))
+    counts = decoder.parameter_counts(decoder.abstract_params(hf_config.preset(name)))
     assert counts["total"] == total
 
 
@@ -170,23 +171,23 @@ def test_preset_block_sizes_of_the_paper():
         "pythia_1b": 805_306_368,
     }
     for name, shared in expected.items():
-        params = decoder.abstract_params(zoo.preset(name))
+        params = decoder.abstract_params(hf_config.preset(name))
         assert decoder.parameter_counts(params)["shared"] == shared
 
 
 def test_multimodal_gemma3_is_its_text_model():
-    cfg = zoo.config_from_hf(GEMMA3_4B)
+    cfg = hf_config.config_from_hf(GEMMA3_4B)
     assert (cfg.family, cfg.embed_dim, cfg.num_layers) == ("gemma3", 2560, 34)
     assert (cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, cfg.vocab_size) == (8, 4, 256, 262208)
     assert cfg.ropes == (Rope(theta=1e6, scaling="linear", factor=8.0), Rope(theta=1e4))
     assert cfg.windows[:7] == (1024,) * 5 + (0, 1024) and cfg.rope_of_depth[:6] == (1,) * 5 + (0,)
     assert cfg.tied_head and cfg.max_length == 131072
-    untied = zoo.config_from_hf(GEMMA3_4B | {"tie_word_embeddings": False})
+    untied = hf_config.config_from_hf(GEMMA3_4B | {"tie_word_embeddings": False})
     assert not untied.tied_head
     with pytest.raises(ValueError, match="new_attention"):
-        zoo.config_from_hf(GEMMA3_4B | {"new_attention": 1})
+        hf_config.config_from_hf(GEMMA3_4B | {"new_attention": 1})
     with pytest.raises(ValueError, match="hidden_size.*contradicts"):
-        zoo.config_from_hf(GEMMA3_4B | {"hidden_size": 12})
+        hf_config.config_from_hf(GEMMA3_4B | {"hidden_size": 12})
 
 
 def goldens():
@@ -195,21 +196,21 @@ def goldens():
 
 @pytest.mark.parametrize("file", goldens(), ids=lambda f: f.stem)
 def test_configs_written_by_transformers_and_back(file):
-    cfg = zoo.config_from_hf(json.loads(file.read_text())["config"])
-    assert zoo.config_from_hf(zoo.config_to_hf(cfg)) == cfg
+    cfg = hf_config.config_from_hf(json.loads(file.read_text())["config"])
+    assert hf_config.config_from_hf(hf_config.config_to_hf(cfg)) == cfg
 
 
-@pytest.mark.parametrize("name", zoo.PRESETS)
+@pytest.mark.parametrize("name", hf_config.PRESETS)
 def test_presets_and_back(name):
-    cfg = zoo.preset(name)
-    written = json.loads(json.dumps(zoo.config_to_hf(cfg)))
-    assert zoo.config_from_hf(written) == cfg
+    cfg = hf_config.preset(name)
+    written = json.loads(json.dumps(hf_config.config_to_hf(cfg)))
+    assert hf_config.config_from_hf(written) == cfg
     # readers of either generation of rope keys see the same
     old = {k: v for k, v in written.items() if k != "rope_parameters"}
     new_only = {"rope_scaling", "rope_theta", "rotary_pct", "rotary_emb_base"}
     new_only |= {"rope_local_base_freq"}
     new = {k: v for k, v in written.items() if k not in new_only}
-    assert zoo.config_from_hf(old) == zoo.config_from_hf(new) == cfg
+    assert hf_config.config_from_hf(old) == hf_config.config_from_hf(new) == cfg
 
 
 # Every value that means something, one at a time.
@@ -276,7 +277,7 @@ def test_presets_and_back(name):
     ],
 )
 def test_values_that_mean_something(base, change, field, value):
-    actual = getattr(zoo.config_from_hf(base | change), field)
+    actual = getattr(hf_config.config_from_hf(base | change), field)
     if isinstance(value, float):
         np.testing.assert_allclose(actual, value, rtol=1e-15)
     else:
@@ -285,7 +286,7 @@ def test_values_that_mean_something(base, change, field, value):
 
 def test_llama3_rope_defaults_its_original_length_to_the_model_length():
     rope = dict(rope_type="llama3", factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0)
-    cfg = zoo.config_from_hf(LLAMA3_2_1B | {"rope_scaling": rope})
+    cfg = hf_config.config_from_hf(LLAMA3_2_1B | {"rope_scaling": rope})
     assert cfg.ropes[0].original_length == 131072
 
 
@@ -356,7 +357,7 @@ def test_llama3_rope_defaults_its_original_length_to_the_model_length():
 )
 def test_what_is_not_implemented_is_refused_by_name(base, change, words):
     with pytest.raises(ValueError) as error:
-        zoo.config_from_hf(base | change)
+        hf_config.config_from_hf(base | change)
     for word in words:
         assert word in str(error.value), error.value
 
@@ -364,23 +365,23 @@ def test_what_is_not_implemented_is_refused_by_name(base, change, words):
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers"])
 def test_missing_sizes_are_named(key):
     with pytest.raises(ValueError, match=key):
-        zoo.config_from_hf({k: v for k, v in LLAMA3_2_1B.items() if k != key})
+        hf_config.config_from_hf({k: v for k, v in LLAMA3_2_1B.items() if k != key})
 
 
 def test_what_a_family_cannot_express_is_not_written():
-    llama = zoo.preset("smollm2_135m")
+    llama = hf_config.preset("smollm2_135m")
     with pytest.raises(ValueError, match="Untie it first"):
-        zoo.config_to_hf(llama.replace(num_layers=15, num_loops=2))
+        hf_config.config_to_hf(llama.replace(num_layers=15, num_loops=2))
     with pytest.raises(ValueError, match="cannot express windows"):
-        zoo.config_to_hf(llama.replace(windows=(7,) * 30))
+        hf_config.config_to_hf(llama.replace(windows=(7,) * 30))
     with pytest.raises(ValueError, match="cannot express.*attn_softcap=3.0"):
-        zoo.config_to_hf(llama.replace(attn_softcap=3.0))
+        hf_config.config_to_hf(llama.replace(attn_softcap=3.0))
     with pytest.raises(ValueError, match="cannot express windows"):
-        zoo.config_to_hf(zoo.preset("mistral_7b").replace(windows=(0, 7) * 16))
+        hf_config.config_to_hf(hf_config.preset("mistral_7b").replace(windows=(0, 7) * 16))
     with pytest.raises(ValueError, match="cannot express query_scale"):
-        zoo.config_to_hf(llama.replace(query_scale=0.3))
+        hf_config.config_to_hf(llama.replace(query_scale=0.3))
 
 
 def test_unknown_preset_lists_the_known_ones():
     with pytest.raises(ValueError, match="gemma_2b"):
-        zoo.preset("gpt_5")
+        hf_config.preset("gpt_5")

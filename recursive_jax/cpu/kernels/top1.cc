@@ -3,7 +3,7 @@
 // XLA takes three passes over them, of half a millisecond each for 14 rows of 49,152, in one thread.
 // A row's numbers do not depend on the others.
 //
-// Compiled by native.py, called by decoding/sampling.py.
+// Compiled by build.py, called by decoding/sampling.py.
 
 #include <algorithm>
 #include <atomic>
@@ -100,7 +100,7 @@ ffi::Error Find(ffi::ThreadPool pool, Floats x, ffi::ResultBuffer<ffi::F32> top,
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Largest, Find,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(Top1, Find,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Floats>()

@@ -1,4 +1,4 @@
-"""The families as data: one row each, the keys of `config.json`, and published sizes. See `zoo`."""
+"""The families as data: one row each, the keys of `config.json`, and published sizes."""
 
 from __future__ import annotations
 

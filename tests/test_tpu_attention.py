@@ -8,11 +8,12 @@ from jax.experimental.pallas.ops.tpu import ragged_paged_attention as library
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_paged_attention
 
 from recursive_jax import sharding
-from recursive_jax.models import paged
+from recursive_jax.models import tpu
 from recursive_jax.models.attention import attend_cached
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.decoder import Decoder, init_params, logical_axes
+from recursive_jax.models.decoder import Decoder
 from recursive_jax.models.kv_cache import RowCache
+from recursive_jax.models.parameters import init_params, logical_axes
 
 LENGTH, SLOTS, LANES = 48, 3, 3
 BASE = DecoderConfig(
@@ -53,7 +54,7 @@ def test_the_kernels_reference_agrees_on_our_rows(name, dtype):
     cfg = CONFIGS[name]
     q, *rows = drawn(cfg, dtype)
     with jax.numpy_rank_promotion("allow"):
-        theirs = ref_ragged_paged_attention(q, *paged.pages_of(*rows), **paged.options(cfg))
+        theirs = ref_ragged_paged_attention(q, *tpu.pages_of(*rows), **tpu.options(cfg))
     np.testing.assert_allclose(
         np.asarray(theirs, np.float32),
         np.asarray(ours(cfg, q, *rows), np.float32),
@@ -66,7 +67,7 @@ def test_pages_of_idle_lanes_and_of_any_length():
         cache = RowCache(jnp.zeros((2, 3, 4, length, 1, 2, 8)))
         loop, slots = np.asarray([1, 0], np.int32), np.asarray([2, 3], np.int32)
         positions = np.asarray([length, length - 1], np.int32)
-        pages = paged.pages_of(cache, loop, np.int32(2), slots, positions)
+        pages = tpu.pages_of(cache, loop, np.int32(2), slots, positions)
         assert pages.kv_pages.shape == (24 * length // page, page, 2, 8)
         assert pages.kv_lens.tolist() == [1, length]
         first = (np.asarray([(1 * 3 + 2) * 4 + 2, 2 * 4 + 3]) * length) // page
@@ -96,7 +97,7 @@ FITS = BASE.replace(num_heads=8, num_kv_heads=1, head_dim=256)
     ],
 )  # fmt: skip
 def test_what_the_kernel_refuses(cfg, dtype, length, shards, reason):
-    said = paged.refusal(cfg, jnp.dtype(dtype), length, shards)
+    said = tpu.refusal(cfg, jnp.dtype(dtype), length, shards)
     assert (said is None) if reason is None else reason in said
 
 
@@ -120,13 +121,11 @@ def stand_in(q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, *, sm_scal
 def test_the_stand_in_is_the_kernels_reference(name):
     cfg = CONFIGS[name]
     q, *rows = drawn(cfg, "float32")
-    pages = paged.pages_of(*rows)
+    pages = tpu.pages_of(*rows)
     blocks = dict(num_kv_pages_per_block=1, num_queries_per_block=1)
     with jax.numpy_rank_promotion("allow"):
-        theirs = ref_ragged_paged_attention(q, *pages, **paged.options(cfg))
-    np.testing.assert_allclose(
-        stand_in(q, *pages, **paged.options(cfg), **blocks), theirs, atol=1e-5
-    )
+        theirs = ref_ragged_paged_attention(q, *pages, **tpu.options(cfg))
+    np.testing.assert_allclose(stand_in(q, *pages, **tpu.options(cfg), **blocks), theirs, atol=1e-5)
 
 
 def decode(cfg, params, is_paged):

@@ -24,8 +24,9 @@ from recursive_jax.decoding.engine import Engine
 from recursive_jax.decoding.requests import Sampling
 from recursive_jax.decoding.sampling import SamplingParams, sample
 from recursive_jax.models.attention import Missing
-from recursive_jax.models.decoder import Decoder, head_params
+from recursive_jax.models.decoder import Decoder
 from recursive_jax.models.kv_cache import Cache
+from recursive_jax.models.parameters import head_params
 
 REPEATS = 7  # medians of so many
 SECONDS = 0.05  # a repeat takes at least so long, that the host's share does not count

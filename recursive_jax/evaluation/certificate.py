@@ -20,12 +20,8 @@ from tqdm import tqdm
 
 from recursive_jax import text
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.decoder import (
-    Decoder,
-    abstract_params,
-    head_params,
-    parameter_counts,
-)
+from recursive_jax.models.decoder import Decoder
+from recursive_jax.models.parameters import abstract_params, head_params, parameter_counts
 from recursive_jax.weights import names, tying
 from recursive_jax.weights.source import Source
 

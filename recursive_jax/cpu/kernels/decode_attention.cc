@@ -6,7 +6,7 @@
 // scatter writes a new key number by number, one after the other. A lane's numbers do not depend on
 // the other lanes, not even on NaN; nor on rows that it must not see, whatever they hold.
 //
-// Compiled and registered by native.py, called by few_queries.py.
+// Compiled and registered by build.py, called by decode_attention.py.
 
 #include <algorithm>
 #include <atomic>
@@ -247,10 +247,10 @@ ffi::Error Attend(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats old
   j.loops = cache[0], j.layers = cache[1], j.num_slots = cache[2], j.blocks = cache[3];
   j.kv_heads = cache[4], j.rows = cache[5];
   if (old_keys.typed_data() != j.keys || old_values.typed_data() != j.values) {
-    return ffi::Error::Internal("few_queries.cc writes into the cache, and was given a copy");
+    return ffi::Error::Internal("decode_attention.cc writes into the cache, and was given a copy");
   }
   if (j.rows > kRows || j.size > kSizes * kLane || j.size % kLane || j.heads % j.kv_heads) {
-    return ffi::Error::InvalidArgument("few_queries.cc has no room for such heads or blocks");
+    return ffi::Error::InvalidArgument("decode_attention.cc has no room for such heads or blocks");
   }
   j.layer = std::clamp<int64_t>(layer.typed_data()[0], 0, j.layers - 1);
   int64_t floats = 0;
@@ -269,7 +269,7 @@ ffi::Error Attend(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats old
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(FewQueries, Attend,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DecodeAttention, Attend,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Floats>()

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from recursive_jax.models import native
+from recursive_jax.cpu import build
 
 # the function of the same name hides the module
-module = importlib.import_module("recursive_jax.models.few_rows")
+module = importlib.import_module("recursive_jax.cpu.matmul")
 MOST = module.MOST_ROWS
 
 
@@ -30,7 +30,7 @@ def draw(*shape):
 def kernel():
     if not any(map(shutil.which, ["c++", "g++", "clang++"])):
         pytest.skip("no C++ compiler on this machine")
-    assert native.has("FewRows")
+    assert build.has("SkinnyMatmul")
 
 
 @pytest.mark.parametrize("lead", [(1,), (2,), (5,), (8,), (3, 3), (MOST,), (MOST + 1,)])
@@ -55,7 +55,7 @@ def test_the_kernel_takes_few_rows_of_float32_and_no_others(kernel):
     def takes(rows, dtype=jnp.float32, out_dtype=None):
         x, wt = jax.ShapeDtypeStruct((rows, 6), dtype), jax.ShapeDtypeStruct((7, 6), dtype)
         run = jax.jit(lambda x, wt: module.few_rows(x, wt, out_dtype))
-        return native._target("FewRows") in run.lower(x, wt).as_text()
+        return build._target("SkinnyMatmul") in run.lower(x, wt).as_text()
 
     assert takes(1) and takes(MOST) and takes(2, out_dtype=jnp.float32)
     assert not takes(MOST + 1)
@@ -188,7 +188,7 @@ def test_without_a_compiler_it_warns_once_and_xla_multiplies(tmp_path, compiler,
     if compiler:
         environment["CXX"] = compiler
     code = (
-        "import numpy as np; from recursive_jax.models.few_rows import few_rows\n"
+        "import numpy as np; from recursive_jax.cpu.matmul import few_rows\n"
         "x, wt = np.ones((2, 6), 'f'), np.ones((7, 6), 'f')\n"
         "assert (few_rows(x, wt) == 6).all() and (few_rows(x[:1], wt) == 6).all()"
     )
@@ -198,7 +198,7 @@ def test_without_a_compiler_it_warns_once_and_xla_multiplies(tmp_path, compiler,
     )
     assert done.returncode == 0, done.stderr
     assert (
-        done.stderr.count("few_rows.cc, few_queries.cc, largest.cc are not used") == 1
+        done.stderr.count("skinny_matmul.cc, decode_attention.cc, top1.cc are not used") == 1
         and said in done.stderr
     )
 
@@ -206,13 +206,13 @@ def test_without_a_compiler_it_warns_once_and_xla_multiplies(tmp_path, compiler,
 def test_an_unwritable_cache_is_no_end(tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("not a directory")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    native._registered.cache_clear()
+    build._registered.cache_clear()
     try:
         y = jax.jit(lambda x, wt: module.few_rows(x, wt))(draw(2, 6), draw(7, 6))
         np.testing.assert_allclose(y, draw(2, 6) @ draw(7, 6).T, atol=1e-5)
-        assert not native.has("FewRows") and "few_rows.cc" in caplog.text
+        assert not build.has("SkinnyMatmul") and "skinny_matmul.cc" in caplog.text
     finally:
-        native._registered.cache_clear()
+        build._registered.cache_clear()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
@@ -234,7 +234,7 @@ def test_large_pages_hold_the_same_numbers():
 
     numbers = np.random.default_rng(0).normal(size=(8 << 20,)).astype(np.float32)
     array, small = jnp.array(numbers), jnp.arange(3)
-    native.use_huge_pages([array, small, numbers])
+    build.use_huge_pages([array, small, numbers])
     assert size(array) >= 24 << 20, "of 32 MiB, all but the ends"
     np.testing.assert_array_equal(array, numbers)
     np.testing.assert_array_equal(small, [0, 1, 2])

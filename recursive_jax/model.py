@@ -9,9 +9,10 @@ from typing import Any
 import jax
 
 from recursive_jax import sharding, text
-from recursive_jax.decoding.early_exit import Thresholds
+from recursive_jax.decoding.thresholds import Thresholds
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.decoder import Decoder, logical_axes, split_layers
+from recursive_jax.models.decoder import Decoder, split_layers
+from recursive_jax.models.parameters import logical_axes
 from recursive_jax.weights import checkpoint
 from recursive_jax.weights.source import Source, open_source
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -114,79 +114,6 @@ def fingerprint(tokenizer: Any) -> str:
         rules = [type(tokenizer).__name__, tokenizer.get_vocab()]
     data = json.dumps([rules, bos_prefix(tokenizer)], sort_keys=True).encode()
     return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-class Windows(NamedTuple):
-    """Text cut for perplexity.
-
-    Attributes:
-      tokens: int32 `[N, T]`, zero where a window is shorter than T.
-      scored: bool `[N, T]`; True where the log-probability of `tokens[n, t]` given
-        `tokens[n, :t]` counts. `scored[:, 0]` is always False, and so is padding.
-    """
-
-    tokens: np.ndarray
-    scored: np.ndarray
-
-
-def eval_windows(
-    tokenizer: Any,
-    texts: Iterable[str | Ids],
-    context_length: int = 512,
-    max_tokens: int | None = None,
-    vocab_size: int | None = None,
-) -> Windows:
-    """The windows perplexity is measured on, everywhere in this program.
-
-    Every text is cut into consecutive, non-overlapping windows of `context_length` tokens; no
-    window holds two texts. Where the tokenizer has a BOS rule every window starts with it, the
-    rule's ids count towards the length and are not scored, and every token of the text is scored
-    once. Where it has none, the first token of each window has nothing before it and is not
-    scored. The last window of a text is padded with zeros behind its end.
-
-    Args:
-      tokenizer: gives the BOS rule, and the ids of texts that are strings.
-      texts: strings, or content ids of texts that are tokenised already.
-      context_length: T, at least one token more than the BOS rule.
-      max_tokens: stop after this many scored tokens; None takes all.
-      vocab_size: of the model; a text with an id beyond it is refused.
-
-    Raises:
-      ValueError: the texts hold nothing to score, or T is too short.
-    """
-    prefix = bos_prefix(tokenizer)
-    unscored = max(len(prefix), 1)
-    if context_length <= unscored:
-        raise ValueError(
-            f"context_length={context_length} leaves nothing to score behind the BOS rule "
-            f"{prefix}; expected at least {unscored + 1}"
-        )
-    budget = np.inf if max_tokens is None else max_tokens
-    step = context_length - len(prefix)
-    windows = []
-    for text in texts:
-        if isinstance(text, str):
-            content = encode_batch(tokenizer, [text], vocab_size)[0]
-        else:
-            content = text
-        for start in range(0, len(content), step):
-            if budget <= 0:
-                break
-            window = [*prefix, *content[start : start + step]]
-            window = window[: int(min(context_length, unscored + budget))]
-            if len(window) > unscored:
-                windows.append(window)
-                budget -= len(window) - unscored
-        if budget <= 0:
-            break
-    if not windows:
-        raise ValueError("no text to measure perplexity on: expected at least two tokens of text")
-    tokens = np.zeros((len(windows), context_length), np.int32)
-    scored = np.zeros(tokens.shape, bool)
-    for n, window in enumerate(windows):
-        tokens[n, : len(window)] = window
-        scored[n, unscored : len(window)] = True
-    return Windows(tokens, scored)
 
 
 def stop_ids(tokenizer: Any, generation_config: Mapping[str, Any] | None = None) -> tuple[int, ...]:

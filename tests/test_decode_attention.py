@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from recursive_jax.cpu import build
+from recursive_jax.cpu import cache as cpu_cache
 from recursive_jax.decoding.engine import Engine
-from recursive_jax.models import few_queries, native
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.decoder import Decoder, init_params, split_layers
+from recursive_jax.models.decoder import Decoder, split_layers
 from recursive_jax.models.kv_cache import KVCache
+from recursive_jax.models.parameters import init_params
 
 LOOPS, LAYERS, SLOTS, LAYER = 2, 2, 3, 1
 SCALE = 0.3
@@ -22,7 +24,7 @@ SCALE = 0.3
 def kernel():
     if not any(map(shutil.which, ["c++", "g++", "clang++"])):
         pytest.skip("no C++ compiler on this machine")
-    assert native.has("FewQueries")
+    assert build.has("DecodeAttention")
 
 
 def draw(*shape, seed=0):
@@ -70,7 +72,7 @@ def _attend(q, cache, loop, slots, positions, window, softcap):
     )
     where, positions = (loop, layer, slots), positions[:, None]
     gone = cache.write(k * jnp.nan, v * jnp.nan, *where, positions)
-    return few_queries.attend(q[:, None], k, v, gone, where, positions, window, SCALE, softcap)
+    return cpu_cache.attend(q[:, None], k, v, gone, where, positions, window, SCALE, softcap)
 
 
 def slowly(q, k, v, loop, slots, positions, window=None, softcap=None):
@@ -128,7 +130,7 @@ def test_new_rows_are_written(length, size):
         draw(lanes, 1, 4, size, seed=2),
     )
     where, positions = (loop, jnp.int32(LAYER), slots), positions[:, None]
-    y, now = few_queries.attend(q, k, v, cache, where, positions, None, SCALE, None)
+    y, now = cpu_cache.attend(q, k, v, cache, where, positions, None, SCALE, None)
     expected = cache.write(k, v, *where, positions)
     jax.tree.map(np.testing.assert_array_equal, now, expected)
     assert (np.asarray(now.keys) != np.asarray(cache.keys)).any(axis=5).sum() == 2 * (rows - 2)
@@ -213,17 +215,17 @@ def test_engines_use_it_where_it_can_be_used(monkeypatch):
         return Engine(Decoder(cfg, dtype=dtype, scan_layers=False), params, 2, 32)
 
     moved = []
-    monkeypatch.setattr(native, "use_huge_pages", moved.extend)
+    monkeypatch.setattr(build, "use_huge_pages", moved.extend)
     used = engine(tiny())
     assert any(leaf is used.params["embedding"] for leaf in moved), "its weights"
-    assert used.attention == "few_queries.cc kernel"
+    assert used.attention == "decode_attention.cc kernel"
     used.compile()
     text = used._executables["tick"].as_text()
-    assert text.count(f'custom_call_target="{native._target("FewQueries")}"') == LAYERS
-    assert f'custom_call_target="{native._target("Largest")}"' in text
+    assert text.count(f'custom_call_target="{build._target("DecodeAttention")}"') == LAYERS
+    assert f'custom_call_target="{build._target("Top1")}"' in text
     refused = {
         "head_dim=12 is not a multiple of 8 up to 512": engine(tiny(size=12)),
         "it does not take bfloat16": engine(tiny(), jnp.bfloat16),
     }
     for why, one in refused.items():
-        assert one.attention == f"XLA (few_queries.cc: {why})"
+        assert one.attention == f"XLA (decode_attention.cc: {why})"

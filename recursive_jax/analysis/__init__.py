@@ -1,0 +1,1 @@
+"""Decoding speed explained: parts timed alone, and recorded runs replayed."""

@@ -1,0 +1,1 @@
+"""What a person sees. The jobs print through this package only."""

@@ -1,0 +1,1 @@
+"""The network for one CPU: kernels, parameter layout, layer loop."""

@@ -1,0 +1,1 @@
+"""What a model is worth: perplexity, and what a conversion preserved."""
