@@ -12,6 +12,16 @@ VERSION = re.search(
 
 JAX = "jax>=0.10,<0.13"  # run on 0.10.2 (Python 3.11) and 0.12 (3.12, 3.13)
 
+# What one part of the package needs and the rest runs without.
+FEATURES = {
+    "train": ["tensorboardX>=2.6.5", "zstandard>=0.22"],  # event files; text in .jsonl.zst
+    "gguf": ["gguf>=0.17"],  # models in .gguf files
+    "tfds": ["tensorflow-datasets>=4.9.10"],  # text from tfds:NAME
+    "hub": ["huggingface-hub>=0.34"],  # models by hub id
+    "plot": ["matplotlib>=3.8"],  # generate --heatmap
+}
+ALL = sorted({package for packages in FEATURES.values() for package in packages})
+
 setup(
     name="recursive_jax",
     version=VERSION,
@@ -22,39 +32,35 @@ setup(
     packages=find_packages(include=["recursive_jax", "recursive_jax.*"]),
     package_data={"recursive_jax": ["assets/**/*", "cpu/kernels/*"]},
     python_requires=">=3.11",
-    install_requires=[
+    install_requires=[  # convert, train and generate on safetensors
         JAX,
         "flax>=0.12.8",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.4,<0.13",  # its v1 API changes names in 1.0
-        "chex>=0.1.92",
         "ml-collections>=1.1",
         "grain>=0.2.18",
         "transformers>=5.16,<6",  # tokenizers and chat templates only; no torch
         "jinja2>=3.1.6",  # chat templates
         "tokenizers>=0.22",
         "safetensors>=0.5",
-        "gguf>=0.17",
-        "tensorflow-datasets>=4.9.10",
-        "tensorboardX>=2.6.5",
         "numpy>=2.2",
         "scipy>=1.13",
         "threadpoolctl>=3.5",
         "absl-py>=2.1",
         "tqdm>=4.66",
-        "zstandard>=0.22",
     ],
     extras_require={
-        "tpu": ["jax[tpu]>=0.10,<0.13"],
-        "cuda12": ["jax[cuda12]>=0.10,<0.13"],
-        "hub": ["huggingface-hub>=0.34"],
-        "plot": ["matplotlib>=3.8"],  # generate --heatmap
+        **FEATURES,
+        "all": ALL,
         "test": [
-            "matplotlib>=3.8",
+            *ALL,
+            "chex>=0.1.92",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.6",
         ],
+        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "cuda12": ["jax[cuda12]>=0.10,<0.13"],
     },
 )

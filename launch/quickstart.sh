@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/venv.sh
-make_venv .venv
+make_venv .venv "[train]"
 workdir=${1:-runs/quickstart}
 prompt="Return a new list with"
 

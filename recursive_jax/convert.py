@@ -3,9 +3,9 @@
     python -m recursive_jax.convert --source=MODEL_DIR_OR_GGUF --out=CKPT --num_loops=2 \
         --lora_rank=64 --text=FILE
 
-A converted model is noise until it is uptrained (python -m recursive_jax.train); the certificate
-says what was preserved, and proves that the code path is exact: with full-rank LoRA the recursive
-model must give the source's logits.
+A converted model generates noise until it is uptrained (python -m recursive_jax.train). The
+certificate lists what the conversion preserved. It also proves that the code path is exact: with
+full-rank LoRA the recursive model must give the source's logits.
 """
 
 from __future__ import annotations
@@ -53,11 +53,20 @@ def convert(
     text_tokens: int = 2048,
     context_length: int = 512,
 ) -> dict[str, Any]:
-    """Tie, measure, write. Returns the certificate. `recipe` holds the arguments of `tying.tie`."""
+    """The certificate of a conversion, which is written to `out`.
+
+    Args:
+      source: the model to convert.
+      out: checkpoint directory to write.
+      recipe: arguments of `tying.tie`.
+      text_source: text to measure on, see `text.documents`.
+      text_tokens: scored tokens of it; 0 = no measurement.
+      context_length: tokens per window.
+    """
     out = checkpoint.local(out)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"--out={out} is not empty; choose another directory, or remove it")
-    tying.tied_config(source.cfg, **recipe)  # refuses what is impossible before anything is read
+    tying.tied_config(source.cfg, **recipe)  # raises for an impossible recipe before any reading
     tokenizer = source.load_tokenizer()
     text.check_vocabulary(tokenizer, source.cfg.vocab_size)
     windows = None
@@ -70,17 +79,17 @@ def convert(
             text_tokens,
             source.cfg.vocab_size,
         )
-    output.say(tables.table(plan(source, recipe)) + "\n")
+    output.say(tables.table(overview(source, recipe)) + "\n")
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
         began = time.time()
         reference = None
-        if windows is not None:  # the source first, so that two models are never in memory at once
+        if windows is not None:  # the source runs first: two models are never in memory at once
             identity = certify.full_rank_identity(source, recipe, windows)
             rows = pathlib.Path(scratch) / "log_probabilities.f32"
             reference = certify.Reference(rows, source, windows)
-        params, cfg, certificate = certify.tie(source, recipe)
+        params, cfg, certificate = certify.tie_with_certificate(source, recipe)
         if reference is not None:
             certificate |= reference.compare(Decoder(cfg), params)
             certificate |= {"full_rank_identity": identity, "text": text_source}
@@ -91,7 +100,7 @@ def convert(
         "tying": dict(recipe),
     }
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as partial:
-        made = pathlib.Path(partial) / out.name  # appears under its name when it is whole
+        made = pathlib.Path(partial) / out.name  # moved to `out` when it is complete
         checkpoint.create(made, cfg, tokenizer, **facts)
         checkpoint.write_json(made / checkpoint.CERTIFICATE, certificate)
         writer = checkpoint.Writer(made)
@@ -101,7 +110,8 @@ def convert(
     return certificate
 
 
-def plan(source: Source, recipe) -> list[tuple[str, str]]:
+def overview(source: Source, recipe) -> list[tuple[str, str]]:
+    """Rows of the start-up table."""
     cfg = source.cfg
     return [
         ("source", f"{source.path} ({cfg.family}, {cfg.depth} layers, width {cfg.embed_dim})"),
@@ -170,14 +180,14 @@ def main() -> None:
 
 
 def arguments() -> tuple[str, dict[str, Any]]:
-    """The source and the arguments of `tying.tie`, from --config where given, else from flags."""
+    """The source and the arguments of `tying.tie`, from --config if given, else from flags."""
     if CONFIG.value is not None:
         config = CONFIG.value
         holders = (NUM_LOOPS, METHOD, LORA_INIT, LORA_RANK, NORMS, ROUNDING, SEED)
         given = [f"--{holder.name}" for holder in holders if holder.present]
         if given:
             raise ValueError(
-                f"{', '.join(given)} beside --config: the config says how to convert; set "
+                f"{', '.join(given)} beside --config, which sets how to convert; use "
                 "--config.model.NAME=VALUE (and --config.seed) instead"
             )
         if not SOURCE.value and not config.source:

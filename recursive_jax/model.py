@@ -1,35 +1,45 @@
-"""A model to decode with: whatever its name stands for, opened, and put on its devices."""
+"""A model to decode with: opened by name, and put on its devices."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from recursive_jax import sharding, text
+from recursive_jax.cpu import build
+from recursive_jax.cpu.cache import cache_class
+from recursive_jax.cpu.decoder import CpuModel
 from recursive_jax.decoding.thresholds import Thresholds
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.decoder import Decoder, split_layers
-from recursive_jax.models.parameters import logical_axes
+from recursive_jax.models.decoder import Decoder
+from recursive_jax.models.interface import DecodeModel
+from recursive_jax.models.kv_cache import RowCache
+from recursive_jax.models.parameters import abstract_params, logical_axes
+from recursive_jax.models.scanned import ScannedModel
+from recursive_jax.models.tpu import PagedCache
 from recursive_jax.weights import checkpoint
 from recursive_jax.weights.source import Source, open_source
 
-# One CPU's products read a layer's weights faster where they are than out of a stack, but compiling
-# every layer takes longer: done for blocks of more bytes than a processor's cache holds, and for so
-# many passes of the block that they win back what compiling takes.
-SPLIT_BYTES, SPLIT_PASSES = 64 << 20, 500
+# The CPU model reads a block that exceeds the processor's cache faster than the scanned model. It
+# compiles every layer, which takes longer: at least so many passes of the block amortise that.
+CPU_BLOCK_BYTES, CPU_PASSES = 64 << 20, 500
+GPU_BLOCK = 512  # cache rows that a GPU reads at once; a shorter cache is read whole
 
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """All about a model but its weights.
+    """All about a model except its weights.
 
     Attributes:
-      spec: a checkpoint of ours, or whatever `open_source` opens.
+      spec: a checkpoint of ours, or a name that `open_source` opens.
       stop: ids that end a text.
-      calibrated: thresholds of early exits it came with.
+      calibrated: thresholds of early exits that came with it.
     """
 
     spec: str
@@ -39,38 +49,78 @@ class Opened:
     calibrated: Thresholds | None
     source: Source | None
 
-    def load(self, mesh: jax.sharding.Mesh, dtype: Any, passes: float = 0) -> Model:
-        """With its weights in `dtype`, sharded over `mesh`; for so many passes of the block."""
+    def load(
+        self,
+        mesh: jax.sharding.Mesh,
+        dtype: Any,
+        context_length: int,
+        passes: float = 0,
+        say: Callable[[str], None] = print,
+    ) -> Model:
+        """The model with its weights in `dtype` on `mesh`; other arguments as `decode_model`."""
         rules = sharding.rules_for(mesh, self.cfg)
-        where = sharding.shardings(logical_axes(self.cfg), mesh, rules)
+        shardings = sharding.shardings(logical_axes(self.cfg), mesh, rules)
         if self.source is None:
-            params, _ = checkpoint.load_params(self.spec, where, dtype)
+            params, _ = checkpoint.load_params(self.spec, shardings, dtype)
         else:
-            params = sharding.put_stacks(self.source.params, where, dtype)
-        block = sum(leaf.nbytes for leaf in jax.tree.leaves(params["block"]))
-        split = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-        split &= block > SPLIT_BYTES and passes > SPLIT_PASSES
-        decoder = Decoder(
-            self.cfg,
-            dtype=dtype,
-            data_shards=sharding.data_shards(mesh),
-            scan_layers=not split,
-        )
-        return Model(decoder, split_layers(params) if split else params, mesh, rules)
+            params = sharding.put_stacks(self.source.params, shardings, dtype)
+        model = decode_model(self.cfg, dtype, mesh, context_length, passes, say)
+        return Model(model, model.prepare(params, donate=True), mesh, rules)
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model on its devices."""
+    """A model on its devices; `params` are as `decoder.prepare` returns them."""
 
-    decoder: Decoder
+    decoder: DecodeModel
     params: Any
     mesh: jax.sharding.Mesh
     rules: tuple[tuple[str, Any], ...]
 
 
+def decode_model(
+    cfg: DecoderConfig,
+    dtype: Any,
+    mesh: jax.sharding.Mesh,
+    context_length: int,
+    passes: float = 0,
+    say: Callable[[str], None] = print,
+) -> DecodeModel:
+    """The implementation of `models.interface.DecodeModel` for these devices.
+
+    Args:
+      dtype: compute dtype.
+      mesh: the devices.
+      context_length: rows of a cache slot.
+      passes: expected passes of the block; few passes do not amortise a long compilation.
+      say: is given the progress of building the CPU kernels, a line at a time.
+    """
+    platform, decoder = mesh.devices.flat[0].platform, Decoder(cfg, dtype=dtype)
+    if platform == "tpu":
+        axes = dict(sharding.rules_for(mesh, cfg)).get("heads") or ()
+        axes = (axes,) if isinstance(axes, str) else axes
+        shards = math.prod(mesh.shape[axis] for axis in axes)
+        name = "ragged paged attention"
+        reason = PagedCache.unsupported(cfg, dtype, context_length, shards)
+        if reason is None:
+            return ScannedModel(decoder, PagedCache, attention=f"{name} kernel")
+        return ScannedModel(decoder, RowCache, attention=f"XLA ({name}: {reason})")
+    if platform != "cpu":
+        reason = f"our kernels are for TPUs and CPUs, not {platform}"
+        return ScannedModel(decoder, block_length=GPU_BLOCK, attention=f"XLA ({reason})")
+    if mesh.size > 1:
+        return ScannedModel(decoder, attention="XLA (the CPU's kernels are for one device)")
+    build.has("SkinnyMatmul", say)  # built here, where its progress can be shown
+    leaves = jax.tree.leaves(abstract_params(cfg)["block"])
+    block_bytes = sum(leaf.size for leaf in leaves) * np.dtype(dtype).itemsize
+    if block_bytes > CPU_BLOCK_BYTES and passes > CPU_PASSES:
+        return CpuModel(cfg, dtype)
+    cache, attention = cache_class(cfg, dtype)
+    return ScannedModel(decoder, cache, attention=attention)
+
+
 def open_model(spec: str) -> Opened:
-    """Everything but the weights is read and checked.
+    """Everything but the weights, read and checked.
 
     Raises:
       FileNotFoundError, ValueError: not there, not understood, or damaged; by name.

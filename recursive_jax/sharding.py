@@ -1,4 +1,4 @@
-"""Meshes, and the one table that maps the model's logical axis names to them."""
+"""Meshes, and the table that maps the model's logical axis names to mesh axes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# Logical axis -> mesh axes. Absent from the mesh rules: not sharded.
+# Logical axis -> mesh axes; None: not sharded.
 RULES: tuple[tuple[str, Any], ...] = (
     ("batch", ("data", "fsdp")),
     ("seq", None),
@@ -34,13 +34,13 @@ RULES: tuple[tuple[str, Any], ...] = (
 
 
 def compute_dtype(name: str) -> np.dtype:
-    """The dtype a job computes in; 'auto' is what its devices are good at.
+    """The compute dtype of a job; 'auto' is float32 on a CPU, else bfloat16.
 
-    With float32 the whole process multiplies in float32: TPUs, and GPUs with TF32, round the
-    factors unless they are told otherwise.
+    'float32' also makes the process multiply in full float32. By default TPUs, and GPUs with TF32,
+    round the factors.
 
     Raises:
-      ValueError: not one of auto, float32, bfloat16.
+      ValueError: `name` is not one of auto, float32, bfloat16.
     """
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -52,7 +52,7 @@ def compute_dtype(name: str) -> np.dtype:
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """A `(data, fsdp, tensor)` mesh over all devices; one size may be -1 (what is left).
+    """A `(data, fsdp, tensor)` mesh over all devices; one size may be -1 (the devices left).
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
@@ -77,7 +77,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
 
 
 def rules_for(mesh: Mesh, cfg) -> tuple[tuple[str, Any], ...]:
-    """RULES with what does not divide left unsharded (logged), for a `DecoderConfig`."""
+    """RULES for a `DecoderConfig`; a dimension that does not divide is not sharded (logged)."""
     sizes = {
         "mlp": cfg.mlp_dim,
         "heads": cfg.num_heads,
@@ -107,9 +107,9 @@ def shardings(logical_axes: Any, mesh: Mesh, rules=RULES) -> Any:
 
 @contextlib.contextmanager
 def use(mesh: Mesh, rules) -> Iterator[None]:
-    """Makes the model's constraints on activations mean this mesh, while a jitted call traces.
+    """A context in which a jitted call traces the model's constraints on activations for this mesh.
 
-    Without both, `nn.with_logical_constraint` does nothing, silently.
+    Without mesh and rules, `nn.with_logical_constraint` silently does nothing.
     """
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
         yield
@@ -124,14 +124,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def data_shards(mesh: Mesh) -> int:
-    """Devices a batch is spread over."""
+    """Number of devices that a batch is spread over."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def state_shardings(abstract_state: Any, param_shardings: Any, mesh: Mesh) -> Any:
-    """Shardings of a train state: a leaf that mirrors a parameter is sharded like it.
+    """Shardings of a train state: optimizer moments are sharded like their parameters.
 
-    Optimiser moments are found by the tail of their path, which repeats the parameter's.
+    The path of a moment ends in the path of its parameter. All other leaves are replicated.
     """
     by_path = {
         tuple(k.key for k in path): s
@@ -149,9 +149,9 @@ def state_shardings(abstract_state: Any, param_shardings: Any, mesh: Mesh) -> An
 
 
 def check_batch_is_local(mesh: Mesh) -> None:
-    """Refuses a mesh on which a process's rows of the batch are also another's.
+    """ValueError for a mesh on which two processes share rows of the batch.
 
-    Every process reads rows of its own; the devices that share rows must be on one host.
+    Every process reads its own rows. Devices that share rows must therefore be on one host.
     """
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
     owners = owners.reshape(data_shards(mesh), -1)  # [shard, tensor]
@@ -166,7 +166,7 @@ def check_batch_is_local(mesh: Mesh) -> None:
 
 
 def put_global(tree: Any, sharding: Any) -> Any:
-    """Host arrays that every process holds whole -> global arrays; `sharding` a leaf or a tree."""
+    """Global arrays from host arrays that every process has whole; `sharding`: one, or a tree."""
 
     def put(x, s):
         x = np.asarray(x)
@@ -178,9 +178,9 @@ def put_global(tree: Any, sharding: Any) -> Any:
 
 
 def put_stacks(flat: Mapping[str, Any], shardings: Any, dtype: Any) -> dict[str, Any]:
-    """Params from a flat (lazy) mapping in `dtype`, nested and sharded like `shardings`.
+    """Params in `dtype` from a flat (lazy) mapping, nested and sharded like `shardings`.
 
-    One stack at a time: the host never holds all of the model.
+    One stack is read at a time: the host never has the whole model in memory.
     """
 
     def put(path, sharding):
@@ -191,7 +191,7 @@ def put_stacks(flat: Mapping[str, Any], shardings: Any, dtype: Any) -> dict[str,
 
 
 def check_agreement(what: str, value: int) -> None:
-    """ValueError on every process, unless `value` is the same on all."""
+    """ValueError on every process unless `value` is the same on all processes."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -201,7 +201,7 @@ def check_agreement(what: str, value: int) -> None:
 
 
 def wait_for_all(name: str) -> None:
-    """Goes on when all processes are here."""
+    """Block until all processes have called this with the same name."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -209,6 +209,6 @@ def wait_for_all(name: str) -> None:
 
 
 def put_local_batch(batch: Any, mesh: Mesh) -> Any:
-    """This process's rows of a batch -> one global batch over the mesh."""
+    """The global batch over the mesh, from this process's rows of it."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -1,4 +1,4 @@
-"""The model a training run begins with, wherever it comes from."""
+"""The model that a training run starts from: a run, a checkpoint, a source, or random weights."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Start:
     """A model before its first step.
 
     Attributes:
-      params: nested float32 host arrays; None when a checkpoint holds them.
-      cfg: what they are.
+      params: nested float32 host arrays; None when a checkpoint has them.
+      cfg: their config.
       tokenizer: of transformers.
       facts: JSON for the checkpoint's config.json (source, tying, ...).
-      origin: in words, for the start-up table.
+      origin: of the model, in words for the start-up table.
+      checkpoint: directory of the params if it is another than the run's. They are read from there
+        straight onto their devices.
       certificate: of a conversion, without measurements on text.
-      checkpoint: where the params are when it is not the run's own directory that holds them; they
-        are best read straight onto the devices that want them.
     """
 
     params: Any
@@ -42,10 +42,10 @@ class Start:
 
 
 def from_workdir(workdir: str | os.PathLike, recipe: Mapping[str, Any]) -> Start | None:
-    """The run in `workdir`, None when none has been saved there.
+    """The run in `workdir`, None when no step has been saved there.
 
     Raises:
-      ValueError: a run of another recipe lives there.
+      ValueError: the run there has another recipe.
     """
     workdir = pathlib.Path(workdir)
     if not (workdir / checkpoint.CONFIG).exists():
@@ -64,18 +64,19 @@ def from_workdir(workdir: str | os.PathLike, recipe: Mapping[str, Any]) -> Start
 
 
 def from_checkpoint(directory: str | os.PathLike) -> Start:
-    """A recursive checkpoint, as `convert` or another run wrote it."""
+    """The model of a checkpoint that `convert` or another run has written."""
     cfg, facts = checkpoint.load_config(directory)
-    checkpoint.load_progress(directory)  # there is a step, and it can be read
+    checkpoint.load_progress(directory)  # raises where there is no readable step
     facts = {k: v for k, v in facts.items() if k not in ("format", "versions", "recipe")}
     tokenizer = _tokenizer(pathlib.Path(directory) / "tokenizer")
     return Start(None, cfg, tokenizer, facts, f"checkpoint {directory}", directory)
 
 
 def from_source(source: Source, recipe: Mapping[str, Any], tie: Callable) -> Start:
-    """A pretrained model, tied by `recipe` (arguments of `tying.tie`); one loop leaves it as is.
+    """A pretrained model, tied by `recipe` (arguments of `tying.tie`); one loop leaves it as it is.
 
-    `tie(source, recipe)` gives params, config and certificate (`certificate.tie`).
+    `tie(source, recipe)` returns params, config and certificate
+    (`certificate.tie_with_certificate`).
     """
     facts = {"source": str(source.path), "generation_config": source.generation_config}
     tokenizer = source.load_tokenizer()
@@ -89,15 +90,18 @@ def from_source(source: Source, recipe: Mapping[str, Any], tie: Callable) -> Sta
 
 
 def reduced_baseline(source: Source, num_loops: int, seed: int) -> Start:
-    """The paper's reduced-size baseline (§3.2): depth / num_loops layers, random, no loop."""
-    tying.tied_config(source.cfg, num_loops)  # refuses an impossible count
+    """The paper's reduced-size baseline (§3.2): depth / num_loops layers, random, run once."""
+    tying.tied_config(source.cfg, num_loops)  # raises for an impossible count
     cfg = source.cfg.at_depths(range(source.cfg.depth // num_loops))
     facts = {"source": str(source.path), "generation_config": source.generation_config}
     return Start(_random(cfg, seed), cfg, source.load_tokenizer(), facts, "random, reduced size")
 
 
 def from_scratch(decoder: Mapping[str, Any], tokenizer: str, seed: int) -> Start:
-    """Random weights. `decoder`: fields of DecoderConfig; `tokenizer`: a directory, or 'tiny'."""
+    """A model of random weights.
+
+    `decoder`: fields of DecoderConfig. `tokenizer`: a directory, or 'tiny'.
+    """
     cfg = DecoderConfig.from_json(decoder)
     directory = ASSETS / "tiny" if tokenizer == "tiny" else tokenizer
     return Start(_random(cfg, seed), cfg, _tokenizer(directory), {}, "random weights")

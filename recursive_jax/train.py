@@ -1,10 +1,11 @@
-"""Train: source, checkpoint or nothing -> (conversion) -> uptraining, distillation, exit training.
+"""Train a model: uptraining with distillation and exit losses, or training from scratch.
 
     python -m recursive_jax.train --config=configs/quickstart.py --workdir=DIR
     python -m recursive_jax.train --config=configs/gemma_rrt.py:gemma3_270m --workdir=DIR \
         --config.source=MODEL_DIR --config.data.train=TEXT_DIR
 
-Run the same command again to resume. Any value of the config can be set with --config.NAME=VALUE.
+A source is converted first. The same command again resumes the run. Any value of the config can
+be set with --config.NAME=VALUE.
 """
 
 from __future__ import annotations
@@ -45,15 +46,15 @@ DISTRIBUTED = flags.DEFINE_bool(
 
 
 def starting_model(config, source: Source | None, workdir: pathlib.Path) -> start.Start:
-    """Restore order: workdir > init_from > source > scratch."""
+    """The model to start from, by the first that exists: workdir, init_from, source, scratch."""
     recipe = {
         "source": config.source,
         "init_from": config.init_from,
-        # what a checkpoint is cannot be said again
+        # A checkpoint determines its model: these sections do not apply to it.
         "scratch": None if config.init_from else config.scratch.to_dict(),
         "model": None if config.init_from else config.model.to_dict(),
     }
-    recipe = json.loads(json.dumps(recipe))  # as it comes back from config.json: lists, no tuples
+    recipe = json.loads(json.dumps(recipe))  # as it is read from config.json: lists, no tuples
     begin = start.from_workdir(workdir, recipe)
     if begin is not None:
         return begin
@@ -63,7 +64,7 @@ def starting_model(config, source: Source | None, workdir: pathlib.Path) -> star
         begin = start.reduced_baseline(source, config.model.num_loops, config.seed)
     elif source is not None:
         how = tying.recipe_from(config.model, config.seed)
-        begin = start.from_source(source, how, certificate.tie)
+        begin = start.from_source(source, how, certificate.tie_with_certificate)
     elif config.scratch:
         begin = start.from_scratch(config.scratch.to_dict(), config.tokenizer, config.seed)
     else:
@@ -76,7 +77,7 @@ def starting_model(config, source: Source | None, workdir: pathlib.Path) -> star
 
 
 def open_text(config, tokenizer, vocab_size: int) -> tuple[data_lib.PackedRows, text.Windows]:
-    """Packed training rows, and the windows perplexity is measured on."""
+    """Packed training rows, and the held-out windows for perplexity."""
     d = config.data
 
     def tokens(spec):
@@ -96,22 +97,29 @@ def open_text(config, tokenizer, vocab_size: int) -> tuple[data_lib.PackedRows, 
         train = train.split("train", d.valid_fraction)
     prefix = text.bos_prefix(tokenizer)
     rows = data_lib.PackedRows(train, prefix, d.context_length, config.seed)
-    pieces = valid.pieces(d.context_length - len(prefix))  # a window each
+    pieces = valid.pieces(d.context_length - len(prefix))  # each becomes one window
     windows = text.eval_windows(tokenizer, pieces, d.context_length, d.eval_tokens)
     return rows, windows
+
+
+CONTRACT_KEY = "plan"  # in the saved progress; renaming it would break resuming older runs
 
 
 def _hash(array: np.ndarray) -> str:
     return hashlib.blake2b(np.ascontiguousarray(array).tobytes(), digest_size=8).hexdigest()
 
 
-def restore(workdir, abstract: TrainState, shardings: TrainState, plan: dict[str, Any]):
-    """The saved state, `progress` and step of a run with the same plan."""
-    there = checkpoint.load_progress(workdir)["plan"]
-    changed = [name for name in plan if there.get(name) != plan[name]]
+def restore(workdir, abstract: TrainState, shardings: TrainState, contract: dict[str, Any]):
+    """The saved state, `progress` and step of a run with the same contract.
+
+    Raises:
+      ValueError: the run has another contract.
+    """
+    there = checkpoint.load_progress(workdir)[CONTRACT_KEY]
+    changed = [name for name in contract if there.get(name) != contract[name]]
     if changed:
         then = ", ".join(f"{name} was {there.get(name, 'not recorded')}" for name in changed)
-        now = ", ".join(f"{name} is {plan[name]}" for name in changed)
+        now = ", ".join(f"{name} is {contract[name]}" for name in changed)
         raise ValueError(
             f"{workdir} cannot go on where it stopped: {then}; now {now}. "
             f"Put it back, or start a new --workdir with --config.init_from={workdir}"
@@ -127,7 +135,7 @@ def restore(workdir, abstract: TrainState, shardings: TrainState, plan: dict[str
 
 
 def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
-    """One run, resumed when `workdir` holds one. Returns what `summary.json` holds."""
+    """The summary of one run, as in `summary.json`; a run that `workdir` has is resumed."""
     workdir, began = checkpoint.local(workdir), time.time()
     objective, optimizer = Objective(**config.objective), OptimizerConfig(**config.optimizer)
     for name in ("batch_size", "context_length", "eval_tokens"):
@@ -170,14 +178,14 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
     schedule = loop.Schedule(
         num_steps, config.log_every, config.eval_every, config.checkpoint_every
     )
-    plan = {  # what a resumed run must have in common with the one it goes on with
+    contract = {  # values that a resumed run must share with the saved one
         "num_steps": num_steps,
         "batch_size": batch_size,
         "context_length": config.data.context_length,
         "seed": config.seed,
         "training text": _hash(rows.docs.hashes),
         "held-out text": _hash(windows.tokens),
-        "gradient clipping": optimizer.clip_norm > 0,  # these two shape the optimizer's state
+        "gradient clipping": optimizer.clip_norm > 0,  # these two change the optimizer state's tree
         "own LoRA rate": optimizer.lora_lr_scale != 1.0,
         "objective": dataclasses.asdict(objective),
     }
@@ -193,10 +201,9 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
         rows, batch_size, config.seed, jax.process_index(), jax.process_count()
     )
     history: list[dict[str, Any]] = []
-    spent = 0.0
-    seconds = lambda: spent + time.time() - began  # noqa: E731
+    spent = 0.0  # seconds of earlier invocations
     if begin.params is None and begin.checkpoint is None:
-        state, progress, first_step = restore(workdir, abstract, shardings, plan)
+        state, progress, first_step = restore(workdir, abstract, shardings, contract)
         batches.set_state(progress["data"])
         history, spent = progress["history"], progress["seconds"]
         if first_step == num_steps:
@@ -243,11 +250,16 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
     progress_bar = StepProgress(num_steps, first_step)
     rate = learning_rate_schedule(optimizer, num_steps)
 
-    # few windows are not padded to a batch of a thousand rows
+    # Smaller than a training batch where there are few windows: less padding.
     eval_rows = min(batch_size, -(-len(windows.tokens) // shards) * shards)
 
+    def seconds():
+        return spent + time.time() - began
+
+    def put(batch):
+        return sharding.put_global(batch, sharding.batch_sharding(mesh))
+
     def evaluate(step, model, params, name="valid"):
-        put = lambda b: sharding.put_global(b, sharding.batch_sharding(mesh))  # noqa: E731
         with sharding.use(mesh, rules):
             result = perplexity(
                 model, params, *windows, eval_rows, all_loops=model.cfg.num_loops > 1, put=put
@@ -280,7 +292,8 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
 
     def save(step, state):
         data = batches.get_state()
-        progress = {"data": data, "plan": plan, "history": history, "seconds": seconds()}
+        progress = {"data": data, CONTRACT_KEY: contract, "history": history}
+        progress["seconds"] = seconds()
         saver.save(step, state.params, state.opt_state, progress)
 
     hooks = loop.Hooks(
@@ -294,9 +307,9 @@ def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
             if teacher is not None:
                 evaluate(0, teacher, teacher_params, "source")
             evaluate(0, model, state.params)
-        with loop.Stop() as stop:
+        with loop.Stop(output.say) as stop:
             state, step = loop.run(train_step, state, batches, first_step, schedule, hooks, stop)
-    finally:  # what is being saved is saved, whatever happened
+    finally:  # a pending save is completed even after an error
         saver.close()
         writer.close()
     summary = summarise(config, state, source, history, step, tokens_per_step)

@@ -24,7 +24,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # What they compile runs a few times, so XLA's code generator need not optimise it. Not `generate`:
 # there the engine's programs are optimised, and on a later jaxlib those of users.
 QUICKLY_COMPILED = {
-    f"test_{name}" for name in ("engine", "engine_mesh", "sharding", "text_session", "timing")
+    f"test_{name}"
+    for name in (
+        "cpu_model",
+        "engine",
+        "engine_mesh",
+        "sharding",
+        "session",
+        "timing",
+    )
 }
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 

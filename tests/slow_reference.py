@@ -1,4 +1,4 @@
-"""What the engine must do, one request at a time: plain Python around `Decoder.run_loop`.
+"""What the engine must do, one request at a time: plain Python around `Decoder.run_block`.
 
 Every token runs loop after loop at batch size one; after each loop `leaves` decides on the host
 whether its successor is chosen there. What the skipped loops lack is then seen to by policy:
@@ -16,6 +16,7 @@ from float64_reference import Layer
 from recursive_jax.decoding.requests import Sampling
 from recursive_jax.decoding.sampling import SamplingParams, sample
 from recursive_jax.models.decoder import Decoder
+from recursive_jax.models.interface import Rows
 from recursive_jax.models.kv_cache import RowCache
 
 TIE = 1e-5  # of the logit scale: closer than that, rounding may decide
@@ -43,15 +44,13 @@ class Answer:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _embed(cfg, params, token):
-    return Decoder(cfg).apply({"params": params}, token[None, None], method="embed")
+    return Decoder(cfg).apply({"params": params}, token[None], method="embed")
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run_loop(cfg, params, x, loop, position, cache):
-    positions = position[None, None]
-    return Decoder(cfg).apply(
-        {"params": params}, x, loop, positions, cache=cache, method="run_loop"
-    )
+    rows = Rows(loop[None], position[None], jnp.zeros(1, jnp.int32))
+    return Decoder(cfg).apply({"params": params}, x, rows, cache, method="run_block")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -109,14 +108,14 @@ def answer(
             x, cache = _run_loop(cfg, params, x, np.int32(loop), np.int32(position), cache)
             if not decodes or exit_loop:
                 continue
-            logits.append(np.asarray(_unembed(cfg, params, x[0]))[0])
+            logits.append(np.asarray(_unembed(cfg, params, x))[0])
             index = position - len(prompt) + 1
-            states = (np.asarray(state)[0, 0] for state in (before, x))
+            states = (np.asarray(state)[0] for state in (before, x))
             look = Look(index, loop + 1, *states, logits)
             wants = leaves(look)
             doubt |= look.doubt
             if loop == cfg.num_loops - 1 or (index and wants):
-                exit_loop, exit_x = loop + 1, np.asarray(x)[0, 0]
+                exit_loop, exit_x = loop + 1, np.asarray(x)[0]
                 if policy != "complete":
                     break
         if not decodes:

@@ -99,8 +99,11 @@ def test_paper_settings(name):
 
 
 def test_arguments():
-    read = lambda arg: common.parse_arg(arg, paper=False, loops=2, lr=0.5, name="x").to_dict()  # noqa: E731
     defaults = {"paper": False, "loops": 2, "lr": 0.5, "name": "x"}
+
+    def read(arg):
+        return common.parse_arg(arg, **defaults).to_dict()
+
     assert read(None) == read("") == defaults
     assert read("paper") == defaults | {"paper": True}
     assert read("paper=false,loops=3,") == defaults | {"loops": 3}

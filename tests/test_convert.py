@@ -55,7 +55,7 @@ def text_file(tmp_path_factory):
 def log_probabilities(cfg, params, tokens):
     """[N, T - 1, V], of the whole model at once."""
     positions = np.broadcast_to(np.arange(tokens.shape[1] - 1), tokens[:, 1:].shape)
-    hidden, _ = Decoder(cfg).apply({"params": params}, tokens[:, :-1], positions)
+    hidden = Decoder(cfg).apply({"params": params}, tokens[:, :-1], positions)
     logits = Decoder(cfg).apply({"params": params}, hidden, method="unembed")
     return np.asarray(jax.nn.log_softmax(logits))
 
@@ -133,9 +133,11 @@ def test_full_rank_agrees_with_the_source_and_warns_that_it_costs_more(
 def test_a_broken_tie_stops_the_conversion_and_writes_nothing(
     source_dir, text_file, tmp_path, monkeypatch
 ):
+    def double(path, x):
+        return 2 * x if path[-1].key == "lora_b" else x
+
     def doubled(*args, **kwargs):  # the published mistake: LoRA scaled by alpha / rank = 2
         params, cfg = real(*args, **kwargs)
-        double = lambda path, x: 2 * x if path[-1].key == "lora_b" else x  # noqa: E731
         return jax.tree_util.tree_map_with_path(double, params), cfg
 
     real = tying.tie

@@ -305,7 +305,10 @@ class TestSplit:
 
     def test_disjoint_covering_and_stable_under_additions(self, tmp_path):
         texts = [f"document {i}" for i in range(400)]
-        make = lambda *t: data.tokenize(corpus(*t), encode_batch, "t", tmp_path)  # noqa: E731
+
+        def make(*texts):
+            return data.tokenize(corpus(*texts), encode_batch, "t", tmp_path)
+
         small, large = make(*texts[:200]), make(*random.Random(0).sample(texts, 400))
         train, valid = (self.texts(small.split(w, 0.1)) for w in ("train", "valid"))
         assert not train & valid and train | valid == set(texts[:200])
@@ -416,7 +419,10 @@ class TestPacking:
 
     def test_seed_changes_the_neighbours(self):
         docs = tokenized([[10 * d, 10 * d + 1] for d in range(1, 30)])
-        order = lambda seed: data.PackedRows(docs, [], 8, seed)[0].tokens.tolist()  # noqa: E731
+
+        def order(seed):
+            return data.PackedRows(docs, [], 8, seed)[0].tokens.tolist()
+
         assert order(None) == [10, 11, 20, 21, 30, 31, 40, 41]
         assert order(1) == order(1) != order(2)
 
@@ -424,7 +430,7 @@ class TestPacking:
         with pytest.raises(ValueError, match="context_length=1 .* at least 2"):
             data.PackedRows(tokenized([[5]]), [1], 1)
         with pytest.raises(ValueError, match="no documents"):
-            data.PackedRows(tokenized([[5]])._take(np.array([False])), [1], 8)
+            data.PackedRows(tokenized([]), [1], 8)
 
 
 class TestBatches:

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from recursive_jax.cpu import build
-from recursive_jax.cpu import cache as cpu_cache
+from recursive_jax.cpu.cache import CpuCache
+from recursive_jax.cpu.decoder import CpuModel
 from recursive_jax.decoding.engine import Engine
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.decoder import Decoder, split_layers
+from recursive_jax.models.interface import Rows
 from recursive_jax.models.kv_cache import KVCache
 from recursive_jax.models.parameters import init_params
 
@@ -34,12 +35,12 @@ def draw(*shape, seed=0):
 def filled(kv_heads: int, size: int, length: int):
     """A cache, and its k and v `[loop, layer, slot, length, kv heads, size]`."""
     cfg = tiny(heads=kv_heads, kv_heads=kv_heads, size=size)
-    cache = KVCache.zeros(cfg, SLOTS, length)
+    cache = CpuCache.zeros(cfg, SLOTS, length)
     k, v = (draw(LOOPS, LAYERS, SLOTS, length, kv_heads, size, seed=s) for s in (1, 2))
-    slots, positions = jnp.arange(SLOTS), jnp.broadcast_to(jnp.arange(length), (SLOTS, length))
+    slots, positions = jnp.repeat(jnp.arange(SLOTS), length), jnp.tile(jnp.arange(length), SLOTS)
     for loop in range(LOOPS):
         for layer in range(LAYERS):
-            rows = k[loop, layer], v[loop, layer]
+            rows = (x[loop, layer].reshape(-1, kv_heads, size) for x in (k, v))
             cache = cache.write(*rows, loop, layer, slots, positions)
     return cache, k, v
 
@@ -60,19 +61,20 @@ def tiny(heads=2, kv_heads=1, size=8) -> DecoderConfig:
 
 def attend(q, cache, loop, slots, positions, window, softcap=None):
     """The cache's own rows of the lanes are taken out, and handed over as the new ones."""
-    return _attend(q, cache, loop, slots, positions, window, softcap)[0][:, 0]
+    return _attend(q, cache, loop, slots, positions, window, softcap)[0]
 
 
 @functools.partial(jax.jit, static_argnums=6)
 def _attend(q, cache, loop, slots, positions, window, softcap):
-    at, layer = jnp.minimum(positions, cache.length - 1), jnp.int32(LAYER)
-    k, v = (
-        getattr(cache, name)[cache._row(name, loop, layer, slots, at)][:, None]
-        for name in ("keys", "values")
-    )
-    where, positions = (loop, layer, slots), positions[:, None]
-    gone = cache.write(k * jnp.nan, v * jnp.nan, *where, positions)
-    return cpu_cache.attend(q[:, None], k, v, gone, where, positions, window, SCALE, softcap)
+    layer = jnp.int32(LAYER)
+    at = jnp.minimum(positions, cache.length - 1)
+    k, v, start = cache.read(loop, layer, slots, at // cache.block_length)
+    row = (at - start)[:, None, None, None]
+    k = jnp.take_along_axis(k, row, axis=3)[..., 0]  # [B, K, H]
+    v = jnp.take_along_axis(v, row, axis=2)[:, :, 0]
+    gone = cache.write(k * jnp.nan, v * jnp.nan, loop, layer, slots, positions)
+    rows = Rows(loop, positions, slots)
+    return gone.attend(q, k, v, rows, layer, window, SCALE, softcap)
 
 
 def slowly(q, k, v, loop, slots, positions, window=None, softcap=None):
@@ -117,25 +119,50 @@ def test_it_is_attention(group, kv_heads, size, length):
 @pytest.mark.parametrize("size", [8, 256])
 @pytest.mark.parametrize("length", [20, 77])
 def test_new_rows_are_written(length, size):
-    """As by `Cache.write`, to the bit: of lanes and of rows that ask nothing; nowhere if beyond."""
+    """As by `ArrayCache.write`, bitwise: of lanes and of rows without queries; not beyond."""
     cache, *_ = filled(2, size, length)
     rng = np.random.default_rng(0)
     rows, lanes = 12, 5
     places = rng.permutation(LOOPS * SLOTS * length)[:rows]
     loop, slots, positions = np.unravel_index(places, (LOOPS, SLOTS, length))
     positions[[2, 8]] = cache.length, cache.length + 5
-    k, v, q = (
-        draw(rows, 1, 2, size),
-        draw(rows, 1, 2, size, seed=1),
-        draw(lanes, 1, 4, size, seed=2),
-    )
-    where, positions = (loop, jnp.int32(LAYER), slots), positions[:, None]
-    y, now = cpu_cache.attend(q, k, v, cache, where, positions, None, SCALE, None)
-    expected = cache.write(k, v, *where, positions)
+    k, v, q = draw(rows, 2, size), draw(rows, 2, size, seed=1), draw(lanes, 4, size, seed=2)
+    rows_ = Rows(loop, positions, slots)
+    y, now = cache.attend(q, k, v, rows_, jnp.int32(LAYER), None, SCALE, None)
+    expected = cache.write(k, v, loop, jnp.int32(LAYER), slots, positions)
     jax.tree.map(np.testing.assert_array_equal, now, expected)
     assert (np.asarray(now.keys) != np.asarray(cache.keys)).any(axis=5).sum() == 2 * (rows - 2)
-    at = loop[:lanes], slots[:lanes], positions[:lanes, 0]
-    np.testing.assert_array_equal(y[:, 0], attend(q[:, 0], expected, *at, None))
+    at = loop[:lanes], slots[:lanes], positions[:lanes]
+    np.testing.assert_array_equal(y, attend(q, expected, *at, None))
+
+
+@pytest.mark.parametrize("prompt", [0, 5])
+@pytest.mark.parametrize("windowed", [False, True])
+def test_it_equals_the_plain_cache(prompt, windowed):
+    """Lanes, a prompt and backfill in one call: attention and rows as of `KVCache`."""
+    ours, *_ = filled(2, 16, 77)
+    plain = KVCache(ours.keys, ours.values)
+    rng = np.random.default_rng(3)
+    lanes, backfill = 6, 4
+    queries = lanes + prompt
+    loop = jnp.array([0, 1, 0, 1, 1, 0, *[1] * prompt, *[1] * backfill])
+    slot = jnp.array([0, 0, 1, 1, 2, 2, *[2] * prompt, 0, 0, 1, 1])
+    places = [70, 71, 3, 50, 76, ours.length, *range(20, 20 + prompt), 10, 11, ours.length + 1, 12]
+    rows = Rows(loop, jnp.array(places), slot, prompt)
+    q = jnp.asarray(rng.normal(size=(queries, 6, 16)), jnp.float32)
+    k, v = (jnp.asarray(rng.normal(size=(len(places), 2, 16)), jnp.float32) for _ in "kv")
+    window = jnp.array([0, 9, 40, 0, 33, 5, *[17] * prompt]) if windowed else None
+    results = [
+        jax.jit(type(c).attend, static_argnums=(7, 8))(
+            c, q, k, v, rows, jnp.int32(LAYER), window, SCALE, 2.0
+        )
+        for c in (ours, plain)
+    ]
+    (y, now), (expected, then) = results
+    busy = np.arange(queries) != 5
+    np.testing.assert_allclose(y[busy], expected[busy], atol=1e-5)
+    for name in ("keys", "values"):
+        np.testing.assert_array_equal(getattr(now, name), getattr(then, name))
 
 
 def test_softcap():
@@ -176,7 +203,7 @@ def test_rows_that_are_not_to_be_seen_may_hold_anything(bad):
     def now(at, which, position, window):
         rows = [np.array(x[:1, LAYER, :1, at : at + 1]) for x in (k, v)]
         rows[which][:] = bad
-        put = cache.write(rows[0][0], rows[1][0], 0, LAYER, zero, np.array([[at]]))
+        put = cache.write(rows[0][0, :, 0], rows[1][0, :, 0], 0, LAYER, zero, np.array([at]))
         window = None if window is None else np.array([window])
         return np.asarray(attend(q, put, zero, zero, np.array([position]), window))
 
@@ -195,13 +222,13 @@ def test_large_scores_are_no_overflow(logit):
     cache, k, v = filled(1, 8, 70)
     q, zero = draw(1, 1, 8), np.array([0])
     key = np.sign(q[0]) * logit
-    put = cache.write(key[None, None], v[:1, LAYER, 0, 66:67], 0, LAYER, zero, np.array([[66]]))
+    put = cache.write(key[None], v[0, LAYER, 0, 66:67], 0, LAYER, zero, np.array([66]))
     y = attend(q, put, zero, zero, np.array([69]), None)
     np.testing.assert_allclose(y[0, 0], v[0, LAYER, 0, 66, 0], rtol=1e-6)
 
 
 def test_blocks_that_it_has_no_room_for_are_an_error():
-    cache = KVCache(
+    cache = CpuCache(
         *(np.zeros((LOOPS, LAYERS, 1, 1, 1, *s), np.float32) for s in ((8, 40), (40, 8)))
     )
     zero = np.array([0])
@@ -211,21 +238,21 @@ def test_blocks_that_it_has_no_room_for_are_an_error():
 
 def test_engines_use_it_where_it_can_be_used(monkeypatch):
     def engine(cfg, dtype=jnp.float32):
-        params = split_layers(init_params(cfg, jax.random.key(0)))
-        return Engine(Decoder(cfg, dtype=dtype, scan_layers=False), params, 2, 32)
+        model = CpuModel(cfg, dtype)
+        return Engine(model, model.prepare(init_params(cfg, jax.random.key(0))), 2, 32)
 
     moved = []
     monkeypatch.setattr(build, "use_huge_pages", moved.extend)
     used = engine(tiny())
-    assert any(leaf is used.params["embedding"] for leaf in moved), "its weights"
-    assert used.attention == "decode_attention.cc kernel"
+    assert any(leaf is used.params.embedding for leaf in moved), "its weights"
+    assert used.model.attention == "decode_attention.cc kernel"
     used.compile()
-    text = used._executables["tick"].as_text()
-    assert text.count(f'custom_call_target="{build._target("DecodeAttention")}"') == LAYERS
-    assert f'custom_call_target="{build._target("Top1")}"' in text
+    text = used.executables["tick"].as_text()
+    assert text.count(f'custom_call_target="{build.target("DecodeAttention")}"') == LAYERS
+    assert f'custom_call_target="{build.target("Top1")}"' in text
     refused = {
         "head_dim=12 is not a multiple of 8 up to 512": engine(tiny(size=12)),
         "it does not take bfloat16": engine(tiny(), jnp.bfloat16),
     }
     for why, one in refused.items():
-        assert one.attention == f"XLA (decode_attention.cc: {why})"
+        assert one.model.attention == f"XLA (decode_attention.cc: {why})"

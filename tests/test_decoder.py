@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from recursive_jax.models.attention import attend, attend_cached, attention_mask
+from recursive_jax.models.attention import attend, attention_mask
+from recursive_jax.models.cached_attention import attend_cached
 from recursive_jax.models.config import DecoderConfig, Rope
-from recursive_jax.models.decoder import Decoder, split_layers
+from recursive_jax.models.decoder import Decoder
+from recursive_jax.models.interface import Backfill, Rows
 from recursive_jax.models.kv_cache import KVCache, RowCache
 from recursive_jax.models.parameters import abstract_params
 
@@ -59,7 +61,7 @@ def positions_of(tokens):
     return jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "method", "all_loops", "together"))
+@functools.partial(jax.jit, static_argnames=("cfg", "method", "all_loops"))
 def apply(cfg, *args, method=None, **kwargs):
     return Decoder(cfg).apply({"params": params_of(cfg)}, *args, method=method, **kwargs)
 
@@ -67,7 +69,7 @@ def apply(cfg, *args, method=None, **kwargs):
 @functools.partial(jax.jit, static_argnums=0)
 def forward(cfg, tokens, positions=None, segment_ids=None):
     positions = positions_of(tokens) if positions is None else positions
-    hidden, _ = apply(cfg, tokens, positions, segment_ids)
+    hidden = apply(cfg, tokens, positions, segment_ids)
     return apply(cfg, hidden, method="unembed")
 
 
@@ -93,7 +95,7 @@ def test_causal_by_gradients(name):
 
     def scores(x):  # [1, T, D] -> [T]
         for loop in range(cfg.num_loops):
-            x, _ = apply(cfg, x, jnp.int32(loop), positions_of(tokens), method="run_loop")
+            x = apply(cfg, x, jnp.int32(loop), positions_of(tokens), method="run_loop")
         return jnp.einsum("BTV,V->T", apply(cfg, x, method="unembed"), probe)
 
     x = apply(cfg, tokens, method="embed")
@@ -139,27 +141,34 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize("cache_class", [KVCache, RowCache])
 @pytest.mark.parametrize("name", ["gemma", "neox", "local"])
 def test_cached_decoding_equals_forward(name, cache_class, small_blocks):
-    """A prompt in two chunks, then token by token, loops in lock step."""
+    """Two prompts in two chunks each, then token by token, loops in lock step."""
     cfg = CONFIGS[name]
     tokens = tokens_of(cfg, batch=2)
     expected = forward(cfg, tokens)
     # slots in another order, one unused; stale rows from an earlier request must not be seen
     cache = cache_class.zeros(cfg, num_slots=3, length=LENGTH)
     cache = jax.tree.map(lambda array: array + 7.0, cache)
-    slots = jnp.array([2, 0])
+    slots = (2, 0)
 
-    @jax.jit
-    def step(tokens, positions, cache):
-        hidden, cache = apply(cfg, tokens, positions, cache=cache, slots=slots)
-        return apply(cfg, hidden, method="unembed"), cache
+    @functools.partial(jax.jit, static_argnames=("prompt",))
+    def step(tokens, position, slot, cache, prompt):
+        x = apply(cfg, tokens, method="embed")
+        for loop in range(cfg.num_loops):
+            rows = Rows(jnp.full_like(position, loop), position, slot, prompt)
+            x, cache = apply(cfg, x, rows, cache, method="run_block")
+        return apply(cfg, x, method="unembed"), cache
 
-    start = 0
-    for n in (5, 5, 1, 1):
-        chunk = slice(start, start + n)
-        logits, cache = step(tokens[:, chunk], positions_of(tokens)[:, chunk], cache)
-        np.testing.assert_allclose(logits, expected[:, chunk], atol=2e-5)
-        start += n
-    assert start == LENGTH
+    at = jnp.arange(LENGTH)
+    for i, slot in enumerate(slots):
+        for chunk in (slice(0, 5), slice(5, 10)):
+            logits, cache = step(tokens[i, chunk], at[chunk], jnp.full(5, slot), cache, prompt=5)
+            np.testing.assert_allclose(logits, expected[i, chunk], atol=2e-5)
+    for position in (10, 11):
+        logits, cache = step(
+            tokens[:, position], jnp.full(2, position), jnp.array(slots), cache, prompt=0
+        )
+        np.testing.assert_allclose(logits, expected[:, position], atol=2e-5)
+    assert position == LENGTH - 1
     for array in jax.tree.leaves(cache):
         assert (array[:, :, 1] == 7.0).all()  # the unused slot was left alone
 
@@ -183,27 +192,27 @@ def test_lanes_at_different_loops_equal_float64(name, cache_class):
     slots = jnp.array([1, 2, 0])
 
     @jax.jit
-    def tick(x, loop, positions, cache):
-        embedded = apply(cfg, tokens[jnp.arange(lanes)[:, None], positions], method="embed")
-        x = jnp.where((loop == 0)[:, None, None], embedded, x)
-        x, cache = apply(cfg, x, loop, positions, cache=cache, slots=slots, method="run_loop")
+    def tick(x, loop, position, cache):
+        embedded = apply(cfg, tokens[jnp.arange(lanes), position], method="embed")
+        x = jnp.where((loop == 0)[:, None], embedded, x)
+        x, cache = apply(cfg, x, Rows(loop, position, slots), cache, method="run_block")
         return x, apply(cfg, x, method="unembed"), cache
 
-    x = jnp.zeros((lanes, 1, cfg.embed_dim))
+    x = jnp.zeros((lanes, cfg.embed_dim))
     loop, position = np.zeros(lanes, int), np.zeros(lanes, int)
     mixed = False
     for now in range(LENGTH * cfg.num_loops + max(starts)):
         busy = (now >= np.array(starts)) & (position < LENGTH)
         mixed |= len(set(loop[busy])) > 1
         rows = np.where(busy, position, LENGTH)  # out of range: nothing is written
-        x, logits, cache = tick(x, jnp.asarray(loop), jnp.asarray(rows)[:, None], cache)
+        x, logits, cache = tick(x, jnp.asarray(loop), jnp.asarray(rows), cache)
         for lane in np.flatnonzero(busy):
             loop[lane] += 1
             if loop[lane] == cfg.num_loops:
                 at = lane, position[lane]
-                np.testing.assert_allclose(logits[lane, 0], expected[at], atol=2e-5)
+                np.testing.assert_allclose(logits[lane], expected[at], atol=2e-5)
                 apart = 2e-5 if sound[at] else 1e-5 * np.abs(expected).max()
-                np.testing.assert_allclose(logits[lane, 0], by_forward[at], atol=apart)
+                np.testing.assert_allclose(logits[lane], by_forward[at], atol=apart)
                 loop[lane], position[lane] = 0, position[lane] + 1
     assert mixed and (position == LENGTH).all()
 
@@ -212,120 +221,79 @@ def test_a_chunk_beside_lanes_equals_it_alone(small_blocks):
     """Three tokens of slot 1 at loop 1, after two lanes at loops 0 and 1 of slots 0 and 2."""
     cfg = GEMMA
     rng = np.random.default_rng(3)
-    x = jnp.asarray(rng.normal(size=(5, 1, cfg.embed_dim)), jnp.float32)
-    filled = lambda a: jnp.asarray(rng.normal(size=a.shape), jnp.float32)  # noqa: E731
+    x = jnp.asarray(rng.normal(size=(5, cfg.embed_dim)), jnp.float32)
+
+    def filled(array):
+        return jnp.asarray(rng.normal(size=array.shape), jnp.float32)
+
     cache = jax.tree.map(filled, KVCache.zeros(cfg, 3, LENGTH))
-    loop, slots = jnp.array([0, 1, 1, 1, 1]), jnp.array([0, 2, 1, 1, 1])
-    positions = jnp.array([7, 2, 4, 5, 6])[:, None]
-    run = functools.partial(apply, cfg, method="run_loop")
-    y, written = run(x, loop, positions, cache=cache, slots=slots, together=3)
-    lanes, cache = run(x[:2], loop[:2], positions[:2], cache=cache, slots=slots[:2])
-    chunk, cache = run(
-        x[2:, 0][None], jnp.int32(1), positions[2:].T, cache=cache, slots=slots[2:3]
-    )  # fmt: skip
-    np.testing.assert_allclose(y, jnp.concatenate([lanes, chunk[0][:, None]]), atol=1e-5)
+    loop, slot, position = (
+        jnp.array(n) for n in ([0, 1, 1, 1, 1], [0, 2, 1, 1, 1], [7, 2, 4, 5, 6])
+    )
+    run = functools.partial(apply, cfg, method="run_block")
+    y, written = run(x, Rows(loop, position, slot, 3), cache)
+    lanes, cache = run(x[:2], Rows(loop[:2], position[:2], slot[:2]), cache)
+    chunk, cache = run(x[2:], Rows(loop[2:], position[2:], slot[2:], 3), cache)
+    np.testing.assert_allclose(y, jnp.concatenate([lanes, chunk]), atol=1e-5)
     chex.assert_trees_all_close(written, cache, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gemma", "neox", "tied", "uneven"])
-def test_split_layers_equal_scanned_ones(name):
-    """'uneven': of the weights that are joined, one has no LoRA."""
-    uneven = GEMMA.replace(lora_ranks=dict(k=3, v=2, up=4))
-    cfg = uneven if name == "uneven" else CONFIGS[name]
-    tokens, expected = tokens_of(cfg, batch=2), forward(cfg, tokens_of(cfg, batch=2))
-    stacked = jax.tree.map(jnp.copy, params_of(cfg))
-    params = split_layers(stacked)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(stacked["block"]))
-    decoder = Decoder(cfg, scan_layers=False)
-    hidden, _ = decoder.apply({"params": params}, tokens, positions_of(tokens))
-    logits = decoder.apply({"params": params}, hidden, method="unembed")
-    np.testing.assert_allclose(logits, expected, atol=2e-5)
-
-    # lanes at loops of their own take other products: joint ones, and of all loops' LoRA
-    x = np.random.default_rng(1).normal(size=(4, 1, cfg.embed_dim)).astype(np.float32)
-    loops, cache = jnp.array([1, 0, 0, 1]), KVCache.zeros(cfg, num_slots=4, length=LENGTH)
-    run = lambda decoder, params: decoder.apply(  # noqa: E731
-        {"params": params}, x, loops, jnp.full((4, 1), 3), cache=cache, method="run_loop"
-    )
-    ours, theirs = run(decoder, params), run(Decoder(cfg), params_of(cfg))
-    chex.assert_trees_all_close(ours, theirs, atol=5e-6)
+def test_backfill_writes_what_the_exit_state_projects_to(small_blocks):
+    """Backfill at loop 1 equals a row at loop 1 with the same state, and moves no lane."""
+    cfg = GEMMA
+    rng = np.random.default_rng(4)
+    x, left = (jnp.asarray(rng.normal(size=(n, cfg.embed_dim)), jnp.float32) for n in (2, 1))
+    cache = KVCache.zeros(cfg, 3, LENGTH)
+    rows = Rows(jnp.array([0, 1]), jnp.array([3, 5]), jnp.array([0, 2]))
+    backfill = Backfill(left, jnp.array([1]), jnp.array([4]), jnp.array([1]))
+    run = functools.partial(apply, cfg, method="run_block")
+    y, filled = run(x, rows, cache, backfill)
+    alone, _ = run(x, rows, cache)
+    np.testing.assert_allclose(y, alone, atol=1e-6)
+    # In the first layer a row has the keys of its own state, whatever it then attends to.
+    at_loop = Rows(jnp.array([1]), jnp.array([4]), jnp.array([1]))
+    _, expected = run(left, at_loop, cache)
+    for ours, theirs in zip(jax.tree.leaves(filled), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours[1, 0, 1], theirs[1, 0, 1], atol=1e-6)
+        assert (ours[1, 1, 1] != 0).any() and (ours[0, :, 1] == 0).all()
 
 
-def test_a_lora_larger_than_its_product_is_kept_as_that():
-    """Of a joined weight, too; a loop whose product is zero keeps none."""
-    full = {name: min(GEMMA.projections[name]) for name in ("q", "o", "down")}
-    cfg = GEMMA.replace(lora_ranks=full | dict(k=2))
-    stacked = jax.tree.map(jnp.copy, params_of(cfg))
-    o = stacked["block"]["attention"]["o"]
-    o["lora_b"] = o["lora_b"].at[:, 0].set(0)
-    params = split_layers(jax.tree.map(jnp.copy, stacked))
-    attention, mlp = params["layers_0"]["attention"], params["layers_0"]["mlp"]
-    assert set(attention["o"]) == {"wt", "lora_wt_1"}
-    assert set(mlp["down"]) == {"wt", "lora_wt_0", "lora_wt_1"}
-    assert set(attention["qkv"]) == {"wt", "lora_at"} and set(attention["k"]) == {"lora_bt"}
-    ours, theirs = Decoder(cfg, scan_layers=False), Decoder(cfg)
-    x = np.random.default_rng(1).normal(size=(4, 1, cfg.embed_dim)).astype(np.float32)
-    cache = KVCache.zeros(cfg, num_slots=4, length=LENGTH)
-    for loop in (jnp.array([1, 0, 0, 1]), jnp.array([0, 0, 0, 0]), jnp.int32(0), jnp.int32(1)):
-        results = [
-            model.apply(
-                {"params": given}, x, loop, jnp.full((4, 1), 3), cache=cache, method="run_loop"
-            )
-            for model, given in ((ours, params), (theirs, stacked))
-        ]
-        chex.assert_trees_all_close(*results, atol=5e-6)
-
-
+@pytest.mark.parametrize("block", [8, 64], ids=["blocks", "whole"])
 @pytest.mark.parametrize("windowed", [False, True])
 @pytest.mark.parametrize("cache_class", [KVCache, RowCache])
-def test_lanes_of_any_length_share_passes_over_the_cache(cache_class, windowed, monkeypatch):
-    """Texts of 1 to 8 blocks, an idle lane, windows of their own; NaN stays in its lane."""
-    monkeypatch.setattr(cache_class, "BLOCK", 8)
+def test_lanes_of_any_length_attend_as_without_a_cache(cache_class, windowed, block, monkeypatch):
+    """Texts of 1 to 8 blocks, or a cache read whole; an idle lane; NaN stays in its lane."""
+    monkeypatch.setattr(cache_class, "BLOCK", block)
     cfg, rng, length = GEMMA, np.random.default_rng(3), 60
     cache = cache_class.zeros(cfg, num_slots=4, length=length)
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    assert (cache.block_length == cache.length) == (block == 64)
+
+    def draw(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
     k, v = (draw(4, length, cfg.num_kv_heads, cfg.head_dim) for _ in "kv")
-    loops, slots = jnp.array([0, 1, 1, 0]), jnp.array([2, 0, 1, 3])
-    every = jnp.broadcast_to(jnp.arange(length), (4, length))
-    cache = cache.write(k, v, loops, np.int32(1), slots, every)
+    loops, slots, layer = jnp.array([0, 1, 1, 0]), jnp.array([2, 0, 1, 3]), np.int32(1)
+    flat = (x.reshape(-1, cfg.num_kv_heads, cfg.head_dim) for x in (k, v))
+    every = jnp.tile(jnp.arange(length), 4)
+    cache = cache.write(*flat, jnp.repeat(loops, length), layer, jnp.repeat(slots, length), every)
     positions = jnp.array([[3], [length - 1], [cache.length + 2], [17]])
     windows = jnp.array([2, 20, 5, 0]) if windowed else None
     q = jnp.asarray(draw(4, 1, cfg.num_heads, cfg.head_dim))
     how = windows, 0.3, 5.0
-    where = loops, np.int32(1), slots
-    ours = jax.jit(attend_cached, static_argnums=(5, 6))(q, cache, where, positions, *how)
-    mask = attention_mask(positions, every, None, windows)
+    place = loops, layer, slots, positions
+    ours = jax.jit(attend_cached, static_argnums=(7, 8))(q, cache, *place, *how)
+    mask = attention_mask(positions, every.reshape(4, length), None, windows)
     expected = attend(q, k, v, mask, *how[1:])
     busy = np.array([0, 1, 3])
     np.testing.assert_allclose(ours[busy], expected[busy], atol=1e-5)
     assert np.isfinite(ours).all()
 
-    nan = v[:1, :1] * np.nan
-    bad = cache.write(nan, nan, 1, np.int32(1), jnp.array([0]), jnp.array([[length - 20]]))
-    after = attend_cached(q, bad, where, positions, *how)
+    nan = v[0, :1] * np.nan
+    bad = cache.write(nan, nan, 1, layer, jnp.array([0]), jnp.array([length - 20]))
+    after = attend_cached(q, bad, *place, *how)
     assert np.isnan(after[1]).all()
     others = np.array([0, 2, 3])
     np.testing.assert_allclose(after[others], ours[others], atol=1e-6)
-
-
-def test_a_prompt_chunk_runs_beside_others_at_another_loop():
-    """Several tokens per lane, one loop per lane."""
-    cfg = GEMMA
-    tokens = tokens_of(cfg, batch=2)
-    run = functools.partial(apply, cfg, method="run_loop")
-    positions = positions_of(tokens)
-    cache = KVCache.zeros(cfg, 2, LENGTH)
-    x0 = apply(cfg, tokens, method="embed")
-    # lane 0 is one loop ahead of lane 1
-    first, cache = run(x0[:1], jnp.int32(0), positions[:1], cache=cache, slots=jnp.array([0]))
-    both, cache = run(
-        jnp.concatenate([first, x0[1:]]), jnp.array([1, 0]), positions, cache=cache,
-        slots=jnp.array([0, 1]),
-    )  # fmt: skip
-    last, cache = run(both[1:], jnp.int32(1), positions[1:], cache=cache, slots=jnp.array([1]))
-    hidden = jnp.concatenate([both[:1], last])
-    logits = apply(cfg, hidden, method="unembed")
-    np.testing.assert_allclose(logits, forward(cfg, tokens), atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["gemma", "neox", "tied"])
@@ -356,7 +324,7 @@ def test_loops_equal_the_unrolled_network(name):
     @jax.jit
     def run(params):
         model = Decoder(vanilla)
-        hidden, _ = model.apply({"params": params}, tokens, positions_of(tokens))
+        hidden = model.apply({"params": params}, tokens, positions_of(tokens))
         return model.apply({"params": params}, hidden, method="unembed")
 
     np.testing.assert_allclose(forward(cfg, tokens), run(unrolled), atol=2e-5)
@@ -365,24 +333,17 @@ def test_loops_equal_the_unrolled_network(name):
 def test_every_loop_on_request_and_loops_differ():
     cfg = GEMMA
     tokens = tokens_of(cfg)
-    each, _ = apply(cfg, tokens, positions_of(tokens), all_loops=True)
+    each = apply(cfg, tokens, positions_of(tokens), all_loops=True)
     assert each.shape == (2, 1, LENGTH, cfg.embed_dim)
-    last, _ = apply(cfg, tokens, positions_of(tokens))
+    last = apply(cfg, tokens, positions_of(tokens))
     np.testing.assert_array_equal(each[-1], last)
-    first, _ = apply(
+    first = apply(
         cfg, apply(cfg, tokens, method="embed"), jnp.int32(0), positions_of(tokens),
         method="run_loop",
     )  # fmt: skip
     np.testing.assert_allclose(each[0], first, atol=1e-6)
-    other, _ = apply(
+    other = apply(
         cfg, apply(cfg, tokens, method="embed"), jnp.int32(1), positions_of(tokens),
         method="run_loop",
     )  # fmt: skip
     assert np.abs(other - first).max() > 1e-2
-
-
-def test_cache_takes_no_segments():
-    cfg = NEOX
-    tokens = tokens_of(cfg)
-    with pytest.raises(ValueError, match="segment_ids"):
-        apply(cfg, tokens, positions_of(tokens), jnp.zeros_like(tokens), KVCache.zeros(cfg, 1, 16))

@@ -8,12 +8,13 @@ import pathlib
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import slow_reference
+from decode_models import scanned
 
 from recursive_jax.analysis.simulation import Recording, replay
+from recursive_jax.cpu.decoder import CpuModel
 from recursive_jax.decoding.engine import Engine
 from recursive_jax.decoding.exit_measures import Recorded, Static, make_measure
 from recursive_jax.decoding.requests import Completion, Request, Sampling
@@ -21,7 +22,6 @@ from recursive_jax.decoding.scheduler import Scheduler
 from recursive_jax.decoding.session import Session, generate
 from recursive_jax.decoding.thresholds import Thresholds
 from recursive_jax.models.config import DecoderConfig, Rope
-from recursive_jax.models.decoder import Decoder, split_layers
 from recursive_jax.models.kv_cache import KVCache
 from recursive_jax.models.parameters import abstract_params, init_params
 
@@ -64,7 +64,7 @@ def params_of(cfg):
 @functools.lru_cache(maxsize=8)
 def engine_of(cfg, num_slots=3, chunk_length=4, **options):
     options = {"num_slots": num_slots, "context_length": CONTEXT, **options}
-    return Engine(Decoder(cfg), params_of(cfg), chunk_length=chunk_length, **options)
+    return Engine(scanned(cfg), params_of(cfg), chunk_length=chunk_length, **options)
 
 
 def requests_of(cfg, number, seed, recorded=False):
@@ -315,7 +315,7 @@ def test_lossless_equals_full_depth_in_the_ticks_of_its_law(draft_loop):
     """
     cfg, params = AGREEING, agreeing_params()
     engine = Engine(
-        Decoder(cfg), params, 1, CONTEXT, measure=Static(draft_loop), lossless=True, chunk_length=4
+        scanned(cfg), params, 1, CONTEXT, measure=Static(draft_loop), lossless=True, chunk_length=4
     )
     right = []
     for i in range(8):
@@ -478,14 +478,14 @@ def test_stop_tokens_end_an_answer():
 
 
 @pytest.mark.parametrize("name", ["gemma", "neox"])
-def test_split_layers_and_blocks_of_the_cache_change_nothing(name, monkeypatch):
-    """What a CPU decodes a large model with."""
+def test_the_cpu_model_and_blocks_of_the_cache_change_nothing(name, monkeypatch):
+    """A CPU decodes a large model so."""
     cfg = CONFIGS[name]
     monkeypatch.setattr(KVCache, "BLOCK", 16)
     jax.clear_caches()
-    params = split_layers(jax.tree.map(jnp.copy, params_of(cfg)))
+    model = CpuModel(cfg)
     engine = Engine(
-        Decoder(cfg, scan_layers=False), params, 3, CONTEXT, chunk_length=4, measure=Recorded(),
+        model, model.prepare(params_of(cfg)), 3, CONTEXT, chunk_length=4, measure=Recorded(),
         missing_kv="propagate",
     )  # fmt: skip
     requests = requests_of(cfg, 6, seed=3, recorded=True)
@@ -551,13 +551,14 @@ def test_nothing_compiles_after_warm_up():
     ],
     ids=str,
 )
-@pytest.mark.parametrize("split", [False, True])
-def test_the_cache_is_updated_in_place(options, split, full_compilation):
+@pytest.mark.parametrize("cpu_model", [False, True])
+def test_the_cache_is_updated_in_place(options, cpu_model, full_compilation):
     """Bytes, by the compiler's account: the donated cache is the output, and not copied."""
     cfg = RELAXED.replace(num_layers=16)
-    model, params = Decoder(cfg, scan_layers=not split), abstract_params(cfg)
-    if split:
-        params = split_layers(init_params(cfg, jax.random.key(0)))
+    model, params = scanned(cfg), abstract_params(cfg)
+    if cpu_model:
+        model = CpuModel(cfg)
+        params = model.prepare(init_params(cfg, jax.random.key(0)))
     how = dict(measure=Static(1), chunk_length=16, **options)
     engine = Engine(model, params, 8, 512, **how)
     engine.compile()
@@ -575,7 +576,7 @@ def test_the_process_never_holds_a_second_cache():
         return int(re.search(rf"{name}:\s+(\d+)", status)[1]) << 10
 
     cfg = RELAXED.replace(num_layers=8)
-    engine = Engine(Decoder(cfg), params_of(cfg), 16, 4096, measure=Static(1), chunk_length=16)
+    engine = Engine(scanned(cfg), params_of(cfg), 16, 4096, measure=Static(1), chunk_length=16)
     requests = [Request(i, (1, 2, 3), 40) for i in range(32)]
     generate(engine, requests[:1])  # all is compiled, and every page of the cache touched
     assert engine.cache_bytes >= 128 << 20
@@ -640,12 +641,12 @@ def test_an_engine_that_failed_in_a_step_is_mended_by_reset(monkeypatch):
         ({"chunk_length": 0}, "chunk_length"),
         ({"num_stop": -1}, "num_stop=-1; expected"),
         ({"chunk_length": "4"}, "chunk_length='4'; expected an integer"),
-        ({"measure": "top1"}, "measure='top1'; expected one of decoding.early_exit"),
+        ({"measure": "top1"}, "measure='top1'; expected one of decoding.exit_measures"),
     ],
 )
 def test_an_engine_that_makes_no_sense_is_refused(options, words):
     with pytest.raises(ValueError, match=words):
-        Engine(Decoder(TIED), params_of(TIED), 2, CONTEXT, **options)
+        Engine(scanned(TIED), params_of(TIED), 2, CONTEXT, **options)
 
 
 def test_measures_and_thresholds_by_name(tmp_path):

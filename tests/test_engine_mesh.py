@@ -6,7 +6,6 @@ import itertools
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
@@ -16,9 +15,10 @@ from test_engine import CONTEXT, GEMMA, RELAXED, as_recorded, follows, params_of
 from recursive_jax import sharding
 from recursive_jax.decoding.engine import Engine
 from recursive_jax.decoding.exit_measures import Recorded
-from recursive_jax.decoding.placement import Placement
+from recursive_jax.decoding.requests import Request
 from recursive_jax.models.decoder import Decoder
 from recursive_jax.models.parameters import logical_axes
+from recursive_jax.models.scanned import ScannedModel
 
 WIDE = RELAXED.replace(num_heads=8, num_kv_heads=4, vocab_size=64)
 MODES = {
@@ -40,7 +40,7 @@ def engine_on(cfg, mode, data, tensor):
     mesh = sharding.make_mesh(data, 1, tensor, devices=jax.devices()[: data * tensor])
     rules = sharding.rules_for(mesh, cfg)
     where = sharding.shardings(logical_axes(cfg), mesh, rules)
-    model = Decoder(cfg, data_shards=sharding.data_shards(mesh))
+    model = ScannedModel(Decoder(cfg))
     options = dict(chunk_length=4, mesh=mesh, rules=rules, **MODES[mode])
     return Engine(model, sharding.put_global(params_of(cfg), where), 8, CONTEXT, **options)
 
@@ -130,11 +130,11 @@ def test_any_mesh_decodes_like_one_request_at_a_time(mode, data, tensor):
         assert sum(tick.head_rows for tick in ticks) == len(loops)
 
     for name in ("tick", "chunk", "wipe"):
-        count, crossing = collectives(engine._executables[name].as_text(), tensor)
+        count, crossing = collectives(engine.executables[name].as_text(), tensor)
         assert crossing == 0
         assert (count > 0) == (tensor > 1 and name != "wipe")
-    shard = engine._cache.keys.addressable_shards[0].data.shape
-    shard = dict(zip(engine._cache.AXES["keys"], shard, strict=True))
+    shard = engine.cache.keys.addressable_shards[0].data.shape
+    shard = dict(zip(engine.cache.AXES["keys"], shard, strict=True))
     split = 1 if WIDE.num_kv_heads % tensor else tensor
     assert (shard["slot"], shard["kv_heads"]) == (8 // data, WIDE.num_kv_heads // split)
     memory = engine.memory()["tick"]  # of one device
@@ -145,8 +145,8 @@ def test_slots_of_several_shards_are_not_batched_by_tokens():
     mesh = sharding.make_mesh(2, 1, 1, devices=jax.devices()[:2])
     rules = sharding.rules_for(mesh, WIDE)
     with pytest.raises(ValueError, match="depthwise=False on 2 devices"):
-        Engine(Decoder(WIDE), None, 8, CONTEXT, depthwise=False, mesh=mesh, rules=rules)
-    assert Placement(None, rules).head_shards == 1
+        model = ScannedModel(Decoder(WIDE))
+        Engine(model, None, 8, CONTEXT, depthwise=False, mesh=mesh, rules=rules)
 
 
 @pytest.mark.slow
@@ -162,16 +162,16 @@ def test_a_slot_that_held_nan_is_wiped_on_its_shard():
     engine = engine_on(WIDE, "propagate", 4, 2)
     requests = requests_of(WIDE, 8, seed=5, recorded=True)
     expected, _ = serve(engine, requests, seed=6)
-    engine._cache = jax.jit(
-        lambda cache: jax.tree.map(lambda x: jnp.full_like(x, np.nan), cache),
-        out_shardings=engine._placement.cache,
-    )(engine._cache)
-    marked, reset = set(range(8)), engine.reset
-    engine.reset = lambda: (reset(), engine._tainted.update(marked))
-    try:
-        ours, _ = serve(engine, requests, seed=6)
-    finally:
-        del engine.reset
+    # Token 5 has no embedding: its request leaves NaN in the cache of every slot.
+    whole, bad = engine.params, [Request(i, (1, 5, 2), 4) for i in range(8)]
+    embedding = np.array(whole["embedding"])
+    embedding[5] = np.nan
+    broken = jax.device_put(embedding, whole["embedding"].sharding)
+    engine.params = {**whole, "embedding": broken}
+    ended, _ = serve(engine, bad, seed=6)
+    assert all(c.finish_reason == "error" for c in ended)
+    engine.params = whole
+    ours, _ = serve(engine, requests, seed=6)
     assert [c.tokens for c in ours] == [c.tokens for c in expected]
     assert all(c.finish_reason == "length" for c in ours)
 
@@ -203,9 +203,11 @@ def test_a_collective_between_data_shards_would_be_seen():
 
 def test_meshes_that_cannot_be_are_refused():
     mesh = sharding.make_mesh(4, 1, 2)
-    build = lambda slots, mesh: Engine(  # noqa: E731
-        Decoder(WIDE), {}, slots, CONTEXT, mesh=mesh, rules=sharding.rules_for(mesh, WIDE)
-    )
+
+    def build(slots, mesh):
+        rules = sharding.rules_for(mesh, WIDE)
+        return Engine(ScannedModel(Decoder(WIDE)), {}, slots, CONTEXT, mesh=mesh, rules=rules)
+
     with pytest.raises(ValueError, match="num_slots=6; expected a multiple of the 4 devices"):
         build(6, mesh)
     with pytest.raises(ValueError, match=r"fsdp=2 splits both slots and weights \(embed\)"):

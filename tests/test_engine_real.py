@@ -5,15 +5,14 @@ import functools
 import pydoc_data.topics
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_engine import as_recorded, follows, serve
 
+from recursive_jax.cpu.decoder import CpuModel
 from recursive_jax.decoding.engine import Engine
 from recursive_jax.decoding.exit_measures import Recorded
 from recursive_jax.decoding.requests import Request, Sampling
-from recursive_jax.models.decoder import Decoder, split_layers
 from recursive_jax.weights import tying
 from recursive_jax.weights.source import open_source
 
@@ -42,11 +41,10 @@ def requests_on(tokenizer, cfg, count, recorded=False):
 
 
 def engine_on(path, num_slots=4, **options):
-    """As `generate` makes it for a long job on one CPU: layers apart, our kernel for few rows."""
+    """As `generate` makes it for a long job on one CPU: the CPU model."""
     params, cfg, _ = folded(path)
-    model = Decoder(cfg, scan_layers=False)
-    params = split_layers(jax.tree.map(jnp.copy, params))  # it takes the stacks apart
-    return Engine(model, params, num_slots, CONTEXT, chunk_length=8, **options)
+    model = CpuModel(cfg)
+    return Engine(model, model.prepare(params), num_slots, CONTEXT, chunk_length=8, **options)
 
 
 def test_full_depth_answers_as_transformers_does(smollm2):

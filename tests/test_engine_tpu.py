@@ -11,7 +11,7 @@ from test_engine_mesh import collectives
 from recursive_jax import sharding
 from recursive_jax.decoding.engine import Engine
 from recursive_jax.decoding.exit_measures import TopProbability
-from recursive_jax.models.decoder import Decoder
+from recursive_jax.model import decode_model
 from recursive_jax.models.parameters import abstract_params, logical_axes
 from recursive_jax.weights import hf_config
 
@@ -44,7 +44,7 @@ def engine_for(cfg, mesh):
         where,
     )
     return Engine(
-        Decoder(cfg, dtype=jnp.bfloat16, data_shards=sharding.data_shards(mesh)),
+        decode_model(cfg, jnp.bfloat16, mesh, CONTEXT),
         params,
         SLOTS,
         CONTEXT,
@@ -67,7 +67,7 @@ def engine_for(cfg, mesh):
 def test_ticks_compile_for_tpus_that_are_not_here(cfg, topology, data, tensor):
     engine = engine_for(cfg, described(topology, data, tensor))
     fits = cfg is GEMMA_2B
-    assert engine.attention == (
+    assert engine.model.attention == (
         "ragged paged attention kernel"
         if fits
         else "XLA (ragged paged attention: head_dim=64 is not a multiple of 128)"
@@ -75,7 +75,7 @@ def test_ticks_compile_for_tpus_that_are_not_here(cfg, topology, data, tensor):
     engine.compile()
     cache = engine.cache_bytes // data  # one kv head is on all devices of a shard
     for name in ("tick", "chunk"):
-        text = engine._executables[name].as_text()
+        text = engine.executables[name].as_text()
         calls = [
             line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line
         ]
@@ -87,9 +87,7 @@ def test_ticks_compile_for_tpus_that_are_not_here(cfg, topology, data, tensor):
         # A head_dim of 64 fills half of what a TPU keeps for it.
         held = memory.alias_size_in_bytes
         assert held < cache * (1.02 if fits else 2.02)
-        shape = ",".join(
-            map(str, engine._cache.rows.sharding.shard_shape(engine._cache.rows.shape))
-        )
+        shape = ",".join(map(str, engine.cache.rows.sharding.shard_shape(engine.cache.rows.shape)))
         assert f"[{shape}]" in text and not re.search(rf"\[{shape}\]\S* copy\(", text)
         # Temporaries are weights on their way, in another order, not the cache.
         assert memory.temp_size_in_bytes < 0.8 * cache

@@ -1,6 +1,5 @@
 """The generate job end to end, against a loop without a cache; pieces of text as they come."""
 
-import dataclasses
 import functools
 import json
 import os
@@ -16,9 +15,10 @@ import pytest
 from absl import flags
 
 from recursive_jax import generate as job
-from recursive_jax import model as model_lib
 from recursive_jax import sharding, text
-from recursive_jax.decoding.prompts import Prompt
+from recursive_jax.analysis import timing
+from recursive_jax.console import engine_flags
+from recursive_jax.decoding.prompts import Prompt, to_request
 from recursive_jax.decoding.thresholds import Thresholds
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import Decoder
@@ -42,7 +42,7 @@ def params_of(cfg):
 def logits_at(cfg, params, tokens, index):
     """f32 [V] behind `tokens[:index + 1]`, by a forward pass without a cache."""
     positions = jnp.arange(CONTEXT, dtype=jnp.int32)[None]
-    hidden, _ = Decoder(cfg).apply({"params": params}, tokens[None], positions)
+    hidden = Decoder(cfg).apply({"params": params}, tokens[None], positions)
     return Decoder(cfg).apply({"params": params}, hidden[0, index], method="unembed")
 
 
@@ -322,11 +322,50 @@ def test_a_request_may_bound_its_loops_without_a_measure(tiny, tmp_path, capsys,
     lines = [{"prompt": "Once upon", "max_loops": 1}, {"prompt": "Once upon"}]
     source.write_text("\n".join(map(json.dumps, lines)))
     run_job(checkpoint=tiny, prompts=source, out=tmp_path / "o.jsonl", max_new_tokens=8)
-    assert re.search(r"\n *bound +[\d,.]+ tok/s", capsys.readouterr().out), "without --stats too"
+    assert "share of the bound" not in capsys.readouterr().out
     early, late = read_jsonl(tmp_path / "o.jsonl")
     assert set(early["exit_loops"][1:]) <= {1} and set(late["exit_loops"]) == {2}
     ids = tuple(text.encode(tiny_tokenizer(), "Once upon"))
     assert late["tokens"] == slowly(TINY, ids, 8)
+
+
+@pytest.mark.parametrize("profile", [False, True])
+def test_nothing_compiles_after_warm_up_unless_asked(
+    tiny, tmp_path, capsys, monkeypatch, one_device, profile
+):
+    """The bound needs programs of its own. Only --stats and --profile measure it."""
+    source = tmp_path / "prompts.txt"
+    source.write_text("Once upon a time\nThe list\n")
+    events, make_engine = [], engine_flags.make_engine
+
+    def listener(event, *_, **__):
+        events.append(event)
+
+    def warmed_up(*arguments):
+        engine = make_engine(*arguments)
+        assert any("compile" in event for event in events), "the listener hears compilations"
+        events.clear()
+        return engine
+
+    monkeypatch.setattr(engine_flags, "make_engine", warmed_up)
+    monkeypatch.setattr(timing, "SECONDS", 0.002)
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        run_job(
+            checkpoint=tiny, prompts=source, out=tmp_path / "o.jsonl", max_new_tokens=6,
+            exit_measure="top1", missing_kv="propagate", profile=profile,
+        )  # fmt: skip
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert bool([event for event in events if "compile" in event]) == profile
+    printed = capsys.readouterr()
+    assert ("measuring the parts of a tick alone" in printed.err) == profile
+    found = [re.search(rf"\n *{row} +[\d,.]+", printed.out) for row in BOUND_ROWS]
+    assert found == [None] * 3 if not profile else all(found)
+    assert len(read_jsonl(tmp_path / "o.jsonl")) == 2
+
+
+BOUND_ROWS = ("tick alone", "bound", "share of the bound")
 
 
 def test_a_vanilla_directory_and_its_generation_config(tmp_path):
@@ -406,12 +445,11 @@ def test_mistakes_are_told_in_one_sentence(tiny, tmp_path, options, message):
 
 
 def test_an_empty_prompt_needs_a_bos_token(tiny):
-    opened, options = model_lib.open_model(str(tiny)), {"max_new_tokens": 9}
-    prompt = Prompt(0, "", options)
-    assert job.to_request(opened, prompt, False, CONTEXT).tokens == (0,)
-    without = dataclasses.replace(opened, tokenizer=space_tokenizer())
+    prompt = Prompt(0, "", {"max_new_tokens": 9})
+    sizes = dict(vocab_size=TINY.vocab_size, stop_ids=(1,), context_length=CONTEXT)
+    assert to_request(prompt, tiny_tokenizer(), **sizes).tokens == (0,)
     with pytest.raises(ValueError, match="prompt is empty and this tokenizer has no BOS"):
-        job.to_request(without, prompt, False, CONTEXT)
+        to_request(prompt, space_tokenizer(), **sizes)
 
 
 def test_the_command_tells_mistakes_without_a_traceback(tiny, tmp_path):

@@ -62,10 +62,13 @@ def train_byte_level(pre):
 
     contractions = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
     rest = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    split = lambda digits: [  # noqa: E731
-        pre_tokenizers.Split(Regex(contractions + digits + rest), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
+
+    def split(digits):
+        return [
+            pre_tokenizers.Split(Regex(contractions + digits + rest), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
     steps = {
         "gpt-2": [gpt2],

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from recursive_jax.models import decoder
+from recursive_jax.models import parameters
 from recursive_jax.models.config import Rope
 from recursive_jax.weights import hf_config
 
@@ -160,7 +160,7 @@ def test_published_configs_are_read_and_equal_the_presets(name):
     ],
 )
 def test_presets_have_the_published_number_of_parameters(name, total):
-    counts = decoder.parameter_counts(decoder.abstract_params(hf_config.preset(name)))
+    counts = parameters.parameter_counts(parameters.abstract_params(hf_config.preset(name)))
     assert counts["total"] == total
 
 
@@ -171,8 +171,8 @@ def test_preset_block_sizes_of_the_paper():
         "pythia_1b": 805_306_368,
     }
     for name, shared in expected.items():
-        params = decoder.abstract_params(hf_config.preset(name))
-        assert decoder.parameter_counts(params)["shared"] == shared
+        params = parameters.abstract_params(hf_config.preset(name))
+        assert parameters.parameter_counts(params)["shared"] == shared
 
 
 def test_multimodal_gemma3_is_its_text_model():

@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source: jobs -> rooms -> models -> jax and flax."""
+"""Who may import whom, read from the source: jobs -> packages -> models -> jax and flax."""
 
 import ast
 import pathlib
@@ -8,16 +8,27 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = "recursive_jax"
-ROOMS = ("models", "weights", "training", "decoding")
-SHARED = ("sharding", "metrics", "text")  # single files that import nothing of the package
-# Leaves every room may use: the version, and the text conventions (which import numpy only).
-LEAVES = (PACKAGE, f"{PACKAGE}.text", f"{PACKAGE}.__version__")
+BASE = ("models", "text")
+# Packages do not import each other, except for those that a package builds on.
+PACKAGES = {
+    "models": (),
+    "text": (),
+    "cpu": BASE,
+    "weights": BASE,
+    "training": BASE,
+    "decoding": BASE,
+    "evaluation": (*BASE, "weights"),
+    "analysis": (*BASE, "decoding"),
+}
+SHARED = ("sharding", "metrics")  # single files that import nothing of this package
+CHOOSES = "recursive_jax/model.py"  # the only file that imports both implementations of a model
 FLAGS = ("absl.app", "absl.flags", "ml_collections")
 HTTP = ("http", "socketserver", "aiohttp", "fastapi", "flask", "starlette", "uvicorn", "requests")
 ONLY_IN = {  # library -> files that may import it at all
     "lm_eval": ("recursive_jax/evaluate.py",),
     "torch": (),
     "tensorflow": (),
+    "chex": (),
     **{name: ("recursive_jax/serve.py",) for name in HTTP},
 }
 # Slow to import or optional: only inside the function that needs them.
@@ -30,6 +41,7 @@ INSIDE_FUNCTIONS = (
     "tensorboardX",
     "tensorflow_datasets",
     "transformers",
+    "zstandard",
 )
 
 FILES = sorted(
@@ -67,24 +79,27 @@ def is_in(name: str, *modules: str) -> bool:
 def complaints(source: str, file: str) -> list[str]:
     """What is wrong with the imports of `file`, a path below the project's root."""
     parts = file.split("/")
-    room = parts[1] if parts[0] == PACKAGE and parts[1] in ROOMS else None
+    package = parts[1] if parts[0] == PACKAGE and parts[1] in PACKAGES else None
     shared = len(parts) == 2 and parts[1].removesuffix(".py") in SHARED
     out = []
     for name, top in imports(source, file):
-        ours = is_in(name, PACKAGE)
-        if room and ours and name not in LEAVES and not is_in(name, PACKAGE + ".text"):
-            if not is_in(name, f"{PACKAGE}.{room}", f"{PACKAGE}.models"):
-                out.append(f"{file}: room {room} imports {name}; expected only models")
+        ours = is_in(name, PACKAGE) and name not in (PACKAGE, f"{PACKAGE}.__version__")
+        allowed = tuple(f"{PACKAGE}.{p}" for p in (package, *PACKAGES.get(package, ())))
+        if package and ours and not is_in(name, *allowed):
+            out.append(f"{file}: package {package} imports {name}; expected only {allowed}")
         if shared and ours:
             out.append(f"{file}: a file that all share imports {name}")
+        if file != CHOOSES and package != "cpu" and is_in(name, f"{PACKAGE}.cpu"):
+            if not package:  # a package is told above
+                out.append(f"{file}: imports {name}; only {CHOOSES} chooses an implementation")
         if parts[0] == "configs" and ours:
             out.append(f"{file}: a config imports {name}; expected values only")
-        if (room or shared) and is_in(name, *FLAGS):
+        if (package or shared) and is_in(name, *FLAGS):
             out.append(f"{file}: {name} stops at the jobs and configs")
-        for library, allowed in ONLY_IN.items():
-            if is_in(name, library) and file not in allowed:
-                out.append(f"{file}: {library} belongs in {allowed or 'tests'}")
-        if top and parts[1] != "assets" and is_in(name, *INSIDE_FUNCTIONS):
+        for library, files in ONLY_IN.items():
+            if is_in(name, library) and file not in files:
+                out.append(f"{file}: {library} belongs in {files or 'tests'}")
+        if top and is_in(name, *INSIDE_FUNCTIONS):
             out.append(f"{file}: import {name} inside the function that needs it")
         if file.endswith("decoding/scheduler.py"):
             if name.split(".")[0] not in sys.stdlib_module_names:
@@ -92,8 +107,23 @@ def complaints(source: str, file: str) -> list[str]:
     return out
 
 
+def prints(source: str) -> list[int]:
+    """Lines that call `print`."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "print"
+    ]
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.startswith(PACKAGE)])
+def test_only_the_console_prints(file):
+    if not file.startswith(f"{PACKAGE}/console/"):
+        assert not prints((ROOT / file).read_text())
+
+
 @pytest.mark.parametrize("file", FILES)
-def test_imports_keep_the_rooms_apart(file):
+def test_imports_keep_the_packages_apart(file):
     assert not complaints((ROOT / file).read_text(), file)
 
 
@@ -106,6 +136,12 @@ def test_files_were_found():
     ("file", "source"),
     [
         ("recursive_jax/training/step.py", "from recursive_jax.weights import tying"),
+        ("recursive_jax/models/layers.py", "from recursive_jax.cpu.matmul import matmul"),
+        ("recursive_jax/decoding/engine.py", "from recursive_jax.cpu import build"),
+        ("recursive_jax/decoding/engine.py", "from recursive_jax.console import tables"),
+        ("recursive_jax/generate.py", "from recursive_jax.cpu.decoder import CpuModel"),
+        ("recursive_jax/cpu/decoder.py", "from recursive_jax.decoding import engine"),
+        ("recursive_jax/weights/hf.py", "import chex"),
         ("recursive_jax/training/step.py", "from recursive_jax import sharding"),
         ("recursive_jax/training/step.py", "from ..weights.tying import tie"),
         ("recursive_jax/training/step.py", "import recursive_jax.decoding.engine"),
@@ -131,6 +167,9 @@ def test_a_forbidden_import_is_noticed(file, source):
         ("recursive_jax/training/step.py", "from recursive_jax.training.losses import Objective"),
         ("recursive_jax/training/step.py", "from recursive_jax.models.decoder import Decoder"),
         ("recursive_jax/weights/hf.py", "def f():\n    import transformers"),
+        ("recursive_jax/cpu/decoder.py", "from recursive_jax.models.interface import Rows"),
+        ("recursive_jax/model.py", "from recursive_jax.cpu.decoder import CpuModel"),
+        ("recursive_jax/analysis/timing.py", "from recursive_jax.decoding.engine import Engine"),
         ("recursive_jax/serve.py", "import http.server\nfrom absl import flags"),
         ("recursive_jax/decoding/scheduler.py", "import collections\nimport dataclasses"),
     ],

@@ -14,13 +14,13 @@ SLOTS, LENGTH = 4, 6
 
 
 def filled(cache_class):
-    """Two rows of K and V for lanes at mixed loops of slots 2, 0, 3; one row beyond the cache."""
+    """Two rows of K and V at mixed loops of slots 2, 0, 3; one row beyond the cache."""
     rng = np.random.default_rng(0)
     cache = cache_class.zeros(CFG, SLOTS, LENGTH)
     for layer in range(CFG.num_layers):
-        k, v = (jnp.asarray(rng.normal(size=(3, 2, 2, 4)), jnp.float32) for _ in "kv")
-        loop, slots = jnp.array([0, 2, 1]), jnp.array([2, 0, 3])
-        positions = jnp.array([[0, 1], [3, LENGTH], [4, 5]])
+        k, v = (jnp.asarray(rng.normal(size=(6, 2, 4)), jnp.float32) for _ in "kv")
+        loop, slots = jnp.array([0, 0, 2, 2, 1, 1]), jnp.array([2, 2, 0, 0, 3, 3])
+        positions = jnp.array([0, 1, 3, LENGTH, 4, 5])
         cache = cache.write(k, v, loop, np.int32(layer), slots, positions)
     return cache
 
@@ -67,8 +67,10 @@ def test_blocks_hold_the_rows_one_after_another(monkeypatch):
     assert (rows.block_length, rows.length) == (16, 40)
     k, v = np.random.default_rng(1).normal(size=(2, 2, length, 2, 4)).astype(np.float32)
     where = jnp.array([2, 0]), np.int32(1), jnp.array([3, 1])  # loop, layer, slots
-    positions = jnp.broadcast_to(jnp.arange(length), (2, length))
-    caches = [c.write(k, v, *where, positions) for c in (whole, parts, rows)]
+    every = jnp.repeat(where[0], length), where[1], jnp.repeat(where[2], length)
+    positions = jnp.tile(jnp.arange(length), 2)
+    k, v = (x.reshape(2 * length, 2, 4) for x in (k, v))
+    caches = [c.write(k, v, *every, positions) for c in (whole, parts, rows)]
     for block, first in enumerate((0, 16, 32)):
         expected_k, expected_v, _ = caches[0].read(*where, jnp.zeros(2, int))
         for cache, start in ((caches[1], first), (caches[2], min(first, 24))):

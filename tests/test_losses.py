@@ -113,7 +113,10 @@ def test_divergence_gradients_by_finite_differences(kind):
 @pytest.mark.parametrize("kind", KD_LOSSES)
 def test_check_16_no_gradient_reaches_the_teacher(kind):
     student, teacher = jnp.asarray(normal(5, VOCAB)), jnp.asarray(normal(5, VOCAB, seed=1))
-    distance = lambda s, t: divergence(s, t, kind, temperature=2.0).sum()  # noqa: E731
+
+    def distance(student, teacher):
+        return divergence(student, teacher, kind, temperature=2.0).sum()
+
     to_student, to_teacher = quick(jax.grad(distance, argnums=(0, 1)))(student, teacher)
     assert not np.any(to_teacher)
     assert np.abs(to_student).max() > 1e-3
@@ -261,7 +264,10 @@ def test_chunks_give_the_value_and_gradients_of_the_whole(chunk):
 def test_bf16_hidden_states_get_bf16_gradients_and_the_head_f32():
     head, hidden, data = head_problem()
     hidden = hidden.astype(jnp.bfloat16)
-    loss = lambda head, hidden: chunked_sum(HEAD_LOSS, head, hidden, data, 4)[0]  # noqa: E731
+
+    def loss(head, hidden):
+        return chunked_sum(HEAD_LOSS, head, hidden, data, 4)[0]
+
     to_head, to_hidden = quick(jax.grad(loss, argnums=(0, 1)))(head, hidden)
     assert to_hidden.dtype == jnp.bfloat16 and to_head["w"].dtype == jnp.float32
     whole = quick(jax.grad(lambda h: HEAD_LOSS(h, hidden.astype(jnp.float32), data)[0]))(head)
@@ -296,7 +302,9 @@ def test_logits_are_never_whole():
     whole = EXITS * BATCH * 60 * VOCAB
 
     def step(chunk):
-        loss = lambda head, hidden: chunked_sum(HEAD_LOSS, head, hidden, data, chunk)[0]  # noqa: E731
+        def loss(head, hidden):
+            return chunked_sum(HEAD_LOSS, head, hidden, data, chunk)[0]
+
         return jax.value_and_grad(loss, argnums=(0, 1))
 
     assert largest_logits(step(60), head, hidden) == whole, "the measure sees logits"

@@ -58,7 +58,10 @@ def test_metric_files_can_be_read_back(tmp_path):
         writer.write(step, {"train/loss": 0.5 * step, "perf/rate": math.nan})
         writer.close()
         assert scalars(tmp_path / "tensorboard")["train/loss"][-1] == (step, 0.5 * step)
-    strict = lambda text: pytest.fail(f"{text} is not JSON")  # noqa: E731
+
+    def strict(constant):
+        pytest.fail(f"{constant} is not JSON")
+
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line, parse_constant=strict) for line in lines]
     assert [(r["step"], r["train/loss"]) for r in records] == [(1, 0.5), (2, 1.0)]

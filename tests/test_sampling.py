@@ -11,19 +11,22 @@ from scipy import special, stats
 from scipy.special import log_softmax, softmax
 
 from recursive_jax.cpu import build
+from recursive_jax.cpu import top1 as cpu_top1
 from recursive_jax.decoding.requests import Sampling
 from recursive_jax.decoding.sampling import (
     History,
     SamplingParams,
     filter_logits,
     gumbel_noise,
-    look_through,
     sample,
     scale,
 )
+from recursive_jax.models import scanned
 
 VOCAB = 37
-BY_KERNEL_OR_XLA = pytest.mark.parametrize("one_device", [True, False], ids=["kernel", "XLA"])
+BY_KERNEL_OR_XLA = pytest.mark.parametrize(
+    "top1", [cpu_top1.top1, scanned.top1], ids=["kernel", "XLA"]
+)
 MIXED = [
     Sampling(),
     Sampling(temperature=1.0),
@@ -152,11 +155,11 @@ def test_noise_is_that_of_jax(vocab_size):
 
 @BY_KERNEL_OR_XLA
 @pytest.mark.parametrize("mixed", [MIXED, MIXED[:2] * 4], ids=["filters", "no filters"])
-def test_greedy_and_sampled_rows_share_a_batch(mixed, one_device):
+def test_greedy_and_sampled_rows_share_a_batch(mixed, top1):
     logits = np.random.default_rng(1).normal(size=(len(mixed), VOCAB)).astype(np.float32)
     seeds = np.arange(len(mixed), dtype=np.uint32)
     positions = np.full(len(mixed), 11, np.int32)
-    run = jax.jit(functools.partial(sample, one_device=one_device))
+    run = jax.jit(functools.partial(sample, top1=top1))
     tokens, logprobs = run(logits, SamplingParams.stack(mixed), seeds, positions)
     noise = np.asarray(gumbel_noise(seeds, positions, VOCAB))
     for i, s in enumerate(mixed):
@@ -172,7 +175,7 @@ def test_greedy_and_sampled_rows_share_a_batch(mixed, one_device):
 
 
 @BY_KERNEL_OR_XLA
-def test_a_row_alone_is_as_among_others(one_device):
+def test_a_row_alone_is_as_among_others(top1):
     """Whatever way its batch mates make the batch go."""
     rows = [*MIXED, Sampling(1.0, repetition_penalty=1.7), Sampling(frequency_penalty=0.9)]
     rng = np.random.default_rng(3)
@@ -180,7 +183,7 @@ def test_a_row_alone_is_as_among_others(one_device):
     text = rng.integers(0, VOCAB, (len(rows), 12)).astype(np.int32)
     seeds, where = np.arange(len(rows), dtype=np.uint32), np.full(len(rows), 12, np.int32)
     history = History(text, np.full(len(rows), 5, np.int32))
-    run = jax.jit(functools.partial(sample, one_device=one_device))
+    run = jax.jit(functools.partial(sample, top1=top1))
     tokens, logprobs = run(logits, SamplingParams.stack(rows), seeds, where, history)
     for i, mine in enumerate(rows):
         of = slice(i, i + 1)
@@ -197,32 +200,32 @@ def test_a_row_alone_is_as_among_others(one_device):
 
 @BY_KERNEL_OR_XLA
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(1.0, top_k=3)])
-def test_logits_that_are_no_numbers_are_told_by_their_log_probability(sampling, one_device):
+def test_logits_that_are_no_numbers_are_told_by_their_log_probability(sampling, top1):
     logits = np.zeros((4, VOCAB), np.float32)
     logits[1, 4], logits[2, 4], logits[3, 1:] = np.nan, np.inf, -np.inf
     params = SamplingParams.stack([sampling] * 4)
     where = np.zeros(4, np.uint32), np.zeros(4, np.int32)
-    _, logprobs = sample(logits, params, *where, one_device=one_device)
+    _, logprobs = sample(logits, params, *where, top1=top1)
     np.testing.assert_array_equal(np.isnan(logprobs), [False, True, True, False])
 
 
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("vocab_size", [1, 7, 8, 32, 61, 20_003])
-def test_the_kernel_looks_through_logits(vocab_size):
+def test_the_kernel_finds_the_most_likely_tokens(vocab_size):
     """By threads or not, with and without a rest; the first of several; NaN and infinities."""
     logits = 20 * np.random.default_rng(0).normal(size=(7, vocab_size)).astype(np.float32)
     logits[1] = np.round(logits[1] / 20)  # ties
     logits[2, -1] = logits[2].max() + 1
     logits[3, vocab_size // 2] = np.nan
     logits[4, :-1], logits[5, -1], logits[6] = -np.inf, np.inf, -np.inf
-    top, first, log_sum = jax.jit(look_through)(logits)
-    np.testing.assert_array_equal(top[:, 0], logits.max(axis=-1))
+    first, top, log_sum = jax.jit(cpu_top1.top1)(logits)
+    np.testing.assert_array_equal(top, logits.max(axis=-1))
     expected = logits.argmax(axis=-1)
     expected[3] = vocab_size - 1
     np.testing.assert_array_equal(first, expected)
     exact = special.logsumexp(logits.astype(np.float64), axis=-1)
     np.testing.assert_allclose(log_sum, exact, rtol=1e-6, atol=1e-6)
-    alone = [look_through(logits[i : i + 1])[2][0] for i in range(7)]
+    alone = [cpu_top1.top1(logits[i : i + 1])[2][0] for i in range(7)]
     np.testing.assert_array_equal(alone, log_sum)
 
 

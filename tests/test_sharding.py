@@ -108,10 +108,12 @@ def test_what_does_not_divide_is_replicated_and_said(caplog):
 @functools.cache
 def host_params(cfg):
     rng = np.random.default_rng(0)
-    draw = lambda x: (0.2 * rng.standard_normal(x.shape)).astype(np.float32)  # noqa: E731
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: draw(x) + (path[-1].key == "scale"), abstract_params(cfg)
-    )
+
+    def draw(path, leaf):
+        normal = 0.2 * rng.standard_normal(leaf.shape)
+        return normal.astype(np.float32) + (path[-1].key == "scale")
+
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(cfg))
 
 
 def host_batch(seed):
@@ -154,7 +156,10 @@ def train(mesh):
             state, metrics = step(state, batch, teacher_params)
             losses.append([float(metrics[k]) for k in ("loss", "kd", "ce_exit_1", "grad_norm")])
         tokens = np.random.default_rng(9).integers(0, 64, (12, LENGTH)).astype(np.int32)
-        put = lambda b: sharding.put_global(b, sharding.batch_sharding(mesh))  # noqa: E731
+
+        def put(batch):
+            return sharding.put_global(batch, sharding.batch_sharding(mesh))
+
         scored = np.ones(tokens.shape, bool)
         measured = perplexity(student, state.params, tokens, scored, BATCH, all_loops=True, put=put)
     return np.asarray(losses), measured["nll_exits"], state, state_places, step.as_text()
@@ -223,10 +228,13 @@ def test_the_warning_would_be_seen(capfd):
 
 
 def test_constraints_on_activations_are_at_work():
-    """Outside `sharding.use` they would do nothing, silently."""
+    """Outside `sharding.use` they silently do nothing."""
     mesh = sharding.make_mesh(2, 2, 2)
     tokens = jnp.zeros((8, 4), jnp.int32)
-    forward = lambda p: Decoder(STUDENT).apply({"params": p}, tokens, tokens)[0]  # noqa: E731
+
+    def forward(params):
+        return Decoder(STUDENT).apply({"params": params}, tokens, tokens)
+
     params = abstract_params(STUDENT)
     assert "sharding_constraint" not in str(jax.make_jaxpr(forward)(params))
     with sharding.use(mesh, sharding.rules_for(mesh, STUDENT)):

@@ -30,12 +30,14 @@ quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_l
 
 @functools.cache
 def make_params(cfg):
-    """Random params in which nothing is zero or one: LoRAs and norms have their say."""
+    """Random params without zeros and ones, so that LoRAs and norms have an effect."""
     rng = np.random.default_rng(0)
-    draw = lambda x: (0.2 * rng.standard_normal(x.shape)).astype(np.float32)  # noqa: E731
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: draw(x) + (path[-1].key == "scale"), abstract_params(cfg)
-    )
+
+    def draw(path, leaf):
+        normal = 0.2 * rng.standard_normal(leaf.shape)
+        return normal.astype(np.float32) + (path[-1].key == "scale")
+
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(cfg))
 
 
 @functools.cache
@@ -65,7 +67,7 @@ def all_logits(cfg):
 
     @quick
     def run(params):
-        hidden, _ = model.apply(
+        hidden = model.apply(
             {"params": params}, batch.tokens, batch.positions, batch.segment_ids, all_loops=True
         )
         head = {"params": head_params(params)}
@@ -228,11 +230,11 @@ def test_lora_form_goes_by_shape():
     """Merging costs 2·in·out·R, applying 2·tokens·R·(in + out)."""
     assert layers.lora_form(0, 100, 64, 64) == "merged"
     assert layers.lora_form(0, 32, 64, 64) == "per_token"
-    assert layers.lora_form(1, 10_000, 64, 64) == "lanes"
+    assert layers.lora_form(1, 10_000, 64, 64) == "rows"
 
 
 def test_lora_forms_agree():
-    """Check 25: merged, per token and lanes at mixed loops against numpy, gradients included."""
+    """Check 25: merged, per token and rows at mixed loops against numpy, gradients included."""
     loops, lanes, length, in_dim, out_dim, rank = 3, 5, 2, 7, 9, 4
     rng = np.random.default_rng(0)
     shapes = [(lanes, length, in_dim), (in_dim, out_dim)]
@@ -253,9 +255,11 @@ def test_lora_forms_agree():
     ]
 
     def apply(form, x, w, a, b):
-        if form == "lanes":
-            return layers.apply_lora(x, w, a, b, jnp.asarray(loop), form, jnp.float32)
-        lanes = [  # the forms that know one loop at a time
+        if form == "rows":
+            rows, loops = x.reshape(-1, in_dim), jnp.repeat(jnp.asarray(loop), length)
+            y = layers.apply_lora(rows, w, a, b, loops, form, jnp.float32)
+            return y.reshape(*x.shape[:-1], -1)
+        lanes = [  # the other forms take one loop at a time
             layers.apply_lora(x[i : i + 1], w, a, b, int(n), form, jnp.float32)
             for i, n in enumerate(loop)
         ]
@@ -266,7 +270,7 @@ def test_lora_forms_agree():
         y, pull = jax.vjp(functools.partial(apply, form), *arrays)
         return y, pull(jnp.asarray(direction))
 
-    for form in ("merged", "per_token", "lanes"):
+    for form in ("merged", "per_token", "rows"):
         y, got = value_and_grad(form, arrays)
         np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5, err_msg=form)
         for g, want in zip(got, gradients, strict=True):
@@ -282,8 +286,10 @@ def test_updates_are_adamw_by_hand():
         learning_rate=1e-2, warmup_steps=2, clip_norm=0.5, weight_decay=0.1, lora_lr_scale=0.5
     )
     rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
     matrices = ("w", "lora_a", "lora_b", "embedding", "head")
+
+    def draw(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
 
     def draw_params():
         up = {"w": draw(2, 3, 4), "b": draw(2, 4), "lora_a": draw(2, 2, 3, 1)}

@@ -1,10 +1,9 @@
 """Times of the parts of a tick, and the bounds made of them."""
 
-import functools
-
 import jax
 import numpy as np
 import pytest
+from decode_models import scanned
 
 from recursive_jax.analysis import timing
 from recursive_jax.decoding.engine import Engine
@@ -12,8 +11,8 @@ from recursive_jax.decoding.exit_measures import Static
 from recursive_jax.decoding.requests import Request, Sampling
 from recursive_jax.decoding.session import generate
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.decoder import Decoder
 from recursive_jax.models.parameters import abstract_params
+from recursive_jax.models.scanned import ScannedModel
 
 CFG = DecoderConfig(
     family="llama", vocab_size=61, embed_dim=32, mlp_dim=48, num_heads=4, num_kv_heads=2,
@@ -32,45 +31,64 @@ def test_bounds_by_hand():
     assert times.to_json()["head"] == {"1": 0.002, "4": 0.005, "8": 0.007}
 
 
+class NoRoomForAHead(ScannedModel):
+    def logits(self, params, x):
+        raise MemoryError("no room for a head")
+
+
 def test_an_engine_is_as_before_when_it_was_measured(monkeypatch):
     monkeypatch.setattr(timing, "SECONDS", 0.002)
     rng = np.random.default_rng(0)
-    draw = lambda leaf: (rng.normal(size=leaf.shape) * 0.4).astype(np.float32)  # noqa: E731
+
+    def draw(leaf):
+        return (rng.normal(size=leaf.shape) * 0.4).astype(np.float32)
+
     params = jax.device_put(jax.tree.map(draw, abstract_params(CFG)))
-    engine = Engine(Decoder(CFG), params, 3, 32, measure=Static(1), chunk_length=4)
+    engine = Engine(scanned(CFG), params, 3, 32, measure=Static(1), chunk_length=4)
     requests = [Request(i, (i + 1, 5), 6) for i in range(4)]
-    answer = functools.partial(lambda: [c.tokens for c in generate(engine, requests)])
-    before, caches = answer(), []
-    start = timing._block
-    monkeypatch.setattr(
-        timing, "_block", lambda *a, **k: caches.append(engine._cache) or start(*a, **k)
-    )
+
+    def answer():
+        return [c.tokens for c in generate(engine, requests)]
+
+    before = answer()
     times = timing.measure(engine)
-    assert caches == [None] * 3, "the engine's own cache is used: six lanes, three, a chunk"
     assert times.fill == 0 and 0 < times.embed and 0 < times.tick and 0 < times.tick_of_slots
     assert [rows for rows, _ in times.head] == [1, 2, 3] and all(t > 0 for _, t in times.head)
     assert times.bound(3, 1.5) > 0
     assert answer() == before
 
-    def fails(*_):
-        raise MemoryError("no room for a head")
-
-    with monkeypatch.context() as patch, pytest.raises(MemoryError, match="no room"):
-        patch.setattr(timing, "_head", fails)
+    whole, engine.model = engine.model, NoRoomForAHead(engine.model.decoder)
+    with pytest.raises(MemoryError, match="no room"):
         timing.measure(engine)
-    assert engine.cache_bytes, "it has its cache again"
-    assert answer() == before
+    engine.model = whole
+    assert engine.cache is not None and answer() == before
 
-    # heads choose as those do that are timed; what a chunk adds is a difference of two times
-    chosen, head = [], timing._head
-    monkeypatch.setattr(timing, "_head", lambda *its: chosen.append(its[2:]) or head(*its))
+    # what a chunk adds is a difference of two times
     alone = {"embed": 1, ("lanes", 6): 5, ("lanes", 3): 3, "chunk": 7}
     watch = timing.Stopwatch(engine, Sampling(temperature=0.75))
-    assert chosen == [(rows, Sampling(temperature=0.75)) for rows in (1, 2, 3)]
-    watch._seconds = {name: [alone.get(name, 2)] for name in watch._calls}
+    assert engine.cache is None, "the parts use the engine's cache"
+    watch.seconds.update({name: [alone.get(name, 2)] for name in watch.passes})
     times = watch.times()
     watch.close()
     assert (times.tick, times.tick_of_slots, times.embed, times.chunk) == (5, 3, 1, 2)
+
+
+def test_heads_are_timed_with_the_noise_of_their_sampling(monkeypatch):
+    """Temperatures are arguments of the timed program, so the noise is really made."""
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    seen = []
+    stack = timing.SamplingParams.stack
+
+    def spy(rows):
+        seen.extend(rows)
+        return stack(rows)
+
+    monkeypatch.setattr(timing.SamplingParams, "stack", spy)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract_params(CFG))
+    engine = Engine(scanned(CFG), params, 2, 32)
+    seen.clear()
+    timing.Stopwatch(engine, Sampling(temperature=0.75)).close()
+    assert {row.temperature for row in seen[:3]} == {0.75}
 
 
 @pytest.mark.parametrize(
@@ -84,15 +102,15 @@ def test_an_engine_is_as_before_when_it_was_measured(monkeypatch):
 )
 def test_lanes_are_timed_at_the_loops_they_would_be_at(options, expected):
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract_params(CFG))
-    engine = Engine(Decoder(CFG), params, 3, 32, **options)
+    engine = Engine(scanned(CFG), params, 3, 32, **options)
     watch = timing.Stopwatch(engine)
-    lanes = watch._lanes(3)
-    assert lanes["loop"].tolist() == expected
-    turns = len(lanes["positions"])
+    lanes = watch.lane_rows(3)
+    assert lanes.loop.tolist() == expected
+    turns = len(lanes.position)
     assert turns == (1 if any(expected) else CFG.num_loops), "all lanes at each loop"
-    assert all(count % CFG.num_loops == 0 for count in watch._counts.values())
+    assert all(count % CFG.num_loops == 0 for count in watch.passes.values())
     if engine.num_lanes == 6:
-        assert watch._lanes(6)["loop"].tolist() == [0, 1] * 3
+        assert watch.lane_rows(6).loop.tolist() == [0, 1] * 3
     watch.close()
 
 
@@ -108,9 +126,9 @@ def test_lanes_are_timed_at_the_loops_they_would_be_at(options, expected):
 def test_the_loops_of_lanes_follow_from_the_exits(exit_loops, expected):
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract_params(CFG))
     how = dict(measure=Static(1), missing_kv="propagate", chunk_length=4)
-    watch = timing.Stopwatch(Engine(Decoder(CFG), params, 20, 32, **how), timing.GREEDY, exit_loops)
-    assert watch._lanes(20)["loop"].tolist() == expected
-    assert watch._lanes(20)["positions"].tolist() == [20 * [16]], "as mixed in every pass"
+    watch = timing.Stopwatch(Engine(scanned(CFG), params, 20, 32, **how), timing.GREEDY, exit_loops)
+    assert watch.lane_rows(20).loop.tolist() == expected
+    assert watch.lane_rows(20).position.tolist() == [20 * [16]], "as mixed in every pass"
     watch.close()
 
 
@@ -121,14 +139,12 @@ def test_the_loops_of_lanes_follow_from_the_exits(exit_loops, expected):
 def test_tokens_that_wait_for_their_batch_attend_to_nothing(exit_loops, attending):
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract_params(CFG))
     how = dict(measure=Static(1), missing_kv="propagate", chunk_length=4, depthwise=False)
-    engine = Engine(Decoder(CFG), params, 20, 32, **how)
-    length, started, start = engine._cache.length, [], timing._block
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timing, "_block", lambda *a, **k: started.append(k) or start(*a, **k))
-        watch = timing.Stopwatch(engine, timing.GREEDY, exit_loops)
-    of_lanes = [tuple(row) for row in started[0]["positions"].tolist()]
-    assert of_lanes == [n * (16,) + (20 - n) * (length,) for n in attending]
-    chunk = started[-1]["positions"]
-    assert chunk[:, :20].tolist() == started[0]["positions"].tolist()
-    assert chunk[:, 20:].tolist() == [[0, 1, 2, 3]] * CFG.num_loops
+    engine = Engine(scanned(CFG), params, 20, 32, **how)
+    length = engine.cache.length
+    watch = timing.Stopwatch(engine, timing.GREEDY, exit_loops)
+    lanes, with_chunk = watch.lane_rows(20).position, watch.rows_with_chunk().position
+    rows = [tuple(row) for row in lanes.tolist()]
+    assert rows == [n * (16,) + (20 - n) * (length,) for n in attending]
+    assert with_chunk[:, :20].tolist() == lanes.tolist()
+    assert with_chunk[:, 20:].tolist() == [[0, 1, 2, 3]] * CFG.num_loops
     watch.close()

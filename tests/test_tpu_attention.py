@@ -9,11 +9,12 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_pa
 
 from recursive_jax import sharding
 from recursive_jax.models import tpu
-from recursive_jax.models.attention import attend_cached
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import Decoder
+from recursive_jax.models.interface import Rows
 from recursive_jax.models.kv_cache import RowCache
 from recursive_jax.models.parameters import init_params, logical_axes
+from recursive_jax.models.scanned import ScannedModel
 
 LENGTH, SLOTS, LANES = 48, 3, 3
 BASE = DecoderConfig(
@@ -41,10 +42,16 @@ def drawn(cfg, dtype):
 
 
 def ours(cfg, q, cache, loop, layer, slots, positions):
-    """What `Attention` does without the kernel."""
+    """`RowCache` attends without the kernel."""
     window = None if cfg.window_table() is None else jnp.asarray(cfg.window_table())[layer][loop]
-    how = positions[:, None], window, cfg.attention_scale, cfg.attn_softcap
-    return attend_cached(q[:, None], cache, (loop, layer, slots), *how)[:, 0]
+    rows = Rows(loop, positions, slots)
+    return cache.look(q, rows, layer, window, cfg.attention_scale, cfg.attn_softcap)
+
+
+def options(cfg):
+    """The kernel's static arguments for a model."""
+    window = cfg.windows[0] if cfg.windows else None
+    return dict(sm_scale=cfg.attention_scale, soft_cap=cfg.attn_softcap, sliding_window=window)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +61,7 @@ def test_the_kernels_reference_agrees_on_our_rows(name, dtype):
     cfg = CONFIGS[name]
     q, *rows = drawn(cfg, dtype)
     with jax.numpy_rank_promotion("allow"):
-        theirs = ref_ragged_paged_attention(q, *tpu.pages_of(*rows), **tpu.options(cfg))
+        theirs = ref_ragged_paged_attention(q, *tpu.pages_of(*rows), **options(cfg))
     np.testing.assert_allclose(
         np.asarray(theirs, np.float32),
         np.asarray(ours(cfg, q, *rows), np.float32),
@@ -97,7 +104,7 @@ FITS = BASE.replace(num_heads=8, num_kv_heads=1, head_dim=256)
     ],
 )  # fmt: skip
 def test_what_the_kernel_refuses(cfg, dtype, length, shards, reason):
-    said = tpu.refusal(cfg, jnp.dtype(dtype), length, shards)
+    said = tpu.PagedCache.unsupported(cfg, jnp.dtype(dtype), length, shards)
     assert (said is None) if reason is None else reason in said
 
 
@@ -124,26 +131,21 @@ def test_the_stand_in_is_the_kernels_reference(name):
     pages = tpu.pages_of(*rows)
     blocks = dict(num_kv_pages_per_block=1, num_queries_per_block=1)
     with jax.numpy_rank_promotion("allow"):
-        theirs = ref_ragged_paged_attention(q, *pages, **tpu.options(cfg))
-    np.testing.assert_allclose(stand_in(q, *pages, **tpu.options(cfg), **blocks), theirs, atol=1e-5)
+        theirs = ref_ragged_paged_attention(q, *pages, **options(cfg))
+    np.testing.assert_allclose(stand_in(q, *pages, **options(cfg), **blocks), theirs, atol=1e-5)
 
 
 def decode(cfg, params, is_paged):
     """Lanes at two loops for a few tokens: their states."""
-    model = Decoder(cfg, attends="paged" if is_paged else "xla")
-    cache = RowCache.zeros(cfg, 2, 32)
-    x = np.random.default_rng(1).normal(size=(2, 1, cfg.embed_dim)).astype(np.float32)
+    model = ScannedModel(Decoder(cfg), tpu.PagedCache if is_paged else RowCache)
+    cache = model.new_cache(2, 32)
+    x = np.random.default_rng(1).normal(size=(2, cfg.embed_dim)).astype(np.float32)
     loop, slots = np.asarray([0, 1], np.int32), np.asarray([1, 0], np.int32)
-
-    @jax.jit
-    def run(params, x, cache, position):
-        positions = jnp.full((2, 1), position)
-        options = dict(cache=cache, slots=slots, method="run_loop")
-        return model.apply({"params": params}, x, loop, positions, **options)
+    run = jax.jit(model.run_block)
 
     states = []
     for position in range(3):
-        x, cache = run(params, x, cache, np.int32(position))
+        x, cache = run(params, x, Rows(loop, np.full(2, position, np.int32), slots), cache)
         states.append(np.asarray(x))
     return np.stack(states)
 

@@ -4,8 +4,6 @@ The source is a random Llama of width 32 with the embedded model's tokenizer, so
 depends on a pretrained model.
 """
 
-import array
-import fcntl
 import json
 import os
 import pathlib
@@ -15,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import termios
 import time
 
 import jax
@@ -89,28 +86,54 @@ def command(place, workdir, *overrides):
     ]
 
 
-def launch(place, workdir, *overrides, env=None):
-    """The real command line, as a child process."""
+# The job, with a standard output that waits behind every step's line for a line of standard input,
+# until that is closed. The run then stands still between steps, however fast the machine is.
+STEPWISE = """
+import runpy, sys
+
+class Output:
+    def __init__(self, file):
+        self.file, self.waits = file, False
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, text):
+        self.waits = self.waits or text.startswith("step ")
+        return self.file.write(text)
+
+    def flush(self):
+        self.file.flush()
+        if self.waits:
+            self.waits = False
+            sys.stdin.readline()
+
+sys.stdout = Output(sys.stdout)
+runpy.run_module("recursive_jax.train", run_name="__main__", alter_sys=True)
+"""
+
+
+def launch(place, workdir, *overrides, env=None, stepwise=False):
+    """The real command line, as a child process; `stepwise` is for `steps`."""
+    program = ["-c", STEPWISE] if stepwise else ["-m", "recursive_jax.train"]
     return subprocess.Popen(
-        [sys.executable, "-m", "recursive_jax.train", *command(place, workdir, *overrides)],
+        [sys.executable, *program, *command(place, workdir, *overrides)],
         cwd=ROOT, env=env or environment(place), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
-def interrupt_in_the_middle(process):
-    """SIGTERM while it can neither have ended nor not have begun.
+def steps(process, lines):
+    """Yields n behind step n, where the process stands still until the next n is taken.
 
-    Its output goes into a pipe that holds a third of it and that nobody reads, so it stands still
-    after some steps however fast it is; we wait until it has taken a few.
+    Its output is appended to `lines`. `process.communicate()` lets it run on by itself.
     """
-    fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
-    waiting = array.array("i", [0])
-    while waiting[0] < 2500:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.1)
-        fcntl.ioctl(process.stdout, termios.FIONREAD, waiting)
-    process.send_signal(signal.SIGTERM)
+    for line in iter(process.stdout.readline, ""):
+        lines.append(line)
+        if line.startswith("step "):
+            yield int(line.removeprefix("step ").partition("/")[0])
+            process.stdin.write("\n")
+            process.stdin.flush()
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +143,13 @@ def runs(place):
     workdirs["resumed"] = workdirs["interrupted"]
     out, stopped_at = {}, None
     for name, workdir in workdirs.items():
-        process = launch(place, workdir)
+        process = launch(place, workdir, stepwise=name == "interrupted")
+        lines = []
         if name == "interrupted":
-            interrupt_in_the_middle(process)
-        out[name] = (workdir, *process.communicate(), process.returncode)
+            assert 3 in steps(process, lines), process.communicate()
+            process.send_signal(signal.SIGTERM)
+        stdout, stderr = process.communicate()
+        out[name] = (workdir, "".join(lines) + stdout, stderr, process.returncode)
         if name == "interrupted":
             stopped_at = checkpoint.latest_step(workdir)
     return out, stopped_at
@@ -190,22 +216,25 @@ def test_two_processes_train_as_one(runs, place):
     """Of two hosts, each with half of every batch; SIGTERM to one of them stops both."""
     whole, workdir = runs[0]["whole"][0], place / "hosts"
 
-    def start():
+    def start(stepwise=False):
         with socket.create_server(("localhost", 0)) as server:
             port = server.getsockname()[1]
         for n in range(2):
             env = environment(place) | {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
             env |= {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
             env |= {"SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)}
-            yield launch(place, workdir, "--distributed", env=env)
+            yield launch(place, workdir, "--distributed", env=env, stepwise=stepwise and n == 0)
 
-    first, second = start()
-    lines = iter(first.stdout.readline, "")
-    assert any(line.startswith("step 3/") for line in lines), first.communicate()
-    second.send_signal(signal.SIGTERM)
+    first, second = start(stepwise=True)
+    lines = []
+    for step in steps(first, lines):
+        if step == 3:
+            second.send_signal(signal.SIGTERM)
+        if step >= 3:  # JAX tells the processes of a signal within about a second
+            time.sleep(0.2)
     ends = [process.communicate() for process in (first, second)]
     stopped_at = checkpoint.latest_step(workdir)
-    assert f"stopped at step {stopped_at} and saved; run the same" in ends[0][0], ends
+    assert f"stopped at step {stopped_at} and saved; run the same" in "".join(lines), (lines, ends)
     assert 3 <= stopped_at < STEPS
 
     processes = list(start())
@@ -269,8 +298,8 @@ SERVER = """
 import io, json, os, runpy, sys
 import flax, grain, jax, ml_collections, optax, transformers, tensorboardX
 from orbax.checkpoint import v1
-import recursive_jax.sharding, recursive_jax.text, recursive_jax.metrics, recursive_jax.cli
-import recursive_jax.training.evaluation, recursive_jax.training.step, recursive_jax.weights.start
+import recursive_jax.sharding, recursive_jax.text, recursive_jax.metrics, recursive_jax.start
+import recursive_jax.console.app, recursive_jax.evaluation.perplexity, recursive_jax.training.step
 recursive_jax.text.load_tokenizer(recursive_jax.weights.source.ASSETS / "tiny")  # lazy imports
 for case in json.loads(sys.stdin.read()):
     child = os.fork()
@@ -436,7 +465,10 @@ def refusals(place, runs):
     )  # fmt: skip
     assert server.returncode == 0, server.stderr
     assert listing(place / "whole") == before, "a refusal touched the finished run"
-    read = lambda case, what: pathlib.Path(f"{case['log']}.{what}").read_text()  # noqa: E731
+
+    def read(case, what):
+        return pathlib.Path(f"{case['log']}.{what}").read_text()
+
     return {c["name"]: [read(c, what) for what in ("code", "stdout", "stderr")] for c in cases}
 
 

@@ -86,7 +86,7 @@ def run(cfg, params):
     """Hidden state after every loop `[L, B, T, D]` and logits `[B, T, V]`."""
     model = Decoder(cfg)
     positions = np.broadcast_to(np.arange(TOKENS.shape[1], dtype=np.int32), TOKENS.shape)
-    hidden, _ = model.apply({"params": params}, TOKENS, positions, all_loops=True)
+    hidden = model.apply({"params": params}, TOKENS, positions, all_loops=True)
     return hidden, model.apply({"params": params}, hidden[-1], method="unembed")
 
 
@@ -97,9 +97,12 @@ def forward(cfg):
 
 @functools.cache
 def gradients(cfg):
-    """Of a fixed random functional of the logits."""
+    """Gradients of a fixed random functional of the logits."""
     target = np.random.default_rng(0).standard_normal((*TOKENS.shape, cfg.vocab_size))
-    loss = lambda params: (run(cfg, params)[1] * target.astype(np.float32)).sum()  # noqa: E731
+
+    def loss(params):
+        return (run(cfg, params)[1] * target.astype(np.float32)).sum()
+
     return jax.jit(jax.grad(loss), compiler_options=QUICK)
 
 
@@ -172,7 +175,9 @@ def test_check_3_stepwise_golden_table(depth, loops, expected):
 
 
 def test_check_3_rounding_is_a_parameter():
-    table = lambda *a: " ".join(map(str, tying.selected_depths("stepwise", *a)))  # noqa: E731
+    def table(*args):
+        return " ".join(map(str, tying.selected_depths("stepwise", *args)))
+
     assert table(18, 9, "floor") == "0 2 4 6 8 10 12 14 17"
     assert table(6, 3, "half_up") == "0 3 5"
     params, cfg = vanilla("llama")
@@ -352,8 +357,10 @@ def test_check_9_factor_two_and_split_spectrum(shape, seed, data):
     rank = data.draw(st.integers(1, side))
     rng = np.random.default_rng(0)
     sigma = np.linalg.svd((first.astype(np.float64) - second) / 2, compute_uv=False)
-    tail = lambda r: np.square(sigma[r:]).sum()  # noqa: E731
     close = dict(rtol=1e-4, atol=1e-10 * sigma[0] ** 2)
+
+    def tail(r):
+        return np.square(sigma[r:]).sum()
 
     lower = low_rank.residual_start(weights, first, rank, rng)
     average = low_rank.centred_start(weights, low_rank.mean(weights), rank, rng)
@@ -482,7 +489,10 @@ def test_check_15_table_and_costly_projections():
     ):  # fmt: skip
         assert round(tying.break_even_rank(*cfg.projections[name], loops)) == expected
     tied = GEMMA_2B.replace(num_layers=9, num_loops=2)
-    rank = lambda r: tied.replace(lora_ranks=tying.resolve_ranks(GEMMA_2B, r))  # noqa: E731
+
+    def rank(r):
+        return tied.replace(lora_ranks=tying.resolve_ranks(GEMMA_2B, r))
+
     assert tying.costly_projections(rank(64)) == {}
     costly = tying.costly_projections(rank(128))
     assert {n: (r, round(limit)) for n, (r, limit) in costly.items()} == {
@@ -551,8 +561,7 @@ def test_check_27_untied_model_has_the_same_logits(family, norms):
     tied = perturbed(tied)
     back, back_cfg = tying.untie(tied, tied_cfg)
     assert (back_cfg.num_loops, back_cfg.num_layers, back_cfg.lora_ranks) == (1, 6, ())
-    shapes = lambda tree: jax.tree.map(lambda x: x.shape, tree)  # noqa: E731
-    assert shapes(back) == shapes(abstract_params(back_cfg))
+    assert {path: leaf.shape for path, leaf in names.flat(back).items()} == names.shapes(back_cfg)
     reference = logits(tied, tied_cfg)
     assert distance(logits(back, back_cfg), reference) < 1e-5
     if norms != "folded":
@@ -608,7 +617,10 @@ def test_folding_a_layer_norm_makes_the_biases_it_needs():
 
 def test_defaults_follow_the_paper():
     params, cfg = vanilla("llama")
-    same = lambda x, y: jax.tree.all(jax.tree.map(np.array_equal, x[0], y[0]))  # noqa: E731
+
+    def same(x, y):
+        return jax.tree.all(jax.tree.map(np.array_equal, x[0], y[0]))
+
     tie = functools.partial(tying.tie, params, cfg, 2)
     assert same(tie(), tie("stepwise", "none"))
     assert same(tie(lora_ranks=3), tie("average", "svd", 3))
@@ -627,8 +639,13 @@ def test_norms_start_with_the_weights_that_a_loop_uses():
     path = "block/attention/q_norm/scale"
     source = weight(params, path)
     own = source.reshape(2, 3, -1).swapaxes(0, 1)
-    start = lambda *a, **k: weight(tying.tie(params, cfg, 2, *a, **k)[0], path)  # noqa: E731
-    both = lambda table: np.repeat(table[:, None], 2, axis=1)  # noqa: E731
+
+    def start(*args, **kwargs):
+        return weight(tying.tie(params, cfg, 2, *args, **kwargs)[0], path)
+
+    def both(table):
+        return np.repeat(table[:, None], 2, axis=1)
+
     np.testing.assert_array_equal(start("stepwise"), both(source[[0, 2, 5]]))
     np.testing.assert_array_equal(start("upper", "zero", 2), both(source[3:]))
     np.testing.assert_allclose(start("average"), both(own.mean(axis=1)), rtol=1e-6)
@@ -647,7 +664,10 @@ def test_random_keeps_no_layer_of_the_source():
     assert jax.tree.map(lambda x: x.shape, fresh) == jax.tree.map(
         lambda x: x.shape, abstract_params(fresh_cfg)
     )
-    outside = lambda tree: {name: x for name, x in tree.items() if name != "block"}  # noqa: E731
+
+    def outside(tree):
+        return {name: x for name, x in tree.items() if name != "block"}
+
     assert set(outside(fresh)) == {"embedding", "head", "final_norm"}
     chex.assert_trees_all_equal(outside(fresh), outside(params))
     assert (fresh["block"]["pre_mlp_norm"]["scale"] == 1).all()

@@ -30,7 +30,7 @@ class Recording:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tick:
+class SimulatedTick:
     """What one pass of the block ran.
 
     Attributes:
@@ -70,7 +70,7 @@ class TickTime:
     head: Callable[[int], float] = no_time
     fill: Callable[[int], float] = no_time
 
-    def __call__(self, tick: Tick) -> float:
+    def __call__(self, tick: SimulatedTick) -> float:
         starts = sum(loop == 0 for loop in tick.lanes.values())
         time = self.block + (self.chunk if tick.chunk else 0.0)
         return time + self.embed(starts) + self.head(len(tick.exits)) + self.fill(tick.skipped)
@@ -79,9 +79,9 @@ class TickTime:
 def replay(
     scheduler: Scheduler,
     recordings: Sequence[Recording],
-    tick_time: Callable[[Tick], float] = TickTime(block=1.0),
+    tick_time: Callable[[SimulatedTick], float] = TickTime(block=1.0),
     max_ticks: int = 1,
-) -> Iterator[Tick]:
+) -> Iterator[SimulatedTick]:
     """Run the requests again, with the exits they had.
 
     Args:
@@ -124,7 +124,7 @@ def replay(
             if chunk and chunk.ends_prompt and not recordings[requests[chunk.slot]].exit_loops:
                 finished.append(chunk.slot)
             scheduler.record(exited, finished)
-            tick = Tick(
+            tick = SimulatedTick(
                 now,
                 {requests[slot]: loop for slot, loop in lanes.items()},
                 tuple(requests[slot] for slot in exited),
@@ -154,7 +154,9 @@ class Totals:
     time: float
 
     @classmethod
-    def of(cls, ticks: Iterable[Tick], tick_time: Callable[[Tick], float]) -> Totals:
+    def of(
+        cls, ticks: Iterable[SimulatedTick], tick_time: Callable[[SimulatedTick], float]
+    ) -> Totals:
         count, passes, tokens, time = 0, 0, 0, 0.0
         for tick in ticks:
             count += 1

@@ -23,13 +23,10 @@ import numpy as np
 from recursive_jax.decoding.engine import Engine
 from recursive_jax.decoding.requests import Sampling
 from recursive_jax.decoding.sampling import SamplingParams, sample
-from recursive_jax.models.attention import Missing
-from recursive_jax.models.decoder import Decoder
-from recursive_jax.models.kv_cache import Cache
-from recursive_jax.models.parameters import head_params
+from recursive_jax.models.interface import Backfill, Cache, DecodeModel, Rows
 
-REPEATS = 7  # medians of so many
-SECONDS = 0.05  # a repeat takes at least so long, that the host's share does not count
+REPEATS = 7  # runs, of which the median counts
+SECONDS = 0.05  # the least time of a run, so that the host's share is small
 GREEDY = Sampling()
 
 
@@ -82,14 +79,20 @@ class Times:
 
 
 class Stopwatch:
-    """Times the parts of an engine's tick, once or again and again while others work.
+    """Times the parts of an engine's tick, once, or repeatedly while other engines work.
 
-    The engine forgets its requests, and serves none until `close`: its cache is used, since two
+    The engine forgets its requests and serves none until `close`: its cache is used, because two
     might not fit into memory. Its ticks need not be compiled.
 
     Args:
-      sampling: how tokens are chosen, for the noise of those at random takes time as well.
-      exit_loops: tokens by loops executed, of which the loops of the lanes follow; evenly if None.
+      sampling: how tokens are chosen; noise takes time as well.
+      exit_loops: tokens by loops executed, from which the loops of the lanes follow; evenly spread
+        if None.
+
+    Attributes:
+      seconds: of each run, by the name of the part: 'embed', 'chunk', 'filled', ('lanes', number),
+        ('head', rows).
+      passes: how often a run executes a part, by name.
     """
 
     def __init__(
@@ -98,33 +101,27 @@ class Stopwatch:
         sampling: Sampling = GREEDY,
         exit_loops: Mapping[int, int] | None = None,
     ):
-        self._engine, self._box = engine, [engine._cache]
-        engine._cache = None
-        model = engine._ticks.model  # with the attention that its ticks use
-        params, slots, box = engine.params, engine.num_slots, self._box
-        self._propagates = engine.can_exit and engine._ticks.missing_kv == "propagate"
+        self._engine, self._box = engine, [engine.lend_cache()]
+        model, params, slots, box = engine.model, engine.params, engine.num_slots, self._box
+        self._propagates = engine.loop.propagates
         some = {max(1, slots * n // 8) for n in (1, 2, 4, 6, 8)}
-        self._rows = sorted((some | {*engine._ticks.head_sizes}) - {0})
+        self._rows = sorted((some | {*engine.loop.head_sizes}) - {0})
         self._mix = exit_loops or dict.fromkeys(range(1, engine.num_loops + 1), 1)
-        calls: dict[Any, Callable[[int], Any]] = {
-            "embed": _embed(model, head_params(params), slots)
-        }
-        self._calls, self._seconds = calls, collections.defaultdict[Any, list[float]](list)
+        calls: dict[Any, Callable[[int], Any]] = {"embed": _embed(model, params, slots)}
+        self._calls, self.seconds = calls, collections.defaultdict[Any, list[float]](list)
         try:
             for lanes in sorted({engine.num_lanes, slots}):
-                calls["lanes", lanes] = _block(model, params, box, **self._lanes(lanes))
+                calls["lanes", lanes] = _block(model, params, box, self.lane_rows(lanes))
             if self._propagates:
-                missing = _missing(model, slots)
-                filled = self._lanes(slots) | {"missing": missing}
-                calls["filled"] = _block(model, params, box, **filled)
-            beside = _beside(self._lanes(engine.num_lanes), engine.chunk_length)
-            calls["chunk"] = _block(model, params, box, **beside, together=engine.chunk_length)
+                backfill = _backfill(model, slots)
+                calls["filled"] = _block(model, params, box, self.lane_rows(slots), backfill)
+            calls["chunk"] = _block(model, params, box, self.rows_with_chunk())
             for n in self._rows:
-                calls["head", n] = _head(model, head_params(params), n, sampling)
-            # so many that lanes are at every loop equally often
+                calls["head", n] = _head(model, params, n, sampling)
+            # so many passes that lanes are at every loop equally often
             counts = {name: _count(call) for name, call in calls.items()}
             loops = engine.num_loops
-            self._counts = {name: -(-count // loops) * loops for name, count in counts.items()}
+            self.passes = {name: -(-count // loops) * loops for name, count in counts.items()}
         except BaseException:
             self.close()
             raise
@@ -137,39 +134,50 @@ class Stopwatch:
     def run(self) -> None:
         """Time every part once more; takes about `SECONDS` for each, and a quarter to warm up."""
         for name, call in self._calls.items():
-            call(-(-self._counts[name] // 4))  # after another program threads sleep
+            call(-(-self.passes[name] // 4))  # after another program threads sleep
             start = time.perf_counter()
-            call(self._counts[name])
-            self._seconds[name].append((time.perf_counter() - start) / self._counts[name])
+            call(self.passes[name])
+            self.seconds[name].append((time.perf_counter() - start) / self.passes[name])
 
-    def _lanes(self, lanes: int) -> dict[str, Any]:
-        """Lanes at the loops and positions `[pass, lane]` of a tick: a slot's are apart in both.
+    def lane_rows(self, lanes: int) -> LaneRows:
+        """Lanes at the loops and positions of a tick: those of a slot differ in both.
 
-        One lane per slot is at mixed loops where tokens leave when they like. Where all leave
-        together, in batches and at full depth, all lanes are at one loop, and multiply by the LoRAs
-        of that only; it is another one in the next pass. Tokens that left their batch wait there:
-        they are multiplied, but attend to nothing, as idle lanes.
+        With one lane per slot, loops are mixed where tokens leave at any time. In batches and at
+        full depth all tokens leave together. All lanes are then at one loop and multiply by its
+        LoRAs only; the next pass is at the next loop. Tokens that left their batch wait: they are
+        multiplied, but attend to nothing, as idle lanes.
         """
-        engine, ticks, length = self._engine, self._engine._ticks, self._box[0].length
+        engine, loops, length = self._engine, self._engine.loop, self._box[0].length
         lane, per_slot = np.arange(lanes, dtype=np.int32), lanes // engine.num_slots
         loop, turns = lane % per_slot, engine.num_loops if per_slot == 1 else 1
-        positions = np.minimum(engine.context_length // 2 + loop, length - 1)
-        if engine.num_lanes == engine.num_slots and ticks.can_exit:
+        position = np.minimum(engine.context_length // 2 + loop, length - 1)
+        if engine.num_lanes == engine.num_slots and loops.can_exit:
             ran = [sum(n for e, n in self._mix.items() if e > i) for i in range(engine.num_loops)]
             ran, middle = np.array(ran), (lane + 0.5) / lanes
-            if ticks.depthwise:
+            if loops.depthwise:
                 loop, turns = np.searchsorted(np.cumsum(ran) / ran.sum(), middle), 1
             else:
-                positions = np.where(middle < ran[:, None] / ran[0], positions, length)
-        return {
-            "loop": loop.astype(np.int32),
-            "positions": np.broadcast_to(positions, (turns, lanes)),
-            "slots": lane // per_slot,
-        }
+                position = np.where(middle < ran[:, None] / ran[0], position, length)
+        return LaneRows(
+            loop=loop.astype(np.int32),
+            position=np.broadcast_to(position, (turns, lanes)).astype(np.int32),
+            slot=lane // per_slot,
+        )
+
+    def rows_with_chunk(self) -> LaneRows:
+        """The lanes, and a chunk of a prompt after them."""
+        lanes, length = self.lane_rows(self._engine.num_lanes), self._engine.chunk_length
+        at, turns = np.arange(length, dtype=np.int32), len(lanes.position)
+        return LaneRows(
+            loop=np.concatenate([lanes.loop, 0 * at]),
+            position=np.concatenate([lanes.position, np.tile(at, (turns, 1))], axis=1),
+            slot=np.concatenate([lanes.slot, 0 * at]),
+            prompt=length,
+        )
 
     def times(self) -> Times:
         """Medians of all runs so far."""
-        seconds = {name: statistics.median(runs) for name, runs in self._seconds.items()}
+        seconds = {name: statistics.median(runs) for name, runs in self.seconds.items()}
         lanes, slots = self._engine.num_lanes, self._engine.num_slots
         fill = seconds["filled"] - seconds["lanes", slots] if self._propagates else 0.0
         return Times(
@@ -185,8 +193,8 @@ class Stopwatch:
 def measure(engine: Engine, exit_loops: Mapping[int, int] | None = None) -> Times:
     """Times of an engine's model, lanes and cache; takes a few seconds, on one device.
 
-    All parts in turn, again and again: when the machine is busy for a while, all are. The engine
-    forgets its requests. `exit_loops`: as for `Stopwatch`.
+    The parts take turns, many times: when the machine is busy for a while, it is for all of them.
+    The engine forgets its requests. `exit_loops`: as for `Stopwatch`.
     """
     watch = Stopwatch(engine, exit_loops=exit_loops)
     try:
@@ -197,72 +205,72 @@ def measure(engine: Engine, exit_loops: Mapping[int, int] | None = None) -> Time
         watch.close()
 
 
-def _missing(model: Decoder, slots: int) -> Missing:
+@dataclasses.dataclass(frozen=True)
+class LaneRows:
+    """The rows of passes that follow each other.
+
+    Attributes:
+      loop: int32 [R], of the first pass; one further in every next pass if there are several.
+      position: int32 [pass, R].
+      slot: int32 [R].
+      prompt: as `Rows.prompt`.
+    """
+
+    loop: np.ndarray
+    position: np.ndarray
+    slot: np.ndarray
+    prompt: int = 0
+
+
+def _backfill(model: DecodeModel, slots: int) -> Backfill:
     deeper = np.arange(1, model.cfg.num_loops, dtype=np.int32)
     rows = len(deeper) * slots
-    return Missing(
-        x=_noise(rows, 1, model.cfg.embed_dim).astype(model.dtype),
+    return Backfill(
+        x=_noise(rows, model.cfg.embed_dim).astype(model.dtype),
         loop=np.repeat(deeper, slots),
-        positions=np.zeros((rows, 1), np.int32),
-        slots=np.tile(np.arange(slots, dtype=np.int32), len(deeper)),
+        position=np.zeros(rows, np.int32),
+        slot=np.tile(np.arange(slots, dtype=np.int32), len(deeper)),
     )
 
 
-def _beside(lanes: dict[str, Any], length: int) -> dict[str, Any]:
-    """The lanes, and a chunk of a prompt after them."""
-    at = np.arange(length, dtype=np.int32)
-    turns = len(lanes["positions"])
-    chunk = {"loop": 0 * at, "positions": np.tile(at, (turns, 1)), "slots": 0 * at}
-    return {name: np.concatenate([lanes[name], rows], axis=-1) for name, rows in chunk.items()}
+def _block(model: DecodeModel, params, box: list[Cache], lanes: LaneRows, backfill=None):
+    """Passes of the block; the cache in `box` is donated and put back."""
+    turns, count_rows = lanes.position.shape
 
-
-def _block(model, params, box: list[Cache], positions, loop, missing=None, **where):
-    """Passes of the block; the cache in `box` is donated and put back.
-
-    Lanes are at `loop` and the first of `positions` in the first pass, one further in the next.
-    """
-    turns, lanes = positions.shape
-
-    def passes(params, cache, count, x, missing):
+    def passes(params, cache, count, x, backfill):
         def one(i, carry):
             x, cache = carry
-            x, cache = model.apply(
-                {"params": params},
-                x,
-                loop + i % turns,
-                positions=jnp.asarray(positions)[i % turns, :, None],
-                cache=cache,
-                missing=missing,
-                **where,
-                method="run_loop",
-            )
+            loop, position = lanes.loop + i % turns, jnp.asarray(lanes.position)[i % turns]
+            rows = Rows(loop, position, jnp.asarray(lanes.slot), lanes.prompt)
+            x, cache = model.run_block(params, x, rows, cache, backfill)
             return _unit(x), cache
 
         x, cache = jax.lax.fori_loop(0, count, one, (x, cache))
         return cache, x
 
-    x = _noise(lanes, 1, model.cfg.embed_dim).astype(model.dtype)
-    run = jax.jit(passes, donate_argnums=1).lower(params, box[0], np.int32(1), x, missing).compile()
+    x = _noise(count_rows, model.cfg.embed_dim).astype(model.dtype)
+    arguments = (params, box[0], np.int32(1), x, backfill)
+    run = jax.jit(passes, donate_argnums=1).lower(*arguments).compile()
 
     def call(count):
-        box[0], out = run(params, box[0], np.int32(count), x, missing)
+        box[0], out = run(params, box[0], np.int32(count), x, backfill)
         jax.block_until_ready(out)
 
     return call
 
 
-def _head(model, params, rows: int, sampling: Sampling) -> Callable[[int], Any]:
+def _head(model: DecodeModel, params, rows: int, sampling: Sampling) -> Callable[[int], Any]:
     stacked = SamplingParams.stack([sampling] * rows)
     seeds, positions = np.zeros(rows, np.uint32), np.zeros(rows, np.int32)
 
     def heads(given, count, x):
-        weights, asked = given  # as arguments: of constants XLA would make a shorter program
+        params, sampling = given  # as arguments: XLA would simplify constants
 
         def one(i, x):
-            logits = model.apply({"params": weights}, x, method="unembed")
-            where = positions + i  # noise of its own
-            _, logprob = sample(logits, asked, seeds, where, one_device=model.on_one_device)
-            return _unit(x + logprob[:, None].astype(x.dtype))  # each waits for the one before
+            logits = model.logits(params, x)
+            where = positions + i  # other noise in every pass
+            _, logprob = sample(logits, sampling, seeds, where, top1=model.top1)
+            return _unit(x + logprob[:, None].astype(x.dtype))  # each pass waits for the last
 
         return jax.lax.fori_loop(0, count, one, x)
 
@@ -270,16 +278,16 @@ def _head(model, params, rows: int, sampling: Sampling) -> Callable[[int], Any]:
     return _compiled(heads, (params, stacked), x)
 
 
-def _embed(model, params, slots: int) -> Callable[[int], Any]:
+def _embed(model: DecodeModel, params, slots: int) -> Callable[[int], Any]:
     def embeds(params, count, tokens):
         def one(_, tokens):
-            x = model.apply({"params": params}, tokens, method="embed")
+            x = model.embed(params, tokens)
             moved = jnp.sum(jnp.abs(x), axis=-1).astype(jnp.int32) + 1
             return (tokens + moved) % model.cfg.vocab_size
 
         return jax.lax.fori_loop(0, count, one, tokens)
 
-    return _compiled(embeds, params, np.arange(slots, dtype=np.int32)[:, None])
+    return _compiled(embeds, params, np.arange(slots, dtype=np.int32))
 
 
 def _compiled(function: Callable, params, x) -> Callable[[int], Any]:
@@ -288,7 +296,7 @@ def _compiled(function: Callable, params, x) -> Callable[[int], Any]:
 
 
 def _count(call: Callable[[int], Any]) -> int:
-    """So many in a row that they take `SECONDS`."""
+    """How many runs in a row take `SECONDS`."""
     call(1)
     count = 1
     while True:
@@ -300,7 +308,7 @@ def _count(call: Callable[[int], Any]) -> int:
 
 
 def _unit(x):
-    """Keeps the size of a state that goes round and round."""
+    """Keep the size of a state that passes through again and again."""
     scale = jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True) + 1e-6)
     return (x / scale).astype(x.dtype)
 

@@ -1,4 +1,4 @@
-"""The engine as the command line describes it, for every job that decodes."""
+"""Engine flags, for every job that decodes, and the engine that they describe."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NO_MEASURE, CALIBRATED = "none", "calibrated"
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """A function, so that importing a job adds no flags to another's."""
+    """Define the flags; a function, so that importing one job adds no flags to another."""
     string, integer, boolean, separated, choice = (
         functools.partial(define, flag_values=values)
         for define in (
@@ -64,7 +64,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def check_sizes(options: flags.FlagValues) -> None:
-    """Wrong sizes are told before a model is read."""
+    """Raises ValueError for wrong sizes, before a model is read."""
     check_number("num_slots", options.num_slots, True, 1, 2**20)
     check_number("chunk_length", options.chunk_length, True, 1, 2**20)
     if options.context_length is not None:
@@ -72,7 +72,7 @@ def check_sizes(options: flags.FlagValues) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Exits:
+class ExitChoice:
     """When tokens leave.
 
     Attributes:
@@ -86,8 +86,8 @@ class Exits:
     origin: str = ""
 
 
-def read_exits(options: flags.FlagValues) -> Exits:
-    """What the flags say, as far as it can be told without a model."""
+def read_exits(options: flags.FlagValues) -> ExitChoice:
+    """The exit choice of the flags, checked as far as possible without a model."""
     name, given = options.exit_measure, options.exit_threshold
     if options.draft_loop is not None and (not options.lossless or name != NO_MEASURE):
         raise ValueError(
@@ -105,27 +105,27 @@ def read_exits(options: flags.FlagValues) -> Exits:
     if name == CALIBRATED:
         if given is not None:
             raise ValueError("--exit_threshold with --exit_measure=calibrated; name the measure")
-        return Exits()
+        return ExitChoice()
     if name == NO_MEASURE:
         if given is not None:
             raise ValueError("--exit_threshold without --exit_measure; name one")
-        return Exits()
+        return ExitChoice()
     measure = make_measure(name)
     if options.lossless and not measure.can_exit:
         raise ValueError(f"--lossless with --exit_measure={name}, which never drafts; name another")
     if given is None:
-        return Exits(measure)
+        return ExitChoice(measure)
     try:
         thresholds = tuple(float(value) for value in given)
     except ValueError as error:
         raise ValueError(f"exit_threshold={','.join(given)}; expected numbers") from error
     for value in thresholds:
         measure.check_threshold(value)
-    return Exits(measure, thresholds, "--exit_threshold")
+    return ExitChoice(measure, thresholds, "--exit_threshold")
 
 
-def resolve_exits(options: flags.FlagValues, exits: Exits, opened: Opened) -> Exits:
-    """With what the checkpoint brings; a ValueError says what it cannot serve."""
+def resolve_exits(options: flags.FlagValues, exits: ExitChoice, opened: Opened) -> ExitChoice:
+    """Complete the choice by the checkpoint; ValueError if the model cannot serve it."""
     num_loops, calibrated = opened.cfg.num_loops, opened.calibrated
     if options.lossless and num_loops < 2:
         raise ValueError(
@@ -141,7 +141,7 @@ def resolve_exits(options: flags.FlagValues, exits: Exits, opened: Opened) -> Ex
                 f"{opened.spec} has no thresholds.json; name an exit measure: "
                 f"{', '.join(MEASURE_NAMES)}"
             )
-        exits = Exits(make_measure(calibrated.measure))
+        exits = ExitChoice(make_measure(calibrated.measure))
     if exits.measure is None:
         return exits
     exits.measure.check_loops(num_loops)
@@ -152,7 +152,7 @@ def resolve_exits(options: flags.FlagValues, exits: Exits, opened: Opened) -> Ex
         )
     if exits.thresholds is None and calibrated and calibrated.measure == exits.measure.name:
         origin = f"thresholds.json, at most {calibrated.bound:.2%} of tokens differ"
-        exits = Exits(exits.measure, calibrated.thresholds, origin)
+        exits = ExitChoice(exits.measure, calibrated.thresholds, origin)
     if exits.thresholds is not None and len(exits.thresholds) not in {1, num_loops - 1}:
         raise ValueError(
             f"{len(exits.thresholds)} exit thresholds ({exits.origin}); expected one, or one after "
@@ -161,42 +161,45 @@ def resolve_exits(options: flags.FlagValues, exits: Exits, opened: Opened) -> Ex
     return exits
 
 
+def needed_context(requests: Sequence[Request]) -> int:
+    """Cache rows that the longest request needs, in whole tiles of a TPU."""
+    longest = max(len(r.tokens) + r.max_new_tokens for r in requests)
+    return -(-longest // 128) * 128
+
+
 def make_engine(
     model: Model,
     options: flags.FlagValues,
-    exits: Exits,
+    exits: ExitChoice,
     requests: Sequence[Request],
 ) -> Engine:
     """An engine with room for the longest of `requests`, compiled."""
     shards, mesh = sharding.data_shards(model.mesh), model.mesh
     if mesh.size == 1 and mesh.devices.flat[0].platform == "cpu":
-        mesh = None  # elsewhere it also says how the cache lies in memory
+        mesh = None  # on other platforms it also sets the cache's layout in memory
     num_loops = model.decoder.cfg.num_loops
     measure = exits.measure
     if measure is None and any((r.max_loops or num_loops) < num_loops for r in requests):
-        measure = Static(num_loops)  # nobody leaves but at a request's own bound
-    longest = max(len(r.tokens) + r.max_new_tokens for r in requests)
+        measure = Static(num_loops)  # tokens leave only at a request's own bound
     prompt = max(len(r.tokens) for r in requests) - 1
     num_slots = -(-min(options.num_slots, len(requests)) // shards) * shards
-    context_length = -(-longest // 128) * 128  # whole tiles on a TPU
-    build = functools.partial(
-        Engine,
-        model.decoder,
-        model.params,
-        num_slots=num_slots,
-        context_length=context_length,
-        chunk_length=min(options.chunk_length, -(-max(prompt, 1) // 16) * 16),
-        num_stop=max([1, *(len(r.stop) for r in requests)]),
-        measure=measure,
-        thresholds=exits.thresholds,
-        missing_kv=options.missing_kv,
-        lossless=options.lossless,
-        depthwise=options.depthwise,
-        mesh=mesh,
-        rules=model.rules,
-    )
+    context_length = needed_context(requests)
     try:
-        engine = build()
+        engine = Engine(
+            model.decoder,
+            model.params,
+            num_slots=num_slots,
+            context_length=context_length,
+            chunk_length=min(options.chunk_length, -(-max(prompt, 1) // 16) * 16),
+            num_stop=max([1, *(len(r.stop) for r in requests)]),
+            measure=measure,
+            thresholds=exits.thresholds,
+            missing_kv=options.missing_kv,
+            lossless=options.lossless,
+            depthwise=options.depthwise,
+            mesh=mesh,
+            rules=model.rules,
+        )
         engine.compile()
     except (jax.errors.JaxRuntimeError, MemoryError) as error:  # the device's, the host's
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
@@ -208,8 +211,8 @@ def make_engine(
     return engine
 
 
-def describe(engine: Engine, options: flags.FlagValues, exits: Exits) -> dict[str, str]:
-    """What is about to run, in words."""
+def describe(engine: Engine, options: flags.FlagValues, exits: ExitChoice) -> dict[str, str]:
+    """Rows of the start-up table."""
     lanes = engine.num_lanes // engine.num_slots
     words = {
         "slots": f"{engine.num_slots}" + (f", {lanes} lanes each" if lanes > 1 else ""),
@@ -217,7 +220,7 @@ def describe(engine: Engine, options: flags.FlagValues, exits: Exits) -> dict[st
         "prompt chunk": f"{engine.chunk_length} tokens",
         "cache": f"{engine.cache_bytes / 2**20:,.0f} MiB",
     }
-    words["attention"] = engine.attention
+    words["attention"] = engine.model.attention
     measure = exits.measure
     if measure is None:
         bounded = "where a request's max_loops says" if engine.can_exit else "none"

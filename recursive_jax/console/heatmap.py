@@ -1,4 +1,4 @@
-"""A picture of answers: every token in a box, coloured by the loop after which it left."""
+"""A picture of answers: every token in a box, coloured by the loop after which it exited."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import textwrap
 import unicodedata
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
-from recursive_jax.decoding.prompts import check_writable
+from recursive_jax import text
+from recursive_jax.decoding.prompts import Prompt, check_writable
+from recursive_jax.decoding.requests import Completion, Request
 
 COLUMNS = 100  # characters of a line
-MAX_LINES = 240  # of the picture; what is beyond is left out, and it says so
+MAX_LINES = 240  # of the picture; its title says when answers are left out
 LINE, CHARACTER = 0.235, 0.0836  # inches, of DejaVu Sans Mono at 10 points
 SHOWN = str.maketrans({"\n": "↵", "\t": "→", "\r": "␍"})
 
@@ -23,7 +26,7 @@ class Row:
     """One answer.
 
     Attributes:
-      title: what was asked.
+      title: the prompt.
       pieces: text of every token; '' where a token only begins a character.
       exit_loops: of every token, 1 … num_loops.
     """
@@ -33,8 +36,17 @@ class Row:
     exit_loops: Sequence[int]
 
 
+def make_row(tokenizer: Any, prompt: Prompt, request: Request, completion: Completion) -> Row:
+    """The row of one answer. `tokenizer`: any of `transformers`."""
+    content = prompt.content
+    question = content if isinstance(content, str) else content[-1]["content"]
+    detokenizer = text.Detokenizer(tokenizer, request.tokens)
+    pieces = [detokenizer.add([token]) for token in completion.tokens]
+    return Row(f"{prompt.id}: {question}", pieces, completion.exit_loops)
+
+
 def check(path: str | pathlib.Path) -> None:
-    """Raises ValueError when `save` could not draw into this file; for before the work."""
+    """Raise ValueError if `save` cannot draw into this file. Call it before the work."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError as error:
@@ -48,13 +60,13 @@ def check(path: str | pathlib.Path) -> None:
 
 
 def save(path: str | pathlib.Path, rows: Sequence[Row], num_loops: int, title: str) -> None:
-    """Draw answers into a file that passes `check`; its ending says the kind of picture."""
+    """Draw answers into a file that passes `check`. Its suffix chooses the file format."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch, Rectangle
 
-    lines, left_out = _lines(rows)
+    lines, left_out = wrap(rows)
     width = COLUMNS * CHARACTER + 0.4
     top = 1.0  # inches, for title and legend
     height = len(lines) * LINE + top + 0.2
@@ -63,20 +75,20 @@ def save(path: str | pathlib.Path, rows: Sequence[Row], num_loops: int, title: s
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
-    # From pale to strong, all pale enough for black letters: the more loops, the stronger.
+    # More loops have a stronger colour. All colours are pale enough for black letters.
     shades = matplotlib.colormaps["YlOrRd"]
     colour = {n: shades(0.05 + 0.5 * (n - 1) / max(num_loops - 1, 1)) for n in range(num_loops + 1)}
-    words = {"family": "DejaVu Sans Mono", "size": 10, "va": "center", "parse_math": False}
+    font = {"family": "DejaVu Sans Mono", "size": 10, "va": "center", "parse_math": False}
     for i, line in enumerate(lines):
         y = top + (i + 0.5) * LINE
         if isinstance(line, str):
-            axes.text(0.2, y, _drawable(line), weight="bold", **words)
+            axes.text(0.2, y, _drawable(line), weight="bold", **font)
             continue
         for column, piece, loops in line:
             x, length = 0.2 + column * CHARACTER, _width(piece) * CHARACTER
             box = (x, y - 0.44 * LINE), length, 0.88 * LINE
             axes.add_patch(Rectangle(*box, fc=colour[loops], ec="white", lw=0.8))
-            axes.text(x, y, _drawable(piece), **words)
+            axes.text(x, y, _drawable(piece), **font)
     counts = collections.Counter(n for row in rows for n in row.exit_loops)
     total = max(counts.total(), 1)
     axes.legend(
@@ -93,12 +105,17 @@ def save(path: str | pathlib.Path, rows: Sequence[Row], num_loops: int, title: s
     title += f"; {left_out}" if left_out else ""
     axes.text(0.2, 0.2, _drawable(title), va="center", size=11, parse_math=False)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for the character
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # matplotlib draws a box instead
         figure.savefig(path)
 
 
-def _lines(rows: Sequence[Row]) -> tuple[list[str | list[tuple[int, str, int]]], str]:
-    """Titles, and lines of (column, piece, loops); what was left out, in words."""
+def wrap(rows: Sequence[Row]) -> tuple[list[str | list[tuple[int, str, int]]], str]:
+    """Break answers into lines of at most `COLUMNS` characters.
+
+    Returns:
+      the lines, each a title or a list of (column, piece, loops); and which answers are shown, ''
+      when all are.
+    """
     lines: list[str | list[tuple[int, str, int]]] = []
     for shown, row in enumerate(rows):
         block: list[str | list[tuple[int, str, int]]] = [
@@ -122,11 +139,11 @@ def _lines(rows: Sequence[Row]) -> tuple[list[str | list[tuple[int, str, int]]],
     return lines, ""
 
 
-def _drawable(words: str) -> str:
-    """Half a surrogate pair is no character."""
-    return words.encode("utf-8", "replace").decode("utf-8")
+def _drawable(line: str) -> str:
+    """A line without half surrogate pairs, which are no characters."""
+    return line.encode("utf-8", "replace").decode("utf-8")
 
 
 def _width(piece: str) -> int:
-    """Columns: Chinese characters and the like take two."""
+    """Columns that a piece takes. Chinese characters and the like take two."""
     return len(piece) + sum(unicodedata.east_asian_width(c) in "WF" for c in piece)

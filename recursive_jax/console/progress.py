@@ -1,4 +1,4 @@
-"""How far a run is: steps of a training run, prompts of a decoding run."""
+"""Progress of a run: steps of training, prompts of a file, the text of one answer."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from collections.abc import Iterator, Mapping
 import jax
 
 from recursive_jax.console.tables import clock
+from recursive_jax.decoding.requests import Completion, Event
 
 
 class StepProgress:
-    """Rates and remaining time of a loop of `total` steps that may start in the middle.
+    """Rate and remaining time of a loop of `total` steps that may start in the middle.
 
-    The first step of a run compiles; it is left out of the rate. So are evaluations and saves
-    (`pause`), which only the remaining time counts.
+    The first step of a run compiles, so the rate leaves it out. The rate also leaves out
+    evaluations and saves (`pause`); the remaining time includes them.
     """
 
     def __init__(self, total: int, start: int = 0):
@@ -33,7 +34,7 @@ class StepProgress:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Around work between two steps that is no part of them."""
+        """A context around work between two steps, such as an evaluation."""
         began = time.perf_counter()
         yield
         self._paused += time.perf_counter() - began
@@ -54,15 +55,18 @@ class StepProgress:
 class PromptProgress:
     """A bar on standard error: prompts done, tokens per second, time left.
 
-    How far a request is: its tokens over its limit; one that ends before its limit jumps.
+    Args:
+      limits: `max_new_tokens` of every request, by index.
+
+    Attributes:
+      done: finished requests, plus tokens / max_new_tokens of every running request.
     """
 
     def __init__(self, limits: Mapping[int, int]):
-        """limits: `max_new_tokens` of every request."""
         from tqdm import tqdm
 
         self._limits, self._counts = limits, dict.fromkeys(limits, 0)
-        self._share = 0.0  # requests done, parts of them too
+        self.done = 0.0
         self._tokens, self._start, self._shown = 0, time.perf_counter(), 0.0
         self._bar = tqdm(
             total=len(limits),
@@ -80,23 +84,57 @@ class PromptProgress:
     def seconds(self) -> float:
         return time.perf_counter() - self._start
 
-    def add(self, request: int, count: int, over: bool) -> None:
-        """A request now has `count` tokens."""
-        before = self._counts[request] / self._limits[request]
-        self._tokens += count - self._counts[request]
-        self._counts[request] = count
-        self._share += (1.0 if over else count / self._limits[request]) - before
-        if over:
+    def add(self, event: Event) -> None:
+        """Count the new tokens of a request."""
+        index, limit, completion = event.index, self._limits[event.index], event.completion
+        before, count = self._counts[index], self._counts[index] + len(event.tokens)
+        if completion is not None:
+            count = len(completion.tokens)  # a stop string may take tokens back
             self._bar.update()
-        if self.seconds - self._shown > 0.2 or self._share == len(self._limits):
+        self._tokens += count - before
+        self._counts[index] = count
+        self.done += (count / limit if completion is None else 1.0) - before / limit
+        if self.seconds - self._shown > 0.2 or self.done == len(self._limits):
             self._refresh()
 
     def _refresh(self) -> None:
         self._shown = self.seconds
         seconds, total = self.seconds, len(self._limits)
-        words = f"{self._tokens / seconds:,.1f} tok/s"
-        if self._share:
-            left = seconds * max(total - self._share, 0.0) / self._share
-            words += f", {clock(left)} left"
-        self._bar.set_postfix_str(words, refresh=False)
+        rates = f"{self._tokens / seconds:,.1f} tok/s"
+        if self.done:
+            left = seconds * max(total - self.done, 0.0) / self.done
+            rates += f", {clock(left)} left"
+        self._bar.set_postfix_str(rates, refresh=False)
         self._bar.refresh()
+
+
+class PrintedAnswer:
+    """One answer, printed on standard output while it is decoded.
+
+    Attributes:
+      seconds: from the start to the last event.
+    """
+
+    def __init__(self):
+        self._start, self.seconds = time.perf_counter(), 0.0
+        self._first: float | None = None  # seconds to the first tokens
+        self._first_count = 0  # tokens that arrived with the first event
+
+    def add(self, event: Event) -> None:
+        """Print the new text."""
+        self.seconds = time.perf_counter() - self._start
+        if self._first is None and event.tokens:
+            self._first, self._first_count = self.seconds, len(event.tokens)
+        if jax.process_index() == 0:
+            print(event.piece, end="\n" if event.completion else "", flush=True)
+
+    def summary(self, completion: Completion) -> str:
+        """One line: tokens, tokens per second after the first event, seconds to the first token."""
+        count = len(completion.tokens)
+        facts = [f"{count} tokens ({completion.finish_reason})"]
+        if count > self._first_count > 0:
+            rate = (count - self._first_count) / (self.seconds - self._first)
+            facts.append(f"{rate:.1f} tok/s")
+        if self._first is not None:
+            facts.append(f"first token after {self._first:.2f} s")
+        return ", ".join(facts)

@@ -1,10 +1,10 @@
-"""What a person sees of decoding: what is about to happen, how far it is, how it went."""
+"""The closing numbers of a decoding run: as a record for --stats, and as a table."""
 
 from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,37 +12,39 @@ import jax
 from recursive_jax.analysis.timing import Times
 from recursive_jax.console import tables
 from recursive_jax.decoding.engine import Engine
+from recursive_jax.decoding.requests import Completion
 from recursive_jax.decoding.session import Stats
 
 
 def summary(
     engine: Engine,
     stats: Stats,
-    *,
-    prompts: int,
-    errors: int,
-    tokens: int,
+    completions: Sequence[Completion],
     seconds: float,
     lossless: bool = False,
     times: Times | None = None,
 ) -> dict[str, Any]:
-    """A run in numbers, for --stats.
+    """The record of a run, for --stats.
 
     Args:
-      tokens: of the answers. `stats` also counts stop tokens, and what was decoded behind a stop
-        string before anybody knew.
-      times: adds the bound, and lossless the gain over full depth as these times predict it.
+      engine: the engine that ran.
+      stats: of its session. They also count stop tokens and tokens after a stop string.
+      completions: one for every prompt, including errors.
+      seconds: wall-clock time of decoding.
+      lossless: adds the drafts.
+      times: adds the bound. With `lossless` also the gain over full depth that the times predict.
     """
+    tokens = sum(len(completion.tokens) for completion in completions)
     record = {
-        "prompts": prompts,
-        "errors": errors,
+        "prompts": len(completions),
+        "errors": sum(completion.finish_reason == "error" for completion in completions),
         "tokens": tokens,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
     }
     record |= {f"engine_{k}" if k == "tokens" else k: v for k, v in stats.to_json().items()}
     if lossless:
-        # a draft is right when its token needed no more than the loops before it
+        # a token that exited before the last loop had a correct draft
         accepted = sum(n for loops, n in stats.exit_loops.items() if loops < engine.num_loops)
         record |= {
             "drafted": stats.drafted,
@@ -51,7 +53,7 @@ def summary(
             "ticks_per_token": stats.ticks_per_token,
         }
     if times is not None and stats.tokens:
-        # without exits the loops of a token are what might have been (the oracle's)
+        # the oracle's exit loops are hypothetical: its tokens run all loops
         mean_loops = stats.mean_loops if engine.can_exit else engine.num_loops
         bound = times.bound(engine.num_slots, mean_loops)
         record |= {
@@ -70,7 +72,7 @@ def summary(
 
 
 def table(record: Mapping[str, Any]) -> str:
-    """`summary` for people."""
+    """The record of `summary` as a table."""
     rows = [("prompts", f"{record['prompts']:,}")]
     if record["errors"]:
         rows.append(("errors", f"{record['errors']:,}"))
@@ -106,6 +108,6 @@ def table(record: Mapping[str, Any]) -> str:
 
 
 def write(path: str | pathlib.Path, record: Mapping[str, Any]) -> None:
-    """JSON, by process 0."""
+    """Write a record as JSON, on process 0 only."""
     if jax.process_index() == 0:
         pathlib.Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -1,1 +1,1 @@
-"""The network for one CPU: kernels, parameter layout, layer loop."""
+"""The network for one CPU: kernels and their build, parameter layout, cache, layer loop."""

@@ -1,7 +1,7 @@
-"""Our kernels for a CPU: compiled for this machine when they are first needed.
+"""Builds the kernels for this CPU, when they are first needed.
 
-By the system's C++ compiler; the library is kept in the user's cache. Without a compiler XLA's
-kernels do. Here, too: large pages for what they read.
+The system's C++ compiler makes one library, which is kept in the user's cache directory. Without
+a compiler XLA's own kernels are used.
 """
 
 from __future__ import annotations
@@ -17,102 +17,120 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 
-_SOURCES = {
-    "SkinnyMatmul": "kernels/skinny_matmul.cc",
-    "DecodeAttention": "kernels/decode_attention.cc",
-    "Top1": "kernels/top1.cc",
+KERNELS = pathlib.Path(__file__).parent / "kernels"
+SOURCES = {
+    "SkinnyMatmul": "skinny_matmul.cc",
+    "DecodeAttention": "decode_attention.cc",
+    "Top1": "top1.cc",
 }
-_HEADERS = ("kernels/vectors.h",)
-_PAGE = 2 << 20
-_MADV_COLLAPSE = 25
-_FLAGS = ("-O2", "-march=native", "-std=c++17", "-shared", "-fPIC")
+HEADERS = ("vectors.h",)
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-O2", "-march=native", "-std=c++17", "-shared", "-fPIC")
+SECONDS = 120  # the longest that a compiler may take
+PAGE = 2 << 20  # bytes of a large page
+MADV_COLLAPSE = 25
 
 
 def call(name: str, result: Any, **options) -> Any:
-    """`jax.ffi.ffi_call` of a kernel that `has` is True of."""
-    return jax.ffi.ffi_call(_target(name), result, **options)
+    """`jax.ffi.ffi_call` of a kernel for which `has` is True."""
+    return jax.ffi.ffi_call(target(name), result, **options)
 
 
-def has(name: str) -> bool:
-    """Whether the kernel, one of `_SOURCES`, can be used here. Warns once if not."""
-    return name in _registered()
+def has(name: str, say: Callable[[str], None] = logging.warning) -> bool:
+    """Whether the kernel, one of `SOURCES`, can be used on this machine.
+
+    The first call builds the library, if need be. `say` is then given one line before the build,
+    and one line when it fails.
+    """
+    return name in _registered(say)
+
+
+def target(name: str) -> str:
+    """The name under which XLA finds a kernel."""
+    return f"recursive_jax_{name}"
 
 
 def use_huge_pages(arrays: Iterable[Any]) -> None:
-    """Puts what of `arrays` XLA has in this host's memory on large pages, if Linux has them.
+    """Move the host memory of arrays to large pages, where Linux offers them.
 
-    From small ones a product of few rows takes a tenth longer to read its weights. What else lies
-    on a page comes with it; what cannot be moved stays.
+    A product of few rows reads its weights from small pages a tenth slower. Other data on the same
+    pages is moved as well; pages that cannot be moved stay.
     """
     if sys.platform != "linux":
         return
     advise = ctypes.CDLL(None).madvise
     advise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     pages = set()
-    ours = [a for a in arrays if isinstance(a, jax.Array) and a.nbytes >= _PAGE // 2]
+    ours = [a for a in arrays if isinstance(a, jax.Array) and a.nbytes >= PAGE // 2]
     for shard in (s.data for a in jax.block_until_ready(ours) for s in a.addressable_shards):
         first = shard.unsafe_buffer_pointer()
-        pages.update(range(first // _PAGE, -(-(first + shard.nbytes) // _PAGE)))
+        pages.update(range(first // PAGE, -(-(first + shard.nbytes) // PAGE)))
     for page in sorted(pages):
-        advise(page * _PAGE, _PAGE, _MADV_COLLAPSE)
+        advise(page * PAGE, PAGE, MADV_COLLAPSE)
 
 
-def _target(name: str) -> str:
-    return f"recursive_jax_{name}"
+_names: frozenset[str] | None = None  # registered kernels; None before the first call
 
 
-@functools.cache
-def _registered() -> frozenset[str]:
-    """Compiles and registers the kernels: all of them, or none."""
+def _registered(say: Callable[[str], None]) -> frozenset[str]:
+    global _names
+    if _names is None:
+        _names = frozenset(_register(say))
+    return _names
+
+
+def _register(say: Callable[[str], None]) -> list[str]:
+    """Build and register the kernels: all of them, or none."""
     try:
-        library = ctypes.CDLL(str(_compiled()))
-        handlers = {name: getattr(library, name) for name in _SOURCES}
+        library = ctypes.CDLL(str(_library(say)))
+        handlers = {name: getattr(library, name) for name in SOURCES}
     except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
-        said = str(getattr(error, "stderr", None) or "").strip() or str(error)
-        logging.warning(
-            "%s are not used, and a CPU decodes more slowly: %s",
-            ", ".join(_SOURCES.values()),
-            said.splitlines()[0],
+        reason = str(getattr(error, "stderr", None) or "").strip() or str(error)
+        say(
+            f"{', '.join(SOURCES.values())} are not used, and a CPU decodes more slowly: "
+            f"{reason.splitlines()[0]}"
         )
-        return frozenset()
+        return []
     for name, handler in handlers.items():
-        jax.ffi.register_ffi_target(_target(name), jax.ffi.pycapsule(handler), platform="cpu")
-    return frozenset(handlers)
+        jax.ffi.register_ffi_target(target(name), jax.ffi.pycapsule(handler), platform="cpu")
+    return list(handlers)
 
 
-def _compiled() -> pathlib.Path:
-    """The library for these sources, compiler, CPU and interface of XLA, made if it is not there.
+def _library(say: Callable[[str], None]) -> pathlib.Path:
+    """The library for these sources, this compiler and CPU, and this XLA; built where missing.
 
     Raises:
-      OSError, RuntimeError, subprocess.SubprocessError: no compiler, it fails, there is no home, or
-        the cache cannot be written.
+      OSError, RuntimeError, subprocess.SubprocessError: there is no compiler, the compiler fails,
+        there is no home directory, or the cache cannot be written.
     """
     given = shlex.split(os.environ.get("CXX", ""))  # a compiler and options, or "ccache g++"
-    wanted = given[:1] or ["c++", "g++", "clang++"]
+    wanted = given[:1] or COMPILERS
     compiler = next(filter(shutil.which, wanted), None)
     if compiler is None:
         raise FileNotFoundError(f"no C++ compiler (looked for {', '.join(wanted)}; or set CXX)")
-    run = functools.partial(subprocess.run, check=True, capture_output=True, text=True, timeout=120)
-    command = [compiler, *given[1:], *_FLAGS]
-    # What the compiler defines tells its version and what the CPU can do.
-    defined = run([*command, "-dM", "-E", "-x", "c++", os.devnull]).stdout
+    run = functools.partial(
+        subprocess.run, check=True, capture_output=True, text=True, timeout=SECONDS
+    )
+    command = [compiler, *given[1:], *FLAGS]
+    # The predefined macros identify the compiler's version and the CPU's instructions.
+    macros = run([*command, "-dM", "-E", "-x", "c++", os.devnull]).stdout
     include = pathlib.Path(jax.ffi.include_dir())
     interface = (include / "xla" / "ffi" / "api" / "c_api.h").read_text()
-    here = pathlib.Path(__file__).parent
-    sources = [here / source for source in _SOURCES.values()]
-    texts = [path.read_text() for path in (*sources, *(here / header for header in _HEADERS))]
-    what = hashlib.sha256("\0".join([*texts, interface, defined]).encode())
+    sources = [KERNELS / source for source in SOURCES.values()]
+    texts = [path.read_text() for path in (*sources, *(KERNELS / header for header in HEADERS))]
+    key = hashlib.sha256("\0".join([*texts, interface, macros]).encode()).hexdigest()[:16]
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    library = cache / "recursive_jax" / f"kernels-{what.hexdigest()[:16]}.so"
+    library = cache / "recursive_jax" / f"kernels-{key}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
+        say(f"building CPU kernels with {compiler} into {library.parent} (once, some 20 seconds)")
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             made = pathlib.Path(scratch) / library.name
             run([*command, "-isystem", include, *sources, "-o", made])
-            made.replace(library)  # whole or not at all: others may be at it too
+            made.replace(library)  # whole or not at all: another process may build it too
     return library

@@ -1,7 +1,6 @@
-"""One query per lane over the rows of a `KVCache`: attention of decoding on a CPU.
+"""A cache whose decode lanes attend by a kernel for one CPU.
 
-`decode_attention.cc` writes new rows and does what `attention.attend_cached` does, in one pass
-over the rows; where it cannot be compiled (`native`) XLA does both.
+`kernels/decode_attention.cc` writes the new rows and attends, in one pass over the rows.
 """
 
 from __future__ import annotations
@@ -11,73 +10,78 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from recursive_jax.cpu import build
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.kv_cache import KVCache
+from recursive_jax.models.interface import Rows
+from recursive_jax.models.kv_cache import ArrayCache, KVCache
 
-_MOST_SIZE = 512  # of a head, as in decode_attention.cc
-
-
-def refusal(cfg: DecoderConfig, dtype: Any, devices: int = 1) -> str | None:
-    """Why the kernel cannot serve this model, or None if it can.
-
-    Args:
-      dtype: of the cache.
-      devices: that the cache is spread over.
-    """
-    if devices > 1:
-        return "it is for one device"
-    if np.dtype(dtype) != np.float32:
-        return f"it does not take {np.dtype(dtype).name}"
-    if cfg.head_dim % 8 or cfg.head_dim > _MOST_SIZE:
-        return f"head_dim={cfg.head_dim} is not a multiple of 8 up to {_MOST_SIZE}"
-    return None if build.has("DecodeAttention") else "it is not compiled"
+KERNEL = "decode_attention.cc"
+MOST_HEAD_DIM = 512  # as in the kernel
 
 
-def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    cache: KVCache,
-    where,
-    positions: jax.Array,
-    window: jax.Array | None,
-    scale: float,
-    softcap: float | None,
-) -> tuple[jax.Array, KVCache]:
-    """What `Cache.write` and then `attention.attend_cached` do, for one query per lane; float32.
+@struct.dataclass
+class CpuCache(KVCache):
+    """A `KVCache` on one CPU. A NaN in one head of a lane stays in that head."""
 
-    Where it meets NaN only the head that does is NaN, there all heads of the lane.
+    @classmethod
+    def unsupported(cls, cfg: DecoderConfig, dtype: Any, length: int) -> str | None:
+        """Why the kernel cannot serve this model, in words, or None if it can."""
+        if np.dtype(dtype) != np.float32:
+            return f"it does not take {np.dtype(dtype).name}"
+        if cfg.head_dim % 8 or cfg.head_dim > MOST_HEAD_DIM:
+            return f"head_dim={cfg.head_dim} is not a multiple of 8 up to {MOST_HEAD_DIM}"
+        return None if build.has("DecodeAttention") else "it is not compiled"
 
-    Args:
-      q: `[B, 1, N, H]`, asked at the place of the first B rows.
-      k, v: the new rows, `[R, 1, K, H]`, R >= B.
-      where: loop (scalar or `[R]`), layer, slots `[R]`.
-      positions: `[R, 1]`.
-      window: scalar or `[B]`, or None.
+    def attend(self, q, k, v, rows: Rows, layer, window, scale, softcap):
+        """Write k and v, then attend; see `interface.Cache`."""
+        lanes = len(q) - rows.prompt
+        if not lanes:
+            return super().attend(q, k, v, rows, layer, window, scale, softcap)
+        y, cache = self._attend_lanes(
+            q[:lanes], k, v, rows, layer, None if window is None else window[:lanes], scale, softcap
+        )
+        if rows.prompt:
+            new = slice(lanes, len(q))
+            prompt = Rows(rows.loop[new], rows.position[new], rows.slot[new], rows.prompt)
+            limits = None if window is None else window[new]
+            y_prompt = cache.look(q[new], prompt, layer, limits, scale, softcap)
+            y = jnp.concatenate([y, y_prompt])
+        return y, cache
 
-    Returns:
-      `[B, 1, N, H]`, and the cache with the new rows.
-    """
-    loop, layer, slots = where
-    ints = lambda numbers, count: jnp.broadcast_to(numbers, count).astype(jnp.int32)  # noqa: E731
-    rows, lanes = len(k), len(q)
-    windows = () if window is None else (ints(window, lanes),)
-    like = lambda array: jax.ShapeDtypeStruct(array.shape, jnp.float32)  # noqa: E731
-    results = like(q[:, 0]), like(cache.keys), like(cache.values)
-    y, keys, values = build.call("DecodeAttention", results, input_output_aliases={3: 1, 4: 2})(
-        q[:, 0],
-        k[:, 0],
-        v[:, 0],
-        cache.keys,
-        cache.values,
-        ints(layer, 1),
-        ints(loop, rows),
-        ints(slots, rows),
-        ints(positions[:, 0], rows),
-        *windows,
-        scale=np.float32(scale),
-        softcap=np.float32(softcap or 0),
-    )
-    return y[:, None], KVCache(keys, values)
+    def _attend_lanes(self, q, k, v, rows: Rows, layer, window, scale, softcap):
+        """The kernel: q `[B, N, H]` belongs to the first B of the new rows."""
+
+        def ints(numbers, count):
+            return jnp.broadcast_to(numbers, count).astype(jnp.int32)
+
+        def like(array):
+            return jax.ShapeDtypeStruct(array.shape, jnp.float32)
+
+        call = build.call(
+            "DecodeAttention",
+            (like(q), like(self.keys), like(self.values)),
+            input_output_aliases={3: 1, 4: 2},
+        )
+        y, keys, values = call(
+            q,
+            k,
+            v,
+            self.keys,
+            self.values,
+            ints(layer, 1),
+            *(ints(column, len(k)) for column in (rows.loop, rows.slot, rows.position)),
+            *(() if window is None else (ints(window, len(q)),)),
+            scale=np.float32(scale),
+            softcap=np.float32(softcap or 0),
+        )
+        return y, self.replace(keys=keys, values=values)
+
+
+def cache_class(cfg: DecoderConfig, dtype: Any) -> tuple[type[ArrayCache], str]:
+    """The cache for one CPU, and how rows attend to it, in words."""
+    reason = CpuCache.unsupported(cfg, dtype, 0)
+    if reason is None:
+        return CpuCache, f"{KERNEL} kernel"
+    return KVCache, f"XLA ({KERNEL}: {reason})"

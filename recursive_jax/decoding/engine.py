@@ -1,10 +1,9 @@
 """Continuous depth-wise batching (paper §2.4): many requests, each at its own loop, one block.
 
-The engine knows slots, the scheduler knows requests; `session.Session` stands between them. Verbs
-of the engine: `admit` a request into a slot, `step` a few ticks, `release` a slot. What admit and
-release change reaches the device with the next step, so there are two executables (ticks with and
-without prompt work; a third wipes a slot that held NaN) and, after `compile`, nothing compiles
-again.
+The engine has slots, the scheduler has requests; `session.Session` connects them. An engine can
+`admit` a request into a slot, `step` a few ticks and `release` a slot. Admissions and releases
+reach the device with the next step. There are two executables: ticks with and without prompt work.
+A third one wipes a slot that held NaN. After `compile`, nothing compiles again.
 """
 
 from __future__ import annotations
@@ -17,19 +16,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from recursive_jax.cpu import build
-from recursive_jax.cpu import cache as cpu_cache
-from recursive_jax.decoding import admission
-from recursive_jax.decoding.exit_measures import Measure
+from recursive_jax.decoding.exit_measures import Measure, Recorded, Static
+from recursive_jax.decoding.limits import Limits
 from recursive_jax.decoding.placement import Placement
 from recursive_jax.decoding.requests import Request, check_number
 from recursive_jax.decoding.sampling import SamplingParams
 from recursive_jax.decoding.scheduler import Chunk
-from recursive_jax.decoding.state import MAX_TICKS, NO_TOKEN, Chunks, Found
-from recursive_jax.decoding.tick import Ticks
-from recursive_jax.models import tpu
-from recursive_jax.models.decoder import Decoder
-from recursive_jax.models.kv_cache import Cache
+from recursive_jax.decoding.state import MAX_TICKS, NO_TOKEN, Chunks, TickOutputs
+from recursive_jax.decoding.thresholds import threshold_row
+from recursive_jax.decoding.tick import DecodeLoop
+from recursive_jax.models.interface import Cache, DecodeModel
 
 MISSING_KV = ("complete", "propagate", "copy")
 
@@ -43,16 +39,16 @@ class NewToken(NamedTuple):
 
 
 class Tick(NamedTuple):
-    """What one tick did; slots are keys.
+    """The events of one tick; slots are keys.
 
     Attributes:
       lanes: loop that the newest token of each slot ran, as `Scheduler.lanes`.
-      exited: slots whose next token starts from the next tick on.
+      exited: slots whose next token starts in the next tick.
       finished: slots whose request ended, with its last token.
       tokens: new ones, final; the stop token is one of them.
       busy: lanes in use, those of completing tokens too.
       head_rows: lanes that ran the vocabulary head.
-      drafted: tokens of this tick whose own successor had been drafted (`lossless`).
+      drafted: tokens of this tick whose next token was drafted before this one was verified.
       dropped: lanes given up because a draft was wrong.
     """
 
@@ -70,35 +66,37 @@ class Engine:
     """Runs up to `num_slots` requests at once.
 
     Args:
-      model: its dtype is also the cache's.
-      params: on their devices; those of a CPU move to large pages.
+      model: the network and its cache.
+      params: on their devices, as `model.prepare` returns them.
       num_slots: S; on a mesh a multiple of the devices that share the batch.
       context_length: cache rows of a slot, or a few less: prompt and answer together fit.
       chunk_length: prompt tokens that run beside the lanes in a tick.
       num_stop: the most stop ids any request has.
-      measure: says which tokens leave early; None runs all loops.
+      measure: decides which tokens leave early; None runs all loops.
       thresholds: of the measure, after loop 1, 2, …; a number is for all; None: the measure's own.
-      missing_kv: where keys and values of the loops that a token skipped come from. 'complete': it
-        goes on through them beside its successors, so they are exact. 'propagate': projected from
-        the state with which it left. 'copy': those of its last loop. The last prompt token counts
-        as one that skips none.
+      missing_kv: the source of keys and values of loops that a token skipped. 'complete': the token
+        continues through these loops beside its successors, so they are exact. 'propagate': they
+        are projected from the state with which it left. 'copy': they are those of its last loop.
+        The last prompt token skips no loop.
       lossless: a token that leaves only drafts its successor; it is kept if the last loop chooses
         the same, so the tokens are those of full depth. Needs missing_kv='complete'.
       depthwise: False is the sequence-wise baseline: slots start their tokens together.
-      mesh: the mesh `params` are sharded on; None for one device. Devices that share a batch have
-        slots of their own, and run their own ticks without a word to each other.
+      mesh: the mesh `params` are sharded on; None for one device. Each data shard has its own slots
+        and runs its own ticks. There are no collectives over `data`.
       rules: logical axis rules of that mesh.
 
     Attributes:
-      attention: how lanes attend, and if by XLA why.
+      loop: the compiled decode loop of one shard.
+      limits: the requests that it accepts.
+      executables: 'tick', 'chunk' (a tick with prompt work) and 'wipe', after `compile`.
 
-    A mesh of devices that are only described (`jax.experimental.topologies`), with params that are
-    `jax.ShapeDtypeStruct`s, makes an engine that can `compile` and tell its `memory`, no more.
+    With a mesh of devices that are only described (`jax.experimental.topologies`) and params that
+    are `jax.ShapeDtypeStruct`s, an engine can `compile` and report its `memory`, nothing else.
     """
 
     def __init__(
         self,
-        model: Decoder,
+        model: DecodeModel,
         params: Any,
         num_slots: int,
         context_length: int,
@@ -119,8 +117,8 @@ class Engine:
             check_number(name, value, True, 1, 2**31 - 1)
         if measure is not None and not isinstance(measure, Measure):
             raise ValueError(
-                f"measure={measure!r}; expected one of decoding.early_exit, as make_measure(name) "
-                "gives"
+                f"measure={measure!r}; expected one of decoding.exit_measures, as "
+                "make_measure(name) returns"
             )
         if missing_kv not in MISSING_KV:
             raise ValueError(f"missing_kv={missing_kv!r}; expected one of {', '.join(MISSING_KV)}")
@@ -132,7 +130,7 @@ class Engine:
         self.model, self.params, self.num_slots = model, params, num_slots
         self.context_length, self.chunk_length = context_length, min(chunk_length, context_length)
         self.num_stop, self.measure, self.depthwise = num_stop, measure, depthwise
-        self._thresholds = admission.threshold_row(measure, thresholds, self.num_loops)
+        self._thresholds = threshold_row(measure, thresholds, self.num_loops)
         self._placement = Placement(mesh, rules)
         shards = self._placement.shards
         if num_slots % shards:
@@ -145,12 +143,8 @@ class Engine:
                 f"depthwise=False on {shards} devices that share the batch; each would wait for "
                 "its own slots only. Measure the sequence-wise baseline on one of them"
             )
-        self._attends, self.attention = self._choose_attention()
-        if self._placement.platform == "cpu" and self._placement.devices == 1:
-            build.use_huge_pages(jax.tree.leaves(params))
-        self._ticks = Ticks(
-            # it sees one shard's lanes
-            model=model.clone(data_shards=1, attends=self._attends),
+        self.loop = DecodeLoop(
+            model=model,
             num_slots=num_slots // shards,
             context_length=context_length,
             chunk_length=self.chunk_length,
@@ -160,13 +154,28 @@ class Engine:
             lossless=lossless and self.num_loops > 1,
             depthwise=depthwise,
         )
-        self._run = jax.jit(
-            self._placement.spread(self._ticks.run),
-            donate_argnums=1,
-            out_shardings=self._placement.outputs,
+        # A request's own bounds need no measure: the engine's is then the last loop.
+        decides = self.can_exit and measure != Static(self.num_loops)
+        self.limits = Limits(
+            context_length=context_length,
+            vocab_size=model.cfg.vocab_size,
+            num_loops=self.num_loops,
+            num_stop=num_stop,
+            can_exit=self.can_exit,
+            check_threshold=measure.check_threshold if decides else None,
+            needs_recorded_loops=isinstance(measure, Recorded),
         )
-        self._wipe_slot = jax.jit(Cache.wipe, donate_argnums=0, out_shardings=self._placement.cache)
-        self._executables: dict[str, Any] = {}  # 'tick', 'chunk', 'wipe'
+        abstract = jax.eval_shape(self._new_cache)
+        self._cache_formats = self._placement.cache_formats(abstract)
+        self._run = jax.jit(
+            self._placement.spread(self.loop.run),
+            donate_argnums=1,
+            out_shardings=self._placement.outputs(self._cache_formats),
+        )
+        self._wipe_slot = jax.jit(
+            type(abstract).wipe, donate_argnums=0, out_shardings=self._cache_formats
+        )
+        self.executables: dict[str, Any] = {}
         self._cache: Cache | None = None
         self.reset()
 
@@ -176,12 +185,17 @@ class Engine:
 
     @property
     def num_lanes(self) -> int:
-        return self.num_slots * self._ticks.lanes_per_slot
+        return self.num_slots * self.loop.lanes_per_slot
 
     @property
     def can_exit(self) -> bool:
         """Whether a token may start before its predecessor has run all loops."""
-        return self._ticks.can_exit
+        return self.loop.can_exit
+
+    @property
+    def cache(self) -> Cache | None:
+        """Keys and values; None while they are lent, and after a step that failed."""
+        return self._cache
 
     @property
     def cache_bytes(self) -> int:
@@ -189,32 +203,40 @@ class Engine:
 
     def memory(self) -> dict[str, Any]:
         """The compiler's memory analysis of every executable."""
-        return {name: e.memory_analysis() for name, e in self._executables.items()}
+        return {name: e.memory_analysis() for name, e in self.executables.items()}
 
     def reset(self) -> None:
-        """Forget all requests. Also mends an engine that failed in a step."""
+        """Forget all requests. An engine that failed in a step works again afterwards."""
         if self._cache is None:
-            self._cache = self._placement.make(self._new_cache, self._placement.cache)
+            self._cache = self._placement.make(self._new_cache, self._cache_formats)
             self._tainted: set[int] = set()  # slots that hold NaN
-        self._state = self._placement.put(self._ticks.state(self._placement.shards))
-        self._orders = self._ticks.orders(self._placement.shards)
-        self._sent: Any = None  # the orders on the device; None: there are newer ones
+        self._state = self._placement.put(self.loop.state(self._placement.shards))
+        self._inputs = self.loop.inputs(self._placement.shards)
+        self._sent: Any = None  # the inputs on the device; None: there are newer ones
+
+    def lend_cache(self) -> Cache:
+        """Return the cache and forget all requests; `reset` makes a new cache.
+
+        For measurements: two caches may not fit into memory.
+        """
+        cache, self._cache = self._cache, None
+        return cache
 
     def compile(self) -> None:
-        """Make the executables; `step` does it when it was not done before."""
-        if self._executables:
+        """Compile the executables; the first `step` does it otherwise."""
+        if self.executables:
             return
         place, run, wipe = self._placement, self._run, self._wipe_slot
         numbers = np.bool_(False), np.int32(0), np.int32(0), np.bool_(False)
-        fixed = place.put(self._orders.pack()), *place.everywhere(*numbers)
+        fixed = place.put(self._inputs.pack()), *place.everywhere(*numbers)
         for name, work in (("tick", None), ("chunk", place.put(self._chunk_arrays([])))):
             arguments = (self.params, self._cache, self._state, *fixed, work)
-            self._executables[name] = place.compile(run, *arguments)
-        self._executables["wipe"] = place.compile(wipe, self._cache, *place.everywhere(np.int32(0)))
+            self.executables[name] = place.compile(run, *arguments)
+        self.executables["wipe"] = place.compile(wipe, self._cache, *place.everywhere(np.int32(0)))
 
     def check(self, request: Request) -> None:
         """Raises ValueError unless this engine can answer the request."""
-        admission.check(request, self)
+        self.limits.check(request)
 
     def admit(self, slot: int, request: Request) -> None:
         """Put a request that passes `check` into a free slot.
@@ -227,9 +249,9 @@ class Engine:
             self.compile()
             cache, self._cache = self._cache, None
             number = self._placement.everywhere(np.int32(slot))
-            self._cache = self._executables["wipe"](cache, *number)
+            self._cache = self.executables["wipe"](cache, *number)
             self._tainted.remove(slot)
-        s, n = self._orders.settings, len(request.tokens)
+        s, n = self._inputs.settings, len(request.tokens)
         for name, value in SamplingParams.stack([request.sampling]).__dict__.items():
             getattr(s.sampling, name)[slot] = value[0]
         s.seeds[slot] = request.sampling.seed
@@ -243,12 +265,12 @@ class Engine:
             s.thresholds[slot] = request.exit_threshold
         if s.recorded.size:
             s.recorded[slot, n - 1 : n - 1 + request.max_new_tokens] = request.recorded_loops
-        self._change(slot, request.tokens[-1], n - 1, waiting=n == 1)
-        self._orders.changes.text[slot, :n] = request.tokens
+        self._update(slot, request.tokens[-1], n - 1, waiting=n == 1)
+        self._inputs.updates.text[slot, :n] = request.tokens
 
     def release(self, slot: int) -> None:
         """All lanes of the slot end; a request that finished has left its slot by itself."""
-        self._change(slot, 0, 0, waiting=False)
+        self._update(slot, 0, 0, waiting=False)
 
     def step(
         self,
@@ -273,11 +295,13 @@ class Engine:
         self.compile()
         place = self._placement
         work = place.put(self._chunk_arrays(chunks[:num_ticks])) if with_chunk else None
-        fresh = self._orders.changes.reset.any()
+        fresh = self._inputs.updates.reset.any()
         if self._sent is None:
-            self._sent = place.put(self._orders.pack())
+            self._sent = place.put(self._inputs.pack())
         cache, self._cache = self._cache, None  # donated: gone, even when the call fails
-        new_cache, self._state, found, count = self._executables["chunk" if with_chunk else "tick"](
+        new_cache, self._state, outputs, count = self.executables[
+            "chunk" if with_chunk else "tick"
+        ](
             self.params,
             cache,
             self._state,
@@ -291,56 +315,45 @@ class Engine:
             ),
             work,
         )
-        self._orders.changes.reset[:] = False
-        found, count = jax.device_get((found, count))  # here at the latest an error is known
+        self._inputs.updates.reset[:] = False
+        outputs, count = jax.device_get((outputs, count))  # here at the latest an error is known
         self._cache = new_cache
         # a shard that stopped earlier had nothing left to do
-        return [self._read(tick) for tick in Found.unpack(found[:, : count.max()])]
+        return [self._read(tick) for tick in TickOutputs.unpack(outputs[:, : count.max()])]
 
-    def _choose_attention(self) -> tuple[str, str]:
-        """`Decoder.attends` of the lanes, and what to say about it."""
-        model, place = self.model, self._placement
-        sizes = model.cfg, model.dtype
-        if place.platform == "tpu":
-            way, name = "paged", "ragged paged attention"
-            refusal = tpu.refusal(*sizes, self.context_length, place.head_shards)
-        elif place.platform == "cpu":
-            way, name = "few_queries", "decode_attention.cc"
-            refusal = cpu_cache.refusal(*sizes, place.devices)
-        else:
-            return "xla", f"XLA (our kernels are for TPUs and CPUs, not {place.platform})"
-        return (way, f"{name} kernel") if refusal is None else ("xla", f"XLA ({name}: {refusal})")
-
-    def _change(self, slot: int, token: int, position: int, waiting: bool) -> None:
-        changes, self._sent = self._orders.changes, None
-        changes.reset[slot] = True
-        slots = changes.slots
+    def _update(self, slot: int, token: int, position: int, waiting: bool) -> None:
+        updates, self._sent = self._inputs.updates, None
+        updates.reset[slot] = True
+        slots = updates.slots
         slots.token[slot], slots.position[slot], slots.waiting[slot] = token, position, waiting
 
-    def _read(self, found: Found) -> Tick:
-        slots = lambda mask: [slot for slot, true in enumerate(mask) if true]  # noqa: E731
-        new = zip(found.token, found.exit_loops, found.logprob, strict=True)
-        self._tainted.update(slots(found.tainted))
+    def _read(self, outputs: TickOutputs) -> Tick:
+        new = zip(outputs.token, outputs.exit_loops, outputs.logprob, strict=True)
+        self._tainted.update(_true(outputs.tainted))
         return Tick(
-            lanes={slot: loop for slot, loop in enumerate(found.newest) if loop >= 0},
-            exited=slots(found.exited),
-            finished=slots(found.finished),
+            lanes={slot: loop for slot, loop in enumerate(outputs.newest) if loop >= 0},
+            exited=_true(outputs.exited),
+            finished=_true(outputs.finished),
             tokens={slot: NewToken(*n) for slot, n in enumerate(new) if n[0] != NO_TOKEN},
-            busy=sum(found.busy),
-            head_rows=sum(found.head_rows),
-            drafted=sum(found.drafted),
-            dropped=sum(found.dropped),
+            busy=sum(outputs.busy),
+            head_rows=sum(outputs.head_rows),
+            drafted=sum(outputs.drafted),
+            dropped=sum(outputs.dropped),
         )
 
     def _new_cache(self) -> Cache:
-        model, new = self.model, self._placement.cache_class.zeros
-        return new(model.cfg, self.num_slots, self.context_length, model.dtype)
+        return self.model.new_cache(self.num_slots, self.context_length)
 
     def _chunk_arrays(self, chunks: Sequence[Chunk]) -> Chunks:
-        """For every shard its own: the slot's shard runs a chunk, the others have none."""
+        """Chunks by shard: the slot's shard runs a chunk, the others have none."""
         columns = np.zeros((5, self._placement.shards, MAX_TICKS), np.int32)
         for i, chunk in enumerate(chunks):
-            shard, slot = divmod(chunk.slot, self._ticks.num_slots)
+            shard, slot = divmod(chunk.slot, self.loop.num_slots)
             columns[:, shard, i] = chunk._replace(slot=slot)
         *columns, ends_prompt = columns.reshape(5, -1)
         return Chunks(*columns, ends_prompt.astype(bool))
+
+
+def _true(mask: Sequence[int]) -> list[int]:
+    """The slots where `mask` is not zero."""
+    return [slot for slot, value in enumerate(mask) if value]

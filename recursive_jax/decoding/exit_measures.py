@@ -1,9 +1,8 @@
-"""When a token has been through enough loops: exit measures, and their calibrated thresholds.
+"""Exit measures: scores that decide whether a token has run enough loops.
 
-A measure looks at tokens that have just run a loop and gives each a score; a token leaves when its
-score is *above* the threshold of that loop. Which token follows is never the measure's business.
-Measures that read logits make the vocabulary head run after every loop; the others pay for it only
-when a token leaves.
+A measure scores tokens that have just run a loop. A token leaves when its score is *above* the
+threshold of that loop. The measure does not choose the next token. Measures that read logits need
+the head after every loop; with other measures the head runs only when a token leaves.
 
 Axes: n rows, D embed, V vocab, L loops.
 """
@@ -24,8 +23,8 @@ NO_GUESS = -1
 
 
 @struct.dataclass
-class Look:
-    """What there is to see of n tokens that have just run a loop."""
+class ExitInputs:
+    """Inputs of a measure: n tokens that have just run a loop."""
 
     loops: jax.Array  # int32 [n], loops executed, 1 … L
     before: jax.Array  # [n, D], the state before that loop
@@ -36,20 +35,20 @@ class Look:
 
 
 class Measure(abc.ABC):
-    """`score(look) -> f32 [n]`. Subclasses are frozen dataclasses: part of a compiled tick."""
+    """`score(inputs) -> f32 [n]`. Subclasses are frozen dataclasses: part of a compiled tick."""
 
     name: ClassVar[str]
     needs_logits: ClassVar[bool] = False
     needs_previous: ClassVar[bool] = False  # `guesses` after the loop before, too
-    can_exit: ClassVar[bool] = True  # False: only watches, tokens run all loops
+    can_exit: ClassVar[bool] = True  # False: tokens run all loops
     default_threshold: ClassVar[float] = 0.0
     takes_threshold: ClassVar[bool] = True
-    range: ClassVar[tuple[float, float]] = (0.0, 1.0)  # of thresholds that make sense
-    least_loops: ClassVar[int] = 2  # of a model in which it can tell anything
+    range: ClassVar[tuple[float, float]] = (0.0, 1.0)  # of thresholds
+    least_loops: ClassVar[int] = 2  # of a model that the measure works for
 
     @abc.abstractmethod
-    def score(self, look: Look) -> jax.Array:
-        """How sure each token is, f32 [n]; it leaves above the threshold."""
+    def score(self, inputs: ExitInputs) -> jax.Array:
+        """The score of each token, f32 [n]; it leaves above the threshold."""
 
     def check_threshold(self, value: Any) -> None:
         """Raises ValueError unless `value` is a threshold for this measure."""
@@ -58,7 +57,7 @@ class Measure(abc.ABC):
         check_number(f"exit threshold of {self.name}", value, False, *self.range)
 
     def check_loops(self, num_loops: int) -> None:
-        """Raises ValueError when no token of a model with so many loops could leave early."""
+        """Raises ValueError if no token of a model with so many loops can leave early."""
         if num_loops < self.least_loops:
             raise ValueError(
                 f"exit measure {self.name!r} needs a model of at least {self.least_loops} loops, "
@@ -85,18 +84,18 @@ class Static(Measure):
                 f"1 … {num_loops}"
             )
 
-    def score(self, look):
-        return jnp.where(look.loops >= self.loops, jnp.inf, -jnp.inf)
+    def score(self, inputs):
+        return jnp.where(inputs.loops >= self.loops, jnp.inf, -jnp.inf)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recorded(Measure):
-    """Tokens leave where `Request.recorded_loops` says, so that measurements can be repeated."""
+    """Tokens leave after `Request.recorded_loops`, so that measurements can be repeated."""
 
     name, takes_threshold = "recorded", False
 
-    def score(self, look):
-        return jnp.where(look.loops >= look.recorded, jnp.inf, -jnp.inf)
+    def score(self, inputs):
+        return jnp.where(inputs.loops >= inputs.recorded, jnp.inf, -jnp.inf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +104,8 @@ class TopProbability(Measure):
 
     name, needs_logits, default_threshold = "top1", True, 0.9
 
-    def score(self, look):
-        return jnp.exp(jnp.max(look.logits, axis=-1) - jax.nn.logsumexp(look.logits, axis=-1))
+    def score(self, inputs):
+        return jnp.exp(jnp.max(inputs.logits, axis=-1) - jax.nn.logsumexp(inputs.logits, axis=-1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,23 +114,23 @@ class Margin(Measure):
 
     name, needs_logits, default_threshold = "margin", True, 0.5
 
-    def score(self, look):
-        top = jax.lax.top_k(look.logits, 2)[0]
-        top = jnp.exp(top - jax.nn.logsumexp(look.logits, axis=-1, keepdims=True))
+    def score(self, inputs):
+        top = jax.lax.top_k(inputs.logits, 2)[0]
+        top = jnp.exp(top - jax.nn.logsumexp(inputs.logits, axis=-1, keepdims=True))
         return top[:, 0] - top[:, 1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Stable(Measure):
-    """1 when the loop has not changed the most likely token, else 0; 0 after the first loop."""
+    """1 if the loop kept the most likely token, else 0; 0 after the first loop."""
 
     name, needs_logits, default_threshold = "stable", True, 0.5
     needs_previous, least_loops = True, 3  # two to compare, and one to save
 
-    def score(self, look):
-        earlier = jnp.maximum(look.loops - 2, 0)
-        previous = jnp.take_along_axis(look.guesses, earlier[:, None], axis=1)[:, 0]
-        same = jnp.argmax(look.logits, axis=-1) == jnp.where(look.loops > 1, previous, NO_GUESS)
+    def score(self, inputs):
+        earlier = jnp.maximum(inputs.loops - 2, 0)
+        previous = jnp.take_along_axis(inputs.guesses, earlier[:, None], axis=1)[:, 0]
+        same = jnp.argmax(inputs.logits, axis=-1) == jnp.where(inputs.loops > 1, previous, NO_GUESS)
         return same.astype(jnp.float32)
 
 
@@ -141,8 +140,8 @@ class Cosine(Measure):
 
     name, default_threshold, range = "cosine", 0.95, (-1.0, 1.0)
 
-    def score(self, look):
-        before, after = look.before.astype(jnp.float32), look.after.astype(jnp.float32)
+    def score(self, inputs):
+        before, after = inputs.before.astype(jnp.float32), inputs.after.astype(jnp.float32)
         norms = jnp.linalg.norm(before, axis=-1) * jnp.linalg.norm(after, axis=-1)
         return jnp.sum(before * after, axis=-1) / jnp.maximum(norms, 1e-30)
 
@@ -156,8 +155,8 @@ class Oracle(Measure):
 
     name, needs_logits, can_exit, takes_threshold = "oracle", True, False, False
 
-    def score(self, look):
-        return jnp.full(look.loops.shape, -jnp.inf)
+    def score(self, inputs):
+        return jnp.full(inputs.loops.shape, -jnp.inf)
 
 
 MEASURES = {m.name: m for m in (Recorded, TopProbability, Margin, Stable, Cosine, Oracle)}

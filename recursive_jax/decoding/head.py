@@ -1,34 +1,34 @@
-"""After every pass: which lanes' tokens leave, and which tokens follow them.
+"""After every pass: which tokens leave, and which tokens follow them.
 
-The vocabulary head runs here, on the few lanes that may bring a token; axes as in `tick`.
+The vocabulary head runs here, on the few lanes that need it; axes as in `tick`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from recursive_jax.decoding.exit_measures import Look, Measure
-from recursive_jax.decoding.lanes import Layout
+from recursive_jax.decoding.exit_measures import ExitInputs, Measure
+from recursive_jax.decoding.lanes import LaneMap
 from recursive_jax.decoding.requests import Sampling
-from recursive_jax.decoding.sampling import History, SamplingParams, largest, sample
-from recursive_jax.decoding.state import NO_TOKEN, Lanes, Seen
-from recursive_jax.models.decoder import Decoder
-from recursive_jax.models.parameters import head_params
+from recursive_jax.decoding.sampling import History, SamplingParams, sample
+from recursive_jax.decoding.state import NO_TOKEN, HeadOutputs, Lanes, SlotSettings
+from recursive_jax.models.interface import DecodeModel
 
 IDLE = SamplingParams.stack([Sampling()])
-SMALL = 8  # rows of the head: fewer cost the same, reading its weights is what takes time
+FEWEST_ROWS = 8  # of the head: fewer cost the same, because reading its weights takes the time
 
 
 @dataclasses.dataclass(frozen=True)
-class Exits:
-    """How an engine decides; the attributes are those of `tick.Ticks`."""
+class ExitHead:
+    """Exit decisions and the head; the attributes are those of `tick.DecodeLoop`."""
 
-    model: Decoder
-    layout: Layout
+    model: DecodeModel
+    lanes: LaneMap
     measure: Measure | None
     can_exit: bool
     lossless: bool
@@ -43,93 +43,110 @@ class Exits:
 
     @property
     def sizes(self) -> list[int]:
-        """Numbers of rows that the head runs on, ascending: each is a program to compile.
+        """Numbers of rows that the head is compiled for, ascending.
 
-        Where many lanes are looked at in every tick, most ticks need seven eighths of the rows.
+        Most ticks need at most seven eighths of the rows, even where many lanes run the head.
         """
-        capacity = min(self.layout.num_lanes, self.layout.num_slots * (2 if self.lossless else 1))
+        capacity = min(self.lanes.num_lanes, self.lanes.num_slots * (2 if self.lossless else 1))
         fewer = [capacity * eighths // 8 for eighths in (2, 4, 6, 7)]
-        return sorted({0, capacity, *(n for n in fewer if n >= SMALL)})
+        return sorted({0, capacity, *(n for n in fewer if n >= FEWEST_ROWS)})
 
-    def what_to_see(self, settings, lanes: Lanes, x) -> Look:
+    def exit_inputs(self, settings: SlotSettings, lanes: Lanes, x: jax.Array) -> ExitInputs:
+        """The inputs of the exit measure; x [B, D] are the states after the pass."""
         recorded = jnp.zeros_like(lanes.loop)
         if settings.recorded.shape[1]:
-            recorded = settings.recorded[self.layout.slot_of, lanes.position]
-        return Look(lanes.loop + 1, lanes.x, x, recorded, guesses=lanes.guesses)
+            recorded = settings.recorded[self.lanes.slot_of_lane, lanes.position]
+        return ExitInputs(lanes.loop + 1, lanes.x, x, recorded, guesses=lanes.guesses)
 
-    def look(self, params, settings, look: Look, text, lanes: Lanes, active, newest):
-        """Who leaves, and what follows.
+    def decide(
+        self, params: Any, settings: SlotSettings, inputs: ExitInputs, text, lanes: Lanes,
+        active, newest,
+    ) -> tuple[HeadOutputs, jax.Array, jax.Array]:  # fmt: skip
+        """Decide who leaves and which token follows.
+
+        Args:
+          text: int32 [S, N], prompts and answers by position.
+          active, newest: bool [B], lanes in use, and those with the newest token of their slot.
 
         Returns:
-          seen; bool [B] whose successor is now known; bool [B] the lanes that ran the head.
+          head outputs; bool [B], lanes whose successor is now known; bool [B], lanes that ran the
+          head.
         """
         fresh = newest & (lanes.successor == NO_TOKEN)
-        of_lanes = self.layout.of_lanes
-        least, most = of_lanes(settings.min_loops), of_lanes(settings.max_loops)
+        to_lanes = self.lanes.to_lanes
+        least, most = to_lanes(settings.min_loops), to_lanes(settings.max_loops)
         if not self.lossless:  # prompt tokens run all loops, the last one too
-            in_prompt = lanes.position + 1 == of_lanes(settings.first)
+            in_prompt = lanes.position + 1 == to_lanes(settings.first)
             least, most = (jnp.where(in_prompt, self.num_loops, n) for n in (least, most))
-        leaves = fresh & (look.loops >= most)
-        may = fresh & ~leaves & (look.loops >= least)
-        not_after = jnp.minimum(lanes.loop, self.num_loops - 1)
-        threshold = settings.thresholds[self.layout.slot_of, not_after]
+        leaves = fresh & (inputs.loops >= most)
+        may = fresh & ~leaves & (inputs.loops >= least)
+        after = jnp.minimum(lanes.loop, self.num_loops - 1)
+        threshold = settings.thresholds[self.lanes.slot_of_lane, after]
         if self.reads_logits:
-            first_look = least - int(self.measure.needs_previous)
-            looked = leaves | (fresh & (look.loops >= first_look))
+            first_use = least - int(self.measure.needs_previous)
+            needs_head = leaves | (fresh & (inputs.loops >= first_use))
         else:
             if self.can_exit:
-                leaves |= may & (self.measure.score(look) > threshold)
-            looked = leaves
+                leaves |= may & (self.measure.score(inputs) > threshold)
+            needs_head = leaves
         if self.lossless:
-            looked |= active & (look.loops == self.num_loops)
-        seen = self._head(params, settings, look, text, lanes.position + 1, looked)
+            needs_head |= active & (inputs.loops == self.num_loops)
+        head = self._run(params, settings, inputs, text, lanes.position + 1, needs_head)
         if self.reads_logits:
-            leaves |= may & (seen.score > threshold)
-        return seen, leaves, looked
+            leaves |= may & (head.score > threshold)
+        return head, leaves, needs_head
 
-    def _head(self, params, settings, look: Look, text, following, looked) -> Seen:
-        """Vocabulary head, sampling and measure on the lanes to look at, compacted.
+    def record_guess(self, lanes: Lanes, head: HeadOutputs, needs_head) -> jax.Array:
+        """`Lanes.guesses` [B, L] with the most likely tokens of this pass."""
+        if not self.reads_logits:
+            return lanes.guesses
+        at = needs_head[:, None] & (lanes.loop[:, None] == jnp.arange(self.num_loops)[None])
+        return jnp.where(at, head.guess[:, None], lanes.guesses)
 
-        Only here is there a branch, by the number of rows: the cache is not in it.
+    def _run(self, params, settings, inputs, text, following, needs_head) -> HeadOutputs:
+        """Head, sampling and measure on the lanes that need it, compacted into few rows.
+
+        This is the only branch of a tick, by the number of rows; the cache is not in it.
         """
-        num_lanes, sizes = self.layout.num_lanes, self.sizes
+        num_lanes, sizes = self.lanes.num_lanes, self.sizes
         compacts = any(0 < n < num_lanes for n in sizes)
-        order = jnp.argsort(~looked, stable=True)[: sizes[-1]] if compacts else None
+        order = jnp.argsort(~needs_head, stable=True)[: sizes[-1]] if compacts else None
 
         def rows(size, order):
             if not size:
                 nothing = jnp.zeros(num_lanes, jnp.int32)
-                return Seen(nothing, nothing * 0.0, nothing, nothing * 0.0)
-            if size == num_lanes:  # as they stand
-                lanes, slots, spread = lambda a: a, self.layout.of_lanes, lambda a: a
-            else:
-                at, slot = order[:size], self.layout.slot_of[order[:size]]
-                lanes, slots = lambda a: a[at], lambda a: a[slot]
-                spread = lambda a: jnp.zeros(num_lanes, a.dtype).at[at].set(a)  # noqa: E731
-            mine, here = jax.tree.map(lanes, look), lanes(looked)
-            # spare rows are zeros, which `few_rows` leaves out, and must not make the others pay
-            # for noise, filters or penalties
+                return HeadOutputs(nothing, nothing * 0.0, nothing, nothing * 0.0)
+            every = size == num_lanes
+            lane = None if every else order[:size]
+            slot = None if every else self.lanes.slot_of_lane[lane]
+
+            def of_lanes(tree):
+                return tree if every else jax.tree.map(lambda a: a[lane], tree)
+
+            def of_slots(a):
+                return self.lanes.to_lanes(a) if every else a[slot]
+
+            mine, here = of_lanes(inputs), of_lanes(needs_head)
+            # Spare rows are zero, which kernels skip, and greedy: they cost no noise or filters.
             x = jnp.where(here[:, None], mine.after, jnp.zeros_like(mine.after))
-            logits = self.model.apply({"params": head_params(params)}, x, method="unembed")
+            logits = self.model.logits(params, x)
             sampling = jax.tree.map(
-                lambda mine, idle: jnp.where(here, slots(mine), idle), settings.sampling, IDLE
+                lambda given, idle: jnp.where(here, of_slots(given), idle), settings.sampling, IDLE
             )
-            history = History(slots(text), slots(settings.first))
-            seeds, where = slots(settings.seeds), lanes(following)
-            one_device = self.model.on_one_device
-            token, logprob = sample(logits, sampling, seeds, where, history, one_device)
+            history = History(of_slots(text), of_slots(settings.first))
+            token, logprob = sample(
+                logits, sampling, of_slots(settings.seeds), of_lanes(following), history,
+                top1=self.model.top1,
+            )  # fmt: skip
             guess, score = token, logprob
             if self.reads_logits:
-                guess = largest(logits, one_device)
+                guess = self.model.top1(logits)[0]
                 score = self.measure.score(mine.replace(logits=logits))
-            return jax.tree.map(spread, Seen(token, logprob, guess, score))
+            outputs = HeadOutputs(token, logprob, guess, score)
+            if every:
+                return outputs
+            return jax.tree.map(lambda a: jnp.zeros(num_lanes, a.dtype).at[lane].set(a), outputs)
 
-        branch = jnp.sum(jnp.sum(looked) > jnp.asarray(sizes))  # the smallest that holds them
+        branch = jnp.sum(jnp.sum(needs_head) > jnp.asarray(sizes))  # the smallest that fits
         with jax.named_scope("exit"):
             return jax.lax.switch(branch, [functools.partial(rows, n) for n in sizes], order)
-
-    def remember(self, lanes: Lanes, seen: Seen, looked):
-        if not self.reads_logits:
-            return lanes.guesses
-        at = looked[:, None] & (lanes.loop[:, None] == jnp.arange(self.num_loops)[None])
-        return jnp.where(at, seen.guess[:, None], lanes.guesses)

@@ -1,9 +1,9 @@
 """Where an engine's arrays live on a mesh, and how its program is split over it.
 
-Slots and their lanes are spread over the axes of the mesh that share a batch; every such shard
-runs a decode loop of its own on its own slots, and knows nothing of the others. That is what
-`jax.shard_map` over these axes says, so no collective can cross them. Within a shard the compiler
-splits heads, mlp and vocabulary over the other axes, by the logical axis rules.
+Slots and their lanes are spread over the mesh axes of the batch. Each such shard runs its own
+decode loop on its own slots, by `jax.shard_map` over these axes: no collective can cross them.
+Within a shard the compiler splits heads, mlp and vocabulary over the other axes, by the logical
+axis rules.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from recursive_jax.decoding.state import Chunks, State
-from recursive_jax.models.kv_cache import Cache, KVCache, RowCache
+from recursive_jax.models.interface import Cache
 
 
 class Placement:
@@ -48,7 +48,7 @@ class Placement:
                 )
         self.described = mesh is not None and mesh.devices.flat[0] not in jax.devices()
         self.shards = math.prod(mesh.shape[a] for a in self._slot_axes) if mesh else 1
-        # What the model may say about its activations within a shard.
+        # The rules for activations within a shard.
         self._rules = [
             (name, tuple(a for a in axes if a not in self._slot_axes) or None)
             for name, axes in named.items()
@@ -56,22 +56,22 @@ class Placement:
         self._kv_axes = dict(self._rules).get("kv_heads")
 
     def spread(self, run: Callable) -> Callable:
-        """`Ticks.run` of one shard's slots -> that of all slots."""
+        """`DecodeLoop.run` of one shard's slots -> that of all slots."""
         if self._mesh is None:
             return run
         slots, whole = PartitionSpec(self._slot_axes), PartitionSpec()
-        cache = found = PartitionSpec(None, None, self._slot_axes)
+        cache = outputs = PartitionSpec(None, None, self._slot_axes)
 
-        def spread(params, cache_, state, orders, fresh, first, count, until, chunks):
+        def spread(params, cache_, state, inputs, fresh, first, count, until, chunks):
             with nn.logical_axis_rules(self._rules):
                 return jax.shard_map(
                     run,
                     mesh=self._mesh,
                     in_specs=(whole, cache, slots, slots, whole, whole, whole, whole, slots),
-                    out_specs=(cache, slots, found, slots),
+                    out_specs=(cache, slots, outputs, slots),
                     axis_names=set(self._slot_axes),
                     check_vma=False,
-                )(params, cache_, state, orders, fresh, first, count, until, chunks)
+                )(params, cache_, state, inputs, fresh, first, count, until, chunks)
 
         return spread
 
@@ -80,46 +80,31 @@ class Placement:
         """'cpu', 'gpu' or 'tpu'."""
         return jax.default_backend() if self._mesh is None else self._mesh.devices.flat[0].platform
 
-    @property
-    def devices(self) -> int:
-        return 1 if self._mesh is None else self._mesh.size
+    def cache_formats(self, cache: Cache) -> Cache | None:
+        """`Format`s of the cache's arrays: slots are split, and kv heads by the rules.
 
-    @property
-    def head_shards(self) -> int:
-        """Devices that attention heads are split over."""
-        if self._mesh is None:
-            return 1
-        axes = dict(self._rules).get("heads") or ()
-        return math.prod(self._mesh.shape[a] for a in axes)
+        The order in memory is that of the axes, as ticks write and read. TPUs prefer another order
+        between calls, and would copy the whole cache at the beginning and the end of each call.
 
-    @property
-    def cache_class(self) -> type[Cache]:
-        return RowCache if self.platform == "tpu" else KVCache
-
-    @property
-    def cache(self) -> Cache | None:
-        """`Format`s of its arrays: slots apart, and kv heads as the rules say.
-
-        In the order of their axes, as ticks write and read them: TPUs would rather keep them in
-        another between calls, and copy all of it at the beginning and the end of each.
+        Args:
+          cache: its shapes.
         """
         if self._mesh is None:
             return None
         split, formats = {"slot": self._slot_axes, "kv_heads": self._kv_axes}, {}
-        for name, axes in self.cache_class.AXES.items():
-            where = self._sharding(*[split.get(axis) for axis in axes])
-            formats[name] = Format(Layout(major_to_minor=tuple(range(len(axes)))), where)
-        return self.cache_class(**formats)
+        for name, axes in cache.AXES.items():
+            sharding = self._sharding(*[split.get(axis) for axis in axes])
+            formats[name] = Format(Layout(major_to_minor=tuple(range(len(axes)))), sharding)
+        return cache.replace(**formats)
 
     @property
     def slots(self) -> NamedSharding | None:
-        """Of arrays whose first axis is slots, lanes, or whatever each shard has of its own."""
+        """The sharding of arrays whose first axis is slots, lanes or shards."""
         return self._sharding(self._slot_axes)
 
-    @property
-    def outputs(self):
-        """Of what `spread(run)` returns."""
-        return self.cache, self.slots, self._sharding(None, None, self._slot_axes), self.slots
+    def outputs(self, cache: Cache | None):
+        """Shardings of the results of `spread(run)`; `cache`: those of the cache."""
+        return cache, self.slots, self._sharding(None, None, self._slot_axes), self.slots
 
     def put(self, tree: State | Chunks | jax.typing.ArrayLike | None):
         """Host arrays that begin with an axis of slots (or of shards) -> their devices."""
@@ -130,7 +115,7 @@ class Placement:
         return values if self._mesh is None else self._put(values, self._sharding())
 
     def make(self, function: Callable, sharding: Cache | None):
-        """What `function()` returns, made where it belongs."""
+        """The result of `function()`, made with this sharding."""
         if not self.described:
             return jax.jit(function, out_shardings=sharding)()
         return jax.tree.map(self._described, jax.eval_shape(function), sharding)

@@ -1,4 +1,4 @@
-"""Files of prompts in, files of answers out. Standard library only."""
+"""Files of prompts in, files of answers out."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from recursive_jax import text
 from recursive_jax.decoding.requests import Completion, Request, Sampling
 
 SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
-# What a line may set, as flags do for all lines.
+# A line may set these; flags set them for all lines.
 OPTIONS = (
     "max_new_tokens",
     *SAMPLING,
@@ -30,14 +31,14 @@ FIELDS = ("id", "prompt", "messages", *OPTIONS, "recorded_loops")
 
 @dataclasses.dataclass
 class Prompt:
-    """A line of a prompts file, before there is a tokenizer.
+    """A line of a prompts file, not tokenized yet.
 
     Attributes:
-      content: a text to continue, or a conversation `{"role": ..., "content": ...}` to go on with.
+      content: a text to continue, or a conversation: a list of `{"role": ..., "content": ...}`.
       options: a value for each of `OPTIONS`, and perhaps `recorded_loops`; not checked yet.
-      where: "FILE:LINE: " to begin errors with.
+      where: "FILE:LINE: ", the beginning of error messages.
       error: why this line cannot be answered.
-      named: whether `id` is its own, not its line number.
+      named: whether the line has an `id`. Otherwise `id` is its line number.
     """
 
     id: str | int
@@ -51,10 +52,10 @@ class Prompt:
 def make_request(
     name: str | int, tokens: Sequence[int], stop_ids: Sequence[int], options: Mapping[str, Any]
 ) -> Request:
-    """A prompt that has become tokens, with the options of its line.
+    """The request of a tokenized prompt with the options of its line.
 
     Raises:
-      ValueError: an option that is out of range.
+      ValueError: an option is out of range.
     """
     options = dict(options)
     sampling = Sampling(**{n: options.pop(n) for n in SAMPLING if n in options})
@@ -62,13 +63,52 @@ def make_request(
     return Request(name, tokens, stop=stop_ids, sampling=sampling, stop_strings=strings, **options)
 
 
-def read_prompts(path: str | os.PathLike, defaults: Mapping[str, Any]) -> list[Prompt]:
-    """Prompts of a text file, one a line, or of a .jsonl file; empty lines are skipped.
+def to_request(
+    prompt: Prompt,
+    tokenizer: Any,
+    vocab_size: int,
+    stop_ids: Sequence[int],
+    context_length: int,
+    chat: bool = False,
+) -> Request:
+    """Tokenize a prompt; returns its request.
 
-    A line of a .jsonl file holds `prompt` or `messages`, and may hold the rest of `FIELDS`. Without
-    an id it gets its line number ("line 7" where another line is called 7); without a seed one made
-    of `defaults['seed']` and the line number, so that equal prompts get different samples. A bad
-    line comes back with its `error`.
+    Args:
+      tokenizer: any tokenizer of `transformers`.
+      vocab_size: of the model; every token id is below it.
+      stop_ids: token ids that end the answer.
+      context_length: tokens of prompt and answer together, at most.
+      chat: apply the chat template to a text too, not only to a conversation.
+
+    Raises:
+      ValueError: the prompt cannot be answered. The message begins with `prompt.where`.
+    """
+    if prompt.error:
+        raise ValueError(prompt.error)
+    try:
+        if chat or not isinstance(prompt.content, str):
+            tokens = text.apply_chat(tokenizer, prompt.content)
+            text.check_ids(tokenizer, tokens, vocab_size)
+        else:
+            tokens = text.encode(tokenizer, prompt.content, vocab_size)
+        if not tokens:
+            raise ValueError(
+                "the prompt is empty and this tokenizer has no BOS to begin with; give it a text"
+            )
+        request = make_request(prompt.id, tokens, stop_ids, prompt.options)
+        request.check_fits(context_length)
+    except ValueError as error:
+        raise ValueError(f"{prompt.where}{error}") from error
+    return request
+
+
+def read_prompts(path: str | os.PathLike, defaults: Mapping[str, Any]) -> list[Prompt]:
+    """The prompts of a text file, one a line, or of a .jsonl file. Empty lines are skipped.
+
+    A line of a .jsonl file has `prompt` or `messages`, and may have the other `FIELDS`. Its default
+    id is the line number, or "line 7" if another line has the id 7. Its default seed is made of
+    `defaults['seed']` and the line number, so that equal prompts get different samples. The prompt
+    of a bad line has an `error`.
 
     Raises:
       FileNotFoundError: no such file.
@@ -155,13 +195,13 @@ def _is_conversation(messages: Any) -> bool:
 
 
 def check_writable(path: str | os.PathLike) -> None:
-    """Makes the directory of a file to be written; ValueError if it could not be written there."""
+    """Make the directory of a file that will be written; ValueError if the file is not writable."""
     if _is_stream(pathlib.Path(path)):
         return
     real = pathlib.Path(os.path.realpath(path))
     try:
         real.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=real.parent):  # only trying tells
+        with tempfile.TemporaryFile(dir=real.parent):  # permission bits alone do not tell
             writable = not real.is_dir() and (not real.exists() or os.access(real, os.W_OK))
     except OSError:
         writable = False
@@ -170,28 +210,31 @@ def check_writable(path: str | os.PathLike) -> None:
 
 
 def _is_stream(path: pathlib.Path) -> bool:
-    """A pipe, a device or a file that is open already, which another file must not replace."""
+    """Whether a path is a pipe, a device or an open file, which must not be replaced by a file."""
     if not path.exists() or path.is_dir():
         return False
     return not path.is_file() or _descriptor(path) is not None
 
 
 def _descriptor(path: pathlib.Path) -> int | None:
-    """Of /dev/stdout and the like: opened anew, it would be written to from its beginning."""
+    """The descriptor behind /dev/stdout and the like.
+
+    It is duplicated, not opened by name: a file opened by name is written from its beginning.
+    """
     names = {"/dev/stdout": 1, "/dev/stderr": 2}
     number = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d+)", os.path.abspath(path))
     return int(number[1]) if number else names.get(os.path.abspath(path))
 
 
 class Answers:
-    """A file of answers: FILE.part grows as they finish, FILE is written in order at the end.
+    """A file of answers. FILE.part grows as answers finish; `close` writes FILE in order.
 
-    As a context: at its end, or after an error; an interrupted run leaves FILE.part. A pipe or a
-    device (/dev/stdout) gets all at the end.
+    As a context manager it closes at the end and after an error. An interrupted run leaves
+    FILE.part. A pipe or a device such as /dev/stdout gets all answers in `close`.
 
     Args:
-      path: FILE, or a link to it; its directory is made.
-      write: False on all processes but one.
+      path: FILE, or a link to it. Its directory is made.
+      write: whether this process writes; False on all processes but one.
     """
 
     def __init__(self, path: str | os.PathLike, write: bool = True):
@@ -209,7 +252,13 @@ class Answers:
             self.close()
 
     def add(self, index: int, completion: Completion, logprobs: bool = False) -> None:
-        """`index` is its place in the file. On disk when this returns."""
+        """Write one answer; it is on disk when this returns.
+
+        Args:
+          index: place of the answer in the file.
+          completion: the answer.
+          logprobs: whether its record has the log-probabilities of the tokens.
+        """
         record = completion.to_json(logprobs)
         self._lines[index] = json.dumps(record, ensure_ascii=False) + "\n"
         if self._write and not self._stream:
@@ -233,7 +282,7 @@ class Answers:
             f.writelines(self._lines[index] for index in sorted(self._lines))
 
     def _open(self, suffix: str):
-        # What UTF-8 cannot hold (half a surrogate pair in an id) becomes a JSON escape.
+        # Half a surrogate pair in an id is not UTF-8; it is written as a JSON escape.
         number = _descriptor(self.path)
         where = f"{self.path}{suffix}" if number is None else os.dup(number)
         return open(where, "w", encoding="utf-8", errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""What is asked of a decode loop and what comes back. Standard library only."""
+"""Requests of a decode loop, and their answers. Standard library only."""
 
 from __future__ import annotations
 
@@ -57,19 +57,19 @@ class Request:
     """One prompt.
 
     Attributes:
-      id: comes back with the completion.
+      id: repeated in the completion.
       tokens: prompt ids, at least one.
       max_new_tokens: stop after so many, at least one.
       stop: token ids that end the text; they are not part of it.
-      min_loops: loops that every token runs at least, whatever the exit measure says.
-      max_loops: loops after which a token's successor is chosen at the latest (drafted, if the
-        engine is lossless); None means all. Without `lossless` the prompt's last token runs all.
-      exit_threshold: of the engine's exit measure, after every loop; None means the engine's own.
-      recorded_loops: for the measure 'recorded': loops after which each new token is chosen; the
-        first is a draft or, without `lossless`, of no consequence: the prompt runs all loops.
-      stop_strings: texts that end the answer; neither they nor what follows is part of it. Found by
-        who knows the tokenizer: `text_session.TextSession`.
-      logprobs: whether the answer's record tells them.
+      min_loops: the fewest loops of every token, whatever its exit score.
+      max_loops: the most loops before a token's successor is chosen (drafted, if the engine is
+        lossless); None means all. Without `lossless` the prompt's last token runs all loops.
+      exit_threshold: of the engine's exit measure, after every loop; None: the engine's own.
+      recorded_loops: for the measure 'recorded': loops after which each new token is chosen. The
+        first one is a draft. Without `lossless` it has no effect: the prompt runs all loops.
+      stop_strings: texts that end the answer and are not part of it. `session.Session` finds them
+        when it has a tokenizer.
+      logprobs: return the log-probability of every generated token, in nats.
     """
 
     id: str | int
@@ -98,7 +98,7 @@ class Request:
             raise ValueError(f"logprobs={self.logprobs!r}; expected true or false")
 
     def check_fits(self, context_length: int) -> None:
-        """Raises ValueError when prompt and answer do not fit into the context together."""
+        """Raises ValueError unless prompt and answer fit into the context together."""
         if len(self.tokens) >= context_length:
             raise ValueError(
                 f"the prompt has {len(self.tokens)} tokens, the context holds {context_length} "
@@ -119,7 +119,7 @@ def _strings(stop: Any) -> tuple[str, ...]:
 
 
 def not_numbers(count: int) -> str:
-    """Why a request ended whose new token number `count` has a NaN log-probability."""
+    """The error of a request whose new token number `count` has a NaN log-probability."""
     return (
         f"the model's logits for new token {count} are not numbers: damaged weights, or too large "
         "for the compute dtype (try float32)"
@@ -128,15 +128,20 @@ def not_numbers(count: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """What happened to one request since the last event about it.
+    """News about one request since its previous event.
 
     Attributes:
-      index: which of the requests that were given.
-      tokens: its new tokens, the stop token left out.
-      exit_loops: loops executed for each of them, 1 … num_loops.
-      logprobs: log-probability of each, nats, of the model itself: before temperature and filters.
-      finish_reason: None while it goes on, at the end 'stop' (a stop token), 'length' or 'error'.
-      error: what went wrong when finish_reason is 'error'.
+      index: number of the request in its session.
+      tokens: new tokens, without the stop token. A stop string ends a completion earlier than the
+        events before it, if it begins in their tokens.
+      exit_loops: loops executed for each token, 1 … num_loops.
+      logprobs: log-probability of each token in nats, of the model itself: before temperature and
+        filters.
+      finish_reason: None while the request goes on. At its end 'stop' (a stop token or a stop
+        string), 'length' or 'error'.
+      error: the error message when finish_reason is 'error'.
+      piece: new text; '' without a tokenizer.
+      completion: the whole answer, in the last event of the request.
     """
 
     index: int
@@ -145,11 +150,13 @@ class Event:
     logprobs: tuple[float, ...]
     finish_reason: str | None = None
     error: str | None = None
+    piece: str = ""
+    completion: Completion | None = None
 
 
 @dataclasses.dataclass
 class Completion:
-    """A request's answer; `text` is for the caller to fill in, who has the tokenizer."""
+    """The answer to a request. `text` is empty unless the session has a tokenizer."""
 
     id: str | int
     text: str = ""
@@ -159,22 +166,29 @@ class Completion:
     finish_reason: str | None = None
     error: str | None = None
 
+    @classmethod
+    def failed(cls, name: str | int, error: object) -> Completion:
+        """The answer to a request that cannot be answered."""
+        return cls(name, finish_reason="error", error=str(error))
+
     def add(self, event: Event) -> None:
+        """Append the tokens of an event."""
         self.tokens.extend(event.tokens)
         self.exit_loops.extend(event.exit_loops)
         self.logprobs.extend(event.logprobs)
         self.finish_reason, self.error = event.finish_reason, event.error
 
     def cut(self, count: int) -> None:
-        """A stop string came: its first `count` tokens are the answer."""
+        """End the answer after its first `count` tokens, because of a stop string."""
         for column in (self.tokens, self.exit_loops, self.logprobs):
             del column[count:]
         self.finish_reason, self.error = "stop", None
 
     def to_json(self, logprobs: bool = False) -> dict[str, Any]:
-        """`id, text, tokens, exit_loops, finish_reason`, and `error` where there is one.
+        """The record `id, text, tokens, exit_loops, finish_reason`, and `error` if there is one.
 
-        With `logprobs` also these, nats with six decimals (they were computed in float32).
+        With `logprobs` also the log-probabilities in nats, rounded to six decimals. They were
+        computed in float32.
         """
         record = {name: getattr(self, name) for name in ("id", "text", "tokens", "exit_loops")}
         if logprobs:

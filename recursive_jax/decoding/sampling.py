@@ -7,15 +7,17 @@ same token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from recursive_jax.cpu import build
 from recursive_jax.decoding.requests import Sampling
+from recursive_jax.models.scanned import first_of
+from recursive_jax.models.scanned import top1 as xla_top1
 
 
 @struct.dataclass
@@ -44,15 +46,14 @@ class SamplingParams:
     @classmethod
     def stack(cls, rows: Sequence[Sampling]) -> SamplingParams:
         """Host arrays of `rows`."""
-        column = lambda name, dtype: np.asarray([getattr(r, name) for r in rows], dtype)  # noqa: E731
+        dtypes = {"top_k": np.int32}
         return cls(
-            temperature=column("temperature", np.float32),
-            top_k=column("top_k", np.int32),
-            top_p=column("top_p", np.float32),
-            min_p=column("min_p", np.float32),
-            repetition_penalty=column("repetition_penalty", np.float32),
-            presence_penalty=column("presence_penalty", np.float32),
-            frequency_penalty=column("frequency_penalty", np.float32),
+            **{
+                field.name: np.asarray(
+                    [getattr(row, field.name) for row in rows], dtypes.get(field.name, np.float32)
+                )
+                for field in dataclasses.fields(cls)
+            }
         )
 
 
@@ -64,27 +65,30 @@ class History:
     first: jax.Array  # int32 [B], where the answer begins
 
 
+Top1 = Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
+
+
 def sample(
     logits: jax.Array,
     params: SamplingParams,
     seeds: jax.Array,
     positions: jax.Array,
     history: History | None = None,
-    one_device: bool = False,
+    top1: Top1 = xla_top1,
 ) -> tuple[jax.Array, jax.Array]:
-    """One token per row; rows at temperature 0 take the most likely one.
+    """Return one token per row; rows at temperature 0 take the most likely one.
 
     Args:
       logits: f32 `[B, V]`.
       seeds: uint32 `[B]`.
       positions: int32 `[B]`, where the drawn token will stand.
       history: what the penalties are for; without it they do nothing.
-      one_device: all logits are on one; if that is a CPU, `top1.cc` looks through them.
+      top1: `DecodeModel.top1` of the model that made the logits.
 
     Returns:
       tokens int32 `[B]`, and their log-probabilities f32 `[B]` under `logits` as given, before
-      penalties, temperature and filters. It is NaN, and the token any, where a logit is NaN or
-      +inf, or all are -inf.
+      penalties, temperature and filters. The log-probability is NaN, and the token arbitrary,
+      where a logit is NaN or +inf, or all are -inf.
     """
     at_random = params.temperature > 0
     some_at_random = jnp.any(at_random)
@@ -92,7 +96,7 @@ def sample(
     def draw(scores, top, filtered=lambda scaled, _: scaled):
         noise = gumbel_noise(seeds, positions, logits.shape[-1])
         scaled = filtered(scale(scores, params, top), params)
-        return largest(jnp.where(at_random[:, None], scaled + noise, scores), one_device)
+        return top1(jnp.where(at_random[:, None], scaled + noise, scores))[0]
 
     def choose_penalised():
         scores = penalise(logits, params, positions, history)
@@ -104,58 +108,24 @@ def sample(
         )
 
     with jax.named_scope("sample"):
-        # Noise costs as much as a layer, filters and penalties more: only for batches that need
-        # them. `top` is found once for all ways. Except on a CPU no way is a bare `lambda:
-        # what_is_known_outside`: at such an alias the TPU compiler (libtpu 0.0.42) aborts.
-        if _by_kernel(one_device):
-            top, first, log_sum = look_through(logits)
-            most_likely = lambda: first  # noqa: E731
-        else:
-            top = jnp.max(logits, axis=-1, keepdims=True)
-            most_likely = lambda: first_of(logits, top)  # noqa: E731
-            log_sum = jax.nn.logsumexp(logits, axis=-1)  # XLA sees that it needs `top`, too
-        ways = [
-            most_likely,
-            lambda: draw(logits, top),
-            lambda: draw(logits, top, filter_logits),
+        # Noise costs as much as a layer, filters and penalties more: they run only for batches that
+        # need them. No branch returns a value from outside: the TPU compiler (libtpu 0.0.42)
+        # aborts at such an alias.
+        first, top, log_sum = top1(logits)
+        branches = [
+            lambda: jnp.zeros_like(first),  # `first` is used instead
+            lambda: draw(logits, top[:, None]),
+            lambda: draw(logits, top[:, None], filter_logits),
         ]
-        way = jnp.where(jnp.any(at_random & params.filtered), 2, some_at_random.astype(jnp.int32))
+        branch = jnp.where(
+            jnp.any(at_random & params.filtered), 2, some_at_random.astype(jnp.int32)
+        )
         if history is not None:
-            ways.append(choose_penalised)
-            way = jnp.where(jnp.any(params.penalised), 3, way)
-        tokens = jax.lax.switch(way, ways)
+            branches.append(choose_penalised)
+            branch = jnp.where(jnp.any(params.penalised), 3, branch)
+        tokens = jnp.where(branch == 0, first, jax.lax.switch(branch, branches))
         picked = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-        return tokens, jnp.where(jnp.isfinite(top[:, 0]), picked - log_sum, jnp.nan)
-
-
-def look_through(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Largest `[B, 1]`, the first id that has it `[B]`, and logsumexp `[B]`, by our kernel."""
-    rows = logits.shape[:1]
-    result = lambda dtype: jax.ShapeDtypeStruct(rows, dtype)  # noqa: E731
-    results = result(jnp.float32), result(jnp.int32), result(jnp.float32)
-    top, first, log_sum = build.call("Top1", results)(logits)
-    return top[:, None], first, log_sum
-
-
-def _by_kernel(one_device: bool) -> bool:
-    return one_device and jax.default_backend() == "cpu" and build.has("Top1")
-
-
-def largest(x: jax.Array, one_device: bool = False) -> jax.Array:
-    """Argmax of x `[B, V]`, float32, the first of several; the last id where there is NaN.
-
-    By XLA in two reductions that a CPU runs in vectors; that of `jnp.argmax` goes number by number.
-    `one_device`: as for `sample`.
-    """
-    if _by_kernel(one_device):
-        return look_through(x)[1]
-    return first_of(x, jnp.max(x, axis=-1, keepdims=True))
-
-
-def first_of(x: jax.Array, value: jax.Array) -> jax.Array:
-    """The first id where x `[B, V]` is `value [B, 1]`, or the last of all ids."""
-    ids = jnp.arange(x.shape[-1], dtype=jnp.int32)
-    return jnp.min(jnp.where(x == value, ids, x.shape[-1] - 1), axis=-1)
+        return tokens, jnp.where(jnp.isfinite(top), picked - log_sum, jnp.nan)
 
 
 def penalise(

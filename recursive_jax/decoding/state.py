@@ -1,8 +1,8 @@
-"""What the device keeps and exchanges with the host while it decodes.
+"""Arrays that the device keeps and exchanges with the host while it decodes.
 
 Axes: S slots, B lanes, C chunk length, D embed, L loops, W stop ids, T ticks, N cache length, F
-fields of `Found`, O numbers of `Orders`. On a mesh the shards' slots stand one behind the other,
-and so do their lanes and chunks.
+fields of `TickOutputs`, O numbers of `StepInputs`. On a mesh the slots of all shards are
+concatenated, and so are their lanes and chunks.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Lanes:
     """Tokens on their way through the loops."""
 
     x: jax.Array  # [B, D], state after the loops so far
-    loop: jax.Array  # int32 [B], the one that runs next; num_loops: the lane is idle
+    loop: jax.Array  # int32 [B], the next loop to run; num_loops: the lane is idle
     position: jax.Array  # int32 [B]
     successor: jax.Array  # int32 [B], the token that follows; NO_TOKEN while unknown
     exit_loops: jax.Array  # int32 [B], loops executed when the successor became known
-    guesses: jax.Array  # int32 [B, L], most likely token after each loop; [B, 0] if nobody asks
+    guesses: jax.Array  # int32 [B, L], most likely token after each loop; [B, 0] if unused
 
 
 @struct.dataclass
@@ -47,8 +47,8 @@ class Slots:
 
 
 @struct.dataclass
-class Exited:
-    """Tokens that left in the last tick and lack keys and values in deeper loops."""
+class PendingBackfill:
+    """Tokens that left in the last tick. Deeper loops still lack their keys and values."""
 
     x: jax.Array  # [S, D], the states with which they left
     loops: jax.Array  # int32 [S], loops executed; num_loops: nothing is missing
@@ -57,24 +57,24 @@ class Exited:
 
 @struct.dataclass
 class State:
-    """All that stays on the device between calls, but for the cache."""
+    """All that stays on the device between calls, except the cache."""
 
     lanes: Lanes
     slots: Slots
-    exited: Exited
+    pending: PendingBackfill
     text: jax.Array  # int32 [S, N], prompt and answer so far, by position
     chunk: jax.Array  # [C, D], state of the prompt chunk that runs
 
 
 @struct.dataclass
-class Settings:
-    """What every slot was asked for."""
+class SlotSettings:
+    """The settings of the request in every slot."""
 
     sampling: SamplingParams
     seeds: jax.Array  # uint32 [S]
-    stop: jax.Array  # int32 [S, W], filled up with NO_TOKEN
-    first: jax.Array  # int32 [S], where the answer's first token will stand
-    last: jax.Array  # int32 [S], where its last one may stand
+    stop: jax.Array  # int32 [S, W], padded with NO_TOKEN
+    first: jax.Array  # int32 [S], position of the answer's first token
+    last: jax.Array  # int32 [S], the last position that an answer token may have
     min_loops: jax.Array  # int32 [S]
     max_loops: jax.Array  # int32 [S]
     thresholds: jax.Array  # f32 [S, L]
@@ -82,8 +82,8 @@ class Settings:
 
 
 @struct.dataclass
-class Changes:
-    """Slots that start anew: admitted, or released (then `waiting` is False). Done once."""
+class SlotUpdates:
+    """Slots that start anew: admitted, or released (then `waiting` is False). Applied once."""
 
     reset: jax.Array  # bool [S]
     slots: Slots
@@ -91,28 +91,28 @@ class Changes:
 
 
 @struct.dataclass
-class Orders:
-    """What the host has to say about its slots; to the device, one array is faster than twenty."""
+class StepInputs:
+    """Host inputs of a step, packed into one int32 array: one transfer instead of twenty."""
 
-    settings: Settings
-    changes: Changes
+    settings: SlotSettings
+    updates: SlotUpdates
 
     def pack(self) -> np.ndarray:
         """int32 [S, O], a copy; on the host."""
-        rows = lambda a: a.reshape(len(a), a[0].size)  # noqa: E731
-        leaves = [rows(leaf) for leaf in jax.tree.leaves(self)]
+        leaves = [leaf.reshape(len(leaf), leaf[0].size) for leaf in jax.tree.leaves(self)]
         bits = [a.astype(np.int32) if a.dtype == bool else a.view(np.int32) for a in leaves]
         return np.concatenate(bits, axis=1)
 
-    def unpack(self, packed: jax.Array) -> Orders:
-        """`pack`ed orders of the same shapes; on the device."""
+    def unpack(self, packed: jax.Array) -> StepInputs:
+        """Inputs of the same shapes as `self` from a packed array; on the device."""
         leaves, structure = jax.tree.flatten(self)
         ends = np.cumsum([leaf[0].size for leaf in leaves])
         parts = jnp.split(packed, ends[:-1], axis=1)
-        back = lambda a, leaf: a != 0 if leaf.dtype == bool else a.view(leaf.dtype)  # noqa: E731
-        both = zip(parts, leaves, strict=True)
-        parts = [back(a, leaf).reshape(leaf.shape) for a, leaf in both]
-        return jax.tree.unflatten(structure, parts)
+        unpacked = [
+            (part != 0 if leaf.dtype == bool else part.view(leaf.dtype)).reshape(leaf.shape)
+            for part, leaf in zip(parts, leaves, strict=True)
+        ]
+        return jax.tree.unflatten(structure, unpacked)
 
 
 @struct.dataclass
@@ -127,45 +127,45 @@ class Chunks:
 
 
 @struct.dataclass
-class Found:
-    """What happened in a tick; on the host, `unpack`ed, lists of numbers."""
+class TickOutputs:
+    """What happened in a tick; on the host, after `unpack`, lists of numbers."""
 
-    token: jax.Array  # int32 [S], NO_TOKEN where a slot brought none
+    token: jax.Array  # int32 [S], NO_TOKEN where a slot has no new token
     logprob: jax.Array  # f32 [S]
     exit_loops: jax.Array  # int32 [S]
     newest: jax.Array  # int32 [S], loop that the slot's newest token ran, -1 if none
-    exited: jax.Array  # bool [S], another token starts from the next tick on
+    exited: jax.Array  # bool [S], another token starts in the next tick
     finished: jax.Array  # bool [S], the request ended
     tainted: jax.Array  # bool [S], a state is not finite: the cache may hold NaN
     busy: jax.Array  # int32 [S], lanes in use
-    head_rows: jax.Array  # int32 [S], lanes that were looked at through the head
-    drafted: jax.Array  # int32 [S], committed tokens whose successor had been drafted
+    head_rows: jax.Array  # int32 [S], lanes that ran the head
+    drafted: jax.Array  # int32 [S], committed tokens whose next token had been drafted
     dropped: jax.Array  # int32 [S], lanes given up because a draft was wrong
 
     def pack(self) -> jax.Array:
-        """int32 [F, S]: to the host, one array is faster than eleven."""
+        """int32 [F, S]: one transfer to the host instead of eleven."""
         bits = self.replace(logprob=self.logprob.view(jnp.int32))
         columns = [getattr(bits, field.name) for field in dataclasses.fields(self)]
         return jnp.stack([column.astype(jnp.int32) for column in columns])
 
     @classmethod
     def nothing(cls, num_slots: int) -> jax.Array:
-        """int32 [F, T, S], packed ticks that did not run."""
+        """int32 [F, T, S], packed outputs of ticks that did not run."""
         none = {"token": NO_TOKEN, "newest": -1}
         row = jnp.array([none.get(f.name, 0) for f in dataclasses.fields(cls)], jnp.int32)
         return jnp.tile(row[:, None, None], (1, MAX_TICKS, num_slots))
 
     @classmethod
-    def unpack(cls, packed: np.ndarray) -> list[Found]:
-        """int32 [F, T, S] -> every tick's; truth values are 0 and 1."""
+    def unpack(cls, packed: np.ndarray) -> list[TickOutputs]:
+        """The outputs of every tick: int32 [F, T, S] -> T of them; truth values are 0 and 1."""
         columns = dict(zip((f.name for f in dataclasses.fields(cls)), packed, strict=True))
         columns["logprob"] = columns["logprob"].view(np.float32)
         return [cls(*tick) for tick in zip(*(c.tolist() for c in columns.values()), strict=True)]
 
 
 @struct.dataclass
-class Seen:
-    """What the head says about every lane; garbage where it was not looked."""
+class HeadOutputs:
+    """What the head found for every lane; garbage for lanes that did not run the head."""
 
     token: jax.Array  # int32 [B], sampled
     logprob: jax.Array  # f32 [B]

@@ -1,1 +1,1 @@
-"""What a model is worth: perplexity, and what a conversion preserved."""
+"""Measurements of a model: its perplexity, and what a conversion preserved."""

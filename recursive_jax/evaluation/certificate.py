@@ -1,7 +1,7 @@
 """What a conversion preserved: sizes, the full-rank identity, agreement with the source on text.
 
-Nothing here needs more memory than the converted model does: the source is run layer by layer as
-it is read, and its log-probabilities wait on disk.
+No function needs more memory than the converted model. The source runs layer by layer, as it is
+read, and its log-probabilities are stored on disk.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 from recursive_jax import text
 from recursive_jax.models.config import DecoderConfig
@@ -27,7 +27,7 @@ from recursive_jax.weights.source import Source
 
 
 def sizes(source: DecoderConfig, cfg: DecoderConfig) -> dict[str, Any]:
-    """Parameter counts by group, beside the source's, and their ratio."""
+    """Parameter counts by group, the counts of the source, and their ratios."""
     before = parameter_counts(abstract_params(source))
     after = parameter_counts(abstract_params(cfg))
     return {
@@ -39,8 +39,13 @@ def sizes(source: DecoderConfig, cfg: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def tie(source: Source, recipe: Mapping[str, Any]) -> tuple[Any, DecoderConfig, dict[str, Any]]:
-    """`tying.tie` with a bar: params, config, and what a certificate says of any conversion."""
+def tie_with_certificate(
+    source: Source, recipe: Mapping[str, Any]
+) -> tuple[Any, DecoderConfig, dict[str, Any]]:
+    """Params and config of `tying.tie`, and a certificate without measurements on text.
+
+    Shows a progress bar.
+    """
     energy: dict[str, float] = {}
     projections, hidden = len(source.cfg.projections), jax.process_index() != 0
     with tqdm(total=projections, desc="tying", unit="projection", disable=hidden) as bar:
@@ -66,7 +71,7 @@ def tie(source: Source, recipe: Mapping[str, Any]) -> tuple[Any, DecoderConfig, 
 
 
 def warnings(source: DecoderConfig, cfg: DecoderConfig) -> list[str]:
-    """Where the LoRA outweighs what sharing saves (paper §2.2: break-even rank per matrix)."""
+    """A line for every LoRA that is larger than the saving by sharing (`tying.break_even_rank`)."""
     out = []
     for name, (rank, limit) in tying.costly_projections(cfg).items():
         out.append(
@@ -82,18 +87,18 @@ def warnings(source: DecoderConfig, cfg: DecoderConfig) -> list[str]:
     return out
 
 
-# TPUs and some GPUs multiply float32 coarsely unless told otherwise, and these are proofs.
+# TPUs and some GPUs round float32 factors by default. These functions prove equalities.
 exact = jax.default_matmul_precision("highest")
 
 
 @exact
 def full_rank_identity(source: Source, recipe, windows: text.Windows) -> dict[str, Any]:
-    """With full-rank LoRA the recursive model must give the source's logits.
+    """The largest logit error of a full-rank conversion, which must give the source's logits.
 
-    The proof of the code path, on the source's real weights: the layers of the block's first and
-    last position, from every loop, as a model of their own (all layers would need the source and
-    its full-rank twin in memory). Norms are per loop: tied ones break the identity (paper §2.3
-    overlooks this), whatever the rank.
+    It proves the code path on the source's real weights. A small model is made of the block's first
+    and last layer from every loop: all layers would need the source and its full-rank twin in
+    memory. Norms are per loop. Tied norms break the identity at any rank (paper §2.3 overlooks
+    this).
 
     Raises:
       ValueError: the logits differ by more than 1e-4 of their scale.
@@ -109,7 +114,7 @@ def full_rank_identity(source: Source, recipe, windows: text.Windows) -> dict[st
     tied = dict(recipe, lora="svd", lora_ranks="full")
     tied["norms"] = "folded" if recipe["norms"] == "folded" else "per_loop"
     recursive, cfg = tying.tie(names.flat(block | outer), cfg, place=on_device, **tied)
-    recursive = outer | {"block": recursive["block"]}  # one embedding serves both
+    recursive = outer | {"block": recursive["block"]}  # both models use one embedding
     del block
     got = next(hidden_states(Decoder(cfg), recursive, tokens))
     del recursive
@@ -128,7 +133,7 @@ def full_rank_identity(source: Source, recipe, windows: text.Windows) -> dict[st
 
 
 class Reference:
-    """The source's log-probabilities on the text, kept on disk."""
+    """The source's log-probabilities on windows of text, stored on disk at `path`."""
 
     @exact
     def __init__(self, path: pathlib.Path, source: Source, windows: text.Windows):
@@ -137,7 +142,7 @@ class Reference:
         shape = (int(self._mask.sum()), source.cfg.vocab_size)
         with open(path, "wb") as file:
             size = max(4 * math.prod(shape), 1)
-            if hasattr(os, "posix_fallocate"):  # no room is told here, not by a signal later
+            if hasattr(os, "posix_fallocate"):  # a full disk raises here, not SIGBUS on a write
                 os.posix_fallocate(file.fileno(), 0, size)
             else:
                 file.truncate(size)
@@ -149,7 +154,7 @@ class Reference:
 
     @exact
     def compare(self, model: Decoder, params: Any) -> dict[str, float]:
-        """Perplexity of both, KL(source ‖ model) in nats and top-1 agreement, per scored token."""
+        """Perplexities, KL(source ‖ model) in nats and top-1 agreement, means per scored token."""
         hidden = hidden_states(model, params, self._windows.tokens)
         sums = np.zeros(4)
         bar = tqdm(hidden, total=len(self._mask), desc="result on the text", unit="window")
@@ -187,17 +192,17 @@ class Reference:
 
 
 def _chunks(length: int, size: int = 64) -> Iterator[slice]:
-    """A few positions at a time: a vocabulary has up to 262k columns."""
+    """Slices of a few positions: their logits have up to 262k columns each."""
     return (slice(start, start + size) for start in range(0, length, size))
 
 
 def hidden_states(model: Decoder, params: Any, tokens: np.ndarray) -> Iterator[jax.Array]:
-    """What the head reads, `[T - 1, D]` window by window of tokens `[N, T]`."""
+    """Hidden states before the head, `[T - 1, D]` for each window of tokens `[N, T]`."""
 
     @jax.jit
     def run(params, row):
         positions = jnp.arange(len(row), dtype=jnp.int32)[None]
-        return model.apply({"params": params}, row[None], positions)[0][0]
+        return model.apply({"params": params}, row[None], positions)[0]
 
     for row in tokens:
         yield run(params, jnp.asarray(row[:-1]))
@@ -206,12 +211,10 @@ def hidden_states(model: Decoder, params: Any, tokens: np.ndarray) -> Iterator[j
 def layerwise_hidden_states(
     source: Source, outer: Mapping[str, Any], tokens: np.ndarray
 ) -> list[jax.Array]:
-    """`hidden_states` of a vanilla model of which no more than a layer is ever in memory.
+    """`hidden_states` of a vanilla model, with one layer in memory at a time.
 
-    Every window goes through a layer before the next one is read. `outer`: its outer params.
+    All windows pass a layer before the next layer is read. `outer`: embedding, head and final norm.
     """
-    from tqdm import trange
-
     inputs = jnp.asarray(tokens[:, :-1])
     positions = jnp.arange(inputs.shape[1], dtype=jnp.int32)[None]
     embed = functools.partial(Decoder(source.cfg).apply, {"params": outer}, method="embed")
@@ -225,12 +228,12 @@ def layerwise_hidden_states(
     return [x[0] for x in hidden]
 
 
-@functools.lru_cache(maxsize=8)  # by config: layers differ in window and rope at most
+@functools.lru_cache(maxsize=8)  # few distinct configs: layers differ in window and rope only
 def _layer(model: Decoder):
     return jax.jit(
         lambda params, x, positions: model.apply(
             {"params": params}, x, jnp.int32(0), positions, method="run_loop"
-        )[0]
+        )
     )
 
 
@@ -247,5 +250,5 @@ def _head(model: Decoder):
 
 
 def on_device(leaf: Any) -> jax.Array:
-    """In float32, where it is going to be used; the host's array can go when this returns."""
+    """The array on the default device, in float32; the host array is free when this returns."""
     return jax.block_until_ready(jnp.asarray(leaf, jnp.float32))

@@ -1,4 +1,4 @@
-"""Perplexity and agreement on windows of text: one function for certificate, train and evaluate."""
+"""Perplexity of every exit on windows of text."""
 
 from __future__ import annotations
 
@@ -28,10 +28,13 @@ def perplexity(
     """Perplexity of every exit.
 
     Args:
+      model: decoder of the params.
+      params: nested.
       tokens: int `[N, T]` windows.
-      scored: bool `[N, T]`, True where the probability of `tokens[n, t]` counts.
+      scored: bool `[N, T]`, True where `tokens[n, t]` is scored.
+      batch_size: windows per call of the model.
       all_loops: measure every exit, not only the last loop.
-      put: host batch -> device batch (a job's sharding).
+      put: host batch -> device batch, in the sharding of the caller.
 
     Returns:
       `nll` (nats per scored token), `perplexity`, `tokens`; with `all_loops` also `nll_exits`
@@ -52,7 +55,7 @@ def perplexity(
 
 
 def _exp(nll: float) -> float:
-    return math.inf if nll > 700 else math.exp(nll)  # not a number stays one
+    return math.inf if nll > 700 else math.exp(nll)  # exp overflows above 709; NaN stays NaN
 
 
 def _batches(tokens, scored, batch_size) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -78,10 +81,10 @@ def _scorer(model: Decoder, all_loops: bool):
     def score(params, tokens, scored):
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         positions = jnp.broadcast_to(jnp.arange(inputs.shape[1], dtype=jnp.int32), inputs.shape)
-        hidden, _ = model.apply({"params": params}, inputs, positions, all_loops=all_loops)
+        hidden = model.apply({"params": params}, inputs, positions, all_loops=all_loops)
         hidden = hidden if all_loops else hidden[None]
         data = {"targets": targets, "weights": scored[:, 1:].astype(jnp.float32)}
-        rows = -(-inputs.shape[0] // model.data_shards)  # of one device
+        rows = -(-inputs.shape[0] // model.data_shards)  # on one device
         chunk = chunk_length(
             rows, inputs.shape[1], model.cfg.vocab_size, hidden.shape[0], 256 << 20
         )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """-log p(target), nats: logits f32 `[..., V]`, targets int `[...]` -> `[...]`."""
-    # a comparison instead of a gather: it fuses, and its gradient needs no scatter
+    # A comparison instead of a gather: it fuses, and its gradient needs no scatter.
     vocab = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
     target = jnp.where(vocab == targets[..., None], logits, 0.0).sum(axis=-1)
     return jax.nn.logsumexp(logits, axis=-1) - target
@@ -32,16 +32,15 @@ def chunked_sum(
 ) -> tuple[jax.Array, Any]:
     """Sum of `fn(head, hidden chunk, data chunk) -> (loss, aux)` over chunks of positions.
 
-    Differentiable in `head` and `hidden` (not in `data`, and aux carries no gradient). The
-    gradient is formed beside the value, chunk by chunk, so one chunk's logits is all that ever
-    exists.
+    Differentiable in `head` and `hidden`; not in `data`, and aux carries no gradient. The gradient
+    of a chunk is computed with its value, so the logits of one chunk exist at a time.
 
     Args:
-      fn: sums over the positions it is given.
+      fn: returns sums over the positions of its chunk.
       head: pytree of params.
-      hidden: `[E, B, T, D]`.
+      hidden: `[E, B, T, D]`, E exits.
       data: pytree of arrays `[B, T, ...]`.
-      chunk: positions per chunk; T is padded with zeros (weights must be part of `data`).
+      chunk: positions per chunk. T is padded with zeros, so `data` must hold the weights.
     """
     length = hidden.shape[2]
     chunk = min(chunk, length)
@@ -87,8 +86,11 @@ def _sum_over_chunks_fwd(fn, head, hidden, data):
 def _sum_over_chunks_bwd(fn, residuals, cotangent):
     d_head, d_hidden, data = residuals
     scale, _ = cotangent  # the aux part carries no gradient
-    times = lambda tree: jax.tree.map(lambda g: (g * scale).astype(g.dtype), tree)  # noqa: E731
-    return times(d_head), times(d_hidden), jax.tree.map(_zero_cotangent, data)
+
+    def scaled(tree):
+        return jax.tree.map(lambda g: (g * scale).astype(g.dtype), tree)
+
+    return scaled(d_head), scaled(d_hidden), jax.tree.map(_zero_cotangent, data)
 
 
 def _zero_cotangent(x):

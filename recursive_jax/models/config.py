@@ -1,9 +1,9 @@
-"""What a decoder is: one frozen, validated, JSON-serialisable description shared by all packages.
+"""`DecoderConfig`: the frozen, validated, JSON-serialisable description of a decoder.
 
-A *family* (gemma, llama, gpt_neox, ...) is a choice of these fields; see `weights.hf_config`.
-Depth-dependent facts (attention window, rope kind) are tables over
-`depth = loop * num_layers + layer`, so a layer that is shared by several loops may still be local
-in one and global in the next, exactly as its depths were in the source model.
+All packages share it. A *family* (gemma, llama, gpt_neox, ...) is a choice of these fields; see
+`weights.hf_config`. Attention window and rope kind are tables over
+`depth = loop * num_layers + layer`. A shared layer may therefore be local in one loop and global in
+the next, as its depths were in the source model.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 class Rope:
     """One kind of rotary embedding. `scaling` is 'none', 'linear' or 'llama3'.
 
-    'linear' divides all frequencies by `factor`. 'llama3' divides the long wavelengths by
-    `factor`, keeps the short ones and interpolates between, relative to `original_length`.
+    'linear' divides all frequencies by `factor`. 'llama3' divides the frequencies of long
+    wavelengths by `factor`, keeps those of short ones and interpolates between. Long and short are
+    relative to `original_length`.
     """
 
     theta: float = 10000.0
@@ -106,25 +107,24 @@ class DecoderConfig:
     lora_ranks: tuple[tuple[str, int], ...] = ()  # (projection, rank); absent means 0
 
     def __post_init__(self):
-        set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        """Normalise: mappings and lists become tuples, which hash; zero ranks are left out."""
+
+        def store(name, value):
+            object.__setattr__(self, name, value)  # the dataclass is frozen
+
         if isinstance(self.lora_ranks, Mapping):
-            set_("lora_ranks", tuple(self.lora_ranks.items()))
-        order = {name: i for i, name in enumerate(PROJECTIONS)}
+            store("lora_ranks", tuple(self.lora_ranks.items()))
         unknown = [name for name, _ in self.lora_ranks if name not in self.projections]
         if unknown:
             raise ValueError(
                 f"lora_ranks names unknown projections {unknown}; "
                 f"this model has {list(self.projections)}"
             )
-        set_(
-            "lora_ranks",
-            tuple(
-                sorted(((n, int(r)) for n, r in self.lora_ranks if r), key=lambda nr: order[nr[0]])
-            ),
-        )
-        set_("ropes", tuple(Rope(**r) if isinstance(r, Mapping) else r for r in self.ropes))
-        set_("windows", tuple(int(w) for w in self.windows))
-        set_("rope_of_depth", tuple(int(k) for k in self.rope_of_depth))
+        ranks = ((name, int(rank)) for name, rank in self.lora_ranks if rank)
+        store("lora_ranks", tuple(sorted(ranks, key=lambda item: PROJECTIONS.index(item[0]))))
+        store("ropes", tuple(Rope(**r) if isinstance(r, Mapping) else r for r in self.ropes))
+        store("windows", tuple(int(w) for w in self.windows))
+        store("rope_of_depth", tuple(int(k) for k in self.rope_of_depth))
         self._validate()
 
     def _validate(self):
@@ -198,15 +198,15 @@ class DecoderConfig:
         """Length of the loop axis of a small vector, 0 when it is tied over loops.
 
         `kind` is 'pre_norm', 'post_norm', 'qk_norm' or 'bias'. Under 'folded' the pre-norm scales
-        have been multiplied into the linears that follow, so those stay tied at
-        one, while everything that cannot be folded keeps a row per loop.
+        are part of the projections that read them, so pre-norms are tied identities. Vectors that
+        cannot be folded keep a row per loop.
         """
         if self.norms == "tied" or (self.norms == "folded" and kind == "pre_norm"):
             return 0
         return self.num_loops
 
     def window_table(self) -> np.ndarray | None:
-        """Attention window as int32 `[layer, loop]` (0 = unlimited), None if nowhere limited."""
+        """Attention window as int32 `[layer, loop]` (0 = unlimited), None if no layer has one."""
         return self._by_layer(self.windows) if any(self.windows) else None
 
     def rope_table(self) -> np.ndarray | None:
@@ -229,7 +229,7 @@ class DecoderConfig:
         return dataclasses.replace(self, **changes)
 
     def at_depths(self, depths: Sequence[int]) -> DecoderConfig:
-        """The vanilla model of these depths of a vanilla model: its windows and ropes follow."""
+        """A vanilla model that keeps these layers of this one, with their windows and ropes."""
         return self.replace(
             num_layers=len(depths),
             windows=tuple(self.windows[d] for d in depths if self.windows),

@@ -3,34 +3,50 @@
 from __future__ import annotations
 
 import abc
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from recursive_jax.models.cached_attention import attend_cached
 from recursive_jax.models.config import DecoderConfig
+from recursive_jax.models.interface import Rows
 
 
-class Cache(abc.ABC):
-    """What the two layouts share: `KVCache`, `RowCache`.
+class ArrayCache(abc.ABC):
+    """What all layouts share; implements `interface.Cache`.
 
     Row index == position, so the causal mask also hides stale rows of a reused slot. A write at a
-    position >= length is dropped: that is how padding and idle lanes are masked. Carry the cache
+    position >= length is dropped: that is how padding and idle rows are masked. Carry the cache
     (never as scan input/output, never through a branching `cond`): it is then updated in place.
 
-    `AXES` names the axes of its arrays; loop, layer and slot come first. `BLOCK` is how many rows
-    are best read at once, `block_length` how many are.
+    Attributes:
+      AXES: names of the axes of its arrays; loop, layer and slot come first.
+      BLOCK: the most rows that are read at once, unless `zeros` is given another number.
     """
 
     AXES: ClassVar[dict[str, tuple[str, ...]]]
     BLOCK: ClassVar[int]
 
     @classmethod
-    def zeros(cls, cfg: DecoderConfig, num_slots: int, length: int, dtype=jnp.float32):
-        """An empty cache of `num_slots` requests of up to `length` tokens each, or some more."""
-        blocks = -(-length // cls.BLOCK)
+    def unsupported(cls, cfg: DecoderConfig, dtype: Any, length: int) -> str | None:
+        """Why this cache cannot serve the model, in words, or None if it can."""
+        return None
+
+    @classmethod
+    def zeros(
+        cls,
+        cfg: DecoderConfig,
+        num_slots: int,
+        length: int,
+        dtype=jnp.float32,
+        block_length: int | None = None,
+    ):
+        """An empty cache of `num_slots` slots with `length` rows each, or a few more."""
+        most = block_length or cls.BLOCK
+        blocks = -(-length // most)
         rows = -(-length // blocks)
         sizes = {
             "loop": cfg.num_loops,
@@ -38,14 +54,18 @@ class Cache(abc.ABC):
             "slot": num_slots,
             "length": length,
             "block": blocks,
-            # whole vectors of a CPU, unless one block holds all
-            "row": rows if blocks == 1 else min(-(-rows // 8) * 8, cls.BLOCK),
+            # whole vector registers of a CPU, unless one block holds all rows
+            "row": rows if blocks == 1 else min(-(-rows // 8) * 8, most),
             "kv_heads": cfg.num_kv_heads,
             "pair": 2,
             "head_dim": cfg.head_dim,
         }
-        shape = lambda axes: tuple(sizes[axis] for axis in axes)  # noqa: E731
-        return cls(**{name: jnp.zeros(shape(axes), dtype) for name, axes in cls.AXES.items()})
+        return cls(
+            **{
+                name: jnp.zeros(tuple(sizes[axis] for axis in axes), dtype)
+                for name, axes in cls.AXES.items()
+            }
+        )
 
     @property
     @abc.abstractmethod
@@ -65,30 +85,69 @@ class Cache(abc.ABC):
     def num_kv_heads(self) -> int:
         return self._size("kv_heads")
 
-    def write(self, k, v, loop, layer, slots, positions):
-        """Store k, v `[B, T, K, H]` at rows `(loop, layer, slots [B], positions [B, T])`.
+    def attend(self, q, k, v, rows: Rows, layer, window, scale, softcap):
+        """Write k and v, then attend; see `interface.Cache`."""
+        cache = self.write(k, v, rows.loop, layer, rows.slot, rows.position)
+        return cache.look(q, rows, layer, window, scale, softcap), cache
 
-        `loop` is a scalar or `[B]`. Positions must not be negative (a negative index would wrap).
+    def look(self, q, rows: Rows, layer, window, scale, softcap) -> jax.Array:
+        """Attention of q `[R, N, H]` over what the cache holds -> `[R, N, H]`.
+
+        Every decode lane reads its own slot. The prompt's rows share theirs, which is read once.
         """
-        loop = jnp.reshape(loop, (-1, 1))
-        loop, layer, slots, positions = jnp.broadcast_arrays(loop, layer, slots[:, None], positions)
-        rows = self._arrays_of(k, v)
-        return self._updated(
-            lambda name, array: array.at[self._row(name, loop, layer, slots, positions)].set(
-                rows[name].astype(array.dtype), mode="drop", unique_indices=True
-            )
+        how = {"layer": layer, "scale": scale, "softcap": softcap}
+        lanes = len(q) - rows.prompt
+        parts = []
+        if lanes:
+            limits = None if window is None else window[:lanes]
+            y = self.look_one_each(
+                q[:lanes], loop=rows.loop[:lanes], slot=rows.slot[:lanes],
+                position=rows.position[:lanes], window=limits, **how,
+            )  # fmt: skip
+            parts.append(y)
+        if rows.prompt:
+            first = slice(lanes, lanes + 1)
+            y = attend_cached(
+                q[None, lanes:], self, loop=rows.loop[first], slot=rows.slot[first],
+                position=rows.position[None, lanes : len(q)],
+                window=None if window is None else window[first], **how,
+            )  # fmt: skip
+            parts.append(y[0])
+        return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+
+    def look_one_each(self, q, *, loop, layer, slot, position, window, scale, softcap):
+        """Attention of decode lanes: q `[B, N, H]`, the rest `[B]` -> `[B, N, H]`."""
+        y = attend_cached(
+            q[:, None], self, loop, layer, slot, position[:, None], window, scale, softcap
         )
+        return y[:, 0]
+
+    def write(self, k, v, loop, layer, slot, position):
+        """Store k, v `[R, K, H]` at rows `(loop, layer, slot, position)`, each int32 `[R]` or `[]`.
+
+        Positions must not be negative (a negative index would wrap).
+        """
+        loop, layer, slot, position = jnp.broadcast_arrays(loop, layer, slot, position)
+        new = self._arrays_of(k, v)
+
+        def written(name, array):
+            row = self._row(name, loop, layer, slot, position)
+            values = new[name].astype(array.dtype)
+            return array.at[row].set(values, mode="drop", unique_indices=True)
+
+        return self._updated(written)
 
     @abc.abstractmethod
-    def read(self, loop, layer, slots, block) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The rows of a block of every slot, at `loop`; slots, loop and block are `[B]`.
+    def read(self, loop, layer, slot, block) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """One block of rows per lane; loop, slot and block are `[B]`, all in range.
 
-        k `[B, K, H, R]`, v `[B, K, R, H]`, and the position `[B]` of the first of the R rows: the
-        last block may begin with rows of the one before. All indices must be in range.
+        Returns:
+          k `[B, K, H, R]`, v `[B, K, R, H]`, and the position `[B]` of the first of the R rows: the
+          last block may begin with rows of the block before.
         """
 
     def copy_deeper(self, loops, slots, positions):
-        """Tokens that left after `loops [S]` loops: their newest rows, again for every later loop.
+        """Copy the newest rows of tokens that left after `loops [S]` loops to all later loops.
 
         `slots` and `positions` are int32 `[S]`; a position >= length copies nothing.
         """
@@ -106,7 +165,7 @@ class Cache(abc.ABC):
         return self._updated(copied)
 
     def wipe(self, slot: jax.Array):
-        """Zeros in one slot. Elementwise, so that it may be on any shard."""
+        """Fill one slot with zeros. Elementwise, so that the slot may be on any shard."""
         here = jnp.arange(self.num_slots) == slot
 
         def wiped(name, array):
@@ -116,7 +175,7 @@ class Cache(abc.ABC):
 
     @abc.abstractmethod
     def _arrays_of(self, k, v) -> dict[str, jax.Array]:
-        """k and v as this layout stores them, by array, after two axes for rows."""
+        """k and v as this layout stores them, by array, after one axis for rows."""
 
     @abc.abstractmethod
     def _row(self, name: str, loop, layer, slot, position) -> tuple:
@@ -131,11 +190,10 @@ class Cache(abc.ABC):
 
 
 @struct.dataclass
-class KVCache(Cache):
-    """As the products of attention read them: keys transposed, and what is read at once together.
+class KVCache(ArrayCache):
+    """Keys transposed, as the products of attention read them; a block of rows is contiguous.
 
-    A block of a slot is one piece of memory: a CPU reads it nearly twice as fast as pieces of it
-    that are a context apart.
+    A CPU reads a contiguous block nearly twice as fast as rows that are a context apart.
     """
 
     keys: jax.Array
@@ -145,9 +203,7 @@ class KVCache(Cache):
         "keys": ("loop", "layer", "slot", "block", "kv_heads", "head_dim", "row"),
         "values": ("loop", "layer", "slot", "block", "kv_heads", "row", "head_dim"),
     }
-    BLOCK = (
-        32  # the most decode_attention.cc takes: little is read in vain, and stays in a CPU's cache
-    )
+    BLOCK = 32  # rows: the CPU kernel's limit, and small enough for the L1 cache
 
     @property
     def length(self):
@@ -157,13 +213,14 @@ class KVCache(Cache):
     def block_length(self):
         return self._size("row")
 
-    def read(self, loop, layer, slots, block):
+    def read(self, loop, layer, slot, block):
         def one(array, loop, slot, block):
-            at, whole = (loop, layer, slot, block), array.shape[4:]
-            return jax.lax.dynamic_slice(array, (*at, 0, 0, 0), (1, 1, 1, 1, *whole))[0, 0, 0, 0]
+            start = (loop, layer, slot, block, 0, 0, 0)
+            sizes = (1, 1, 1, 1, *array.shape[4:])
+            return jax.lax.dynamic_slice(array, start, sizes)[0, 0, 0, 0]
 
         of_lanes = jax.vmap(one, in_axes=(None, 0, 0, 0))
-        k, v = (of_lanes(array, loop, slots, block) for array in (self.keys, self.values))
+        k, v = (of_lanes(array, loop, slot, block) for array in (self.keys, self.values))
         return k, v, block * self.block_length
 
     def _row(self, name, loop, layer, slot, position):
@@ -176,8 +233,8 @@ class KVCache(Cache):
 
 
 @struct.dataclass
-class RowCache(Cache):
-    """Row after row, K and V of a head side by side: what the TPU's kernel takes (`paged`)."""
+class RowCache(ArrayCache):
+    """Row after row, K and V of a head side by side: the layout of the TPU's kernel (`tpu`)."""
 
     rows: jax.Array
 
@@ -192,21 +249,20 @@ class RowCache(Cache):
     def block_length(self):
         return min(self.BLOCK, self.length)
 
-    def read(self, loop, layer, slots, block):
+    def read(self, loop, layer, slot, block):
         size = self.block_length
         start = jnp.minimum(block * size, self.length - size)
-        # What is read keeps the order of the cache: that which the products of attention would
-        # rather have, a TPU's compiler asks of the whole cache, and copies it in every layer.
+        # The rows that are read keep the order of the cache. Otherwise a TPU's compiler gives the
+        # whole cache the order that the products of attention prefer, a copy in every layer.
         as_stored = Layout(major_to_minor=tuple(range(self.rows.ndim)))
 
         def one(loop, slot, start):
             sizes = (1, 1, 1, size, *self.rows.shape[4:])
-            at = loop, layer, slot, start, 0, 0, 0
-            rows = jax.lax.dynamic_slice(self.rows, at, sizes)
+            rows = jax.lax.dynamic_slice(self.rows, (loop, layer, slot, start, 0, 0, 0), sizes)
             return with_layout_constraint(rows, as_stored)[0, 0, 0]
 
         # One by one: a TPU's gather of pieces this large goes through all of the cache.
-        rows = jnp.stack([one(loop[i], slots[i], start[i]) for i in range(slots.shape[0])])
+        rows = jnp.stack([one(loop[i], slot[i], start[i]) for i in range(slot.shape[0])])
         k, v = rows[..., 0, :].transpose(0, 2, 3, 1), rows[..., 1, :].transpose(0, 2, 1, 3)
         return k, v, start
 
@@ -214,4 +270,4 @@ class RowCache(Cache):
         return loop, layer, slot, position
 
     def _arrays_of(self, k, v):
-        return {"rows": jnp.stack([k, v], axis=3)}
+        return {"rows": jnp.stack([k, v], axis=2)}

@@ -57,7 +57,8 @@ def documents(source: str) -> Documents:
 
     Raises:
       FileNotFoundError: a file, directory or TFDS data set does not exist.
-      ValueError: an item is none of the above, or a directory holds no text.
+      ValueError: an item is none of the above, a directory holds no text, or the package that
+        reads an item is not installed.
     While reading: ValueError naming file and line for text that is not UTF-8, malformed JSON or a
     missing `text` field.
     """
@@ -111,6 +112,10 @@ def _files(item: str, path: pathlib.Path) -> Documents:
         raise ValueError(
             f"cannot read {item} as training text; expected a name ending in {', '.join(SUFFIXES)}"
         )
+    for file in files:
+        if file.name.endswith(".zst"):  # an error before the text is read
+            _zstandard(file)
+            break
     listing = [
         (
             f.relative_to(path).as_posix() if f != path else f.name,
@@ -164,8 +169,7 @@ def _lines(file: pathlib.Path) -> Iterator[bytes]:
 
 def _zstd_lines(file: pathlib.Path) -> Iterator[bytes]:
     """Lines of one or more zstd frames. zstandard's own reader takes a cut file for a short one."""
-    import zstandard
-
+    zstandard = _zstandard(file)
     frame, tail = None, b""
     with open(file, "rb") as compressed:
         while data := compressed.read(1 << 20):
@@ -184,6 +188,18 @@ def _zstd_lines(file: pathlib.Path) -> Iterator[bytes]:
         yield tail
 
 
+def _zstandard(file: pathlib.Path):
+    """The module zstandard, or a ValueError that names the file which needs it."""
+    try:
+        import zstandard
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{file}: reading .zst needs zstandard, which is not installed; "
+            "pip install 'recursive_jax[train]'"
+        ) from error
+    return zstandard
+
+
 def _decode(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8-sig")
@@ -195,8 +211,13 @@ def _decode(data: bytes, where: str) -> str:
 
 
 def _tfds(item: str, name: str) -> Documents:
-    import tensorflow_datasets as tfds
-
+    try:
+        import tensorflow_datasets as tfds
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"data source {item!r}: a TFDS data set needs tensorflow-datasets, which is not "
+            "installed; pip install 'recursive_jax[tfds]'"
+        ) from error
     name, _, split = name.partition("@")
     split = split or "train"
     try:
@@ -292,7 +313,10 @@ def _modules() -> list[tuple[str, pathlib.Path]]:
             if parts[-1] == "__init__":
                 parts = parts[:-1]
             found.setdefault(".".join(parts), file)
-    order = lambda name: hashlib.blake2b(name.encode(), digest_size=8).digest()  # noqa: E731
+
+    def order(name: str) -> bytes:
+        return hashlib.blake2b(name.encode(), digest_size=8).digest()
+
     return [(name, found[name]) for name in sorted(found, key=order) if name]
 
 

@@ -1,8 +1,8 @@
-"""Text in, token ids out: the few conventions every job shares.
+"""Text to token ids and back: the conventions that all jobs share.
 
-The tokenizer's own BOS rule starts every document, window and prompt, and nothing is appended.
-*Content ids* are a text's ids without that prefix. A `tokenizer` is any tokenizer of
-`transformers` (which is only imported when one is loaded from disk).
+Every document, window and prompt starts with the ids that the tokenizer itself puts first (its BOS
+rule). Nothing is appended. *Content ids* are a text's ids without that prefix. A `tokenizer` is any
+tokenizer of `transformers`, which is imported only when one is loaded from disk.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ Ids = Sequence[int] | np.ndarray
 
 
 def load_tokenizer(path: str | pathlib.Path) -> Any:
-    """The tokenizer stored in a directory; never looks anything up on a network.
+    """The tokenizer stored in a directory; the network is never used.
 
     Raises:
-      FileNotFoundError: no such directory, or it holds no tokenizer files.
-      ValueError: the files are there but cannot be understood.
+      FileNotFoundError: there is no such directory, or it has no tokenizer files.
+      ValueError: the files cannot be read as a tokenizer.
     """
     directory = pathlib.Path(path).expanduser()
     if not directory.is_dir():
@@ -46,7 +46,7 @@ def load_tokenizer(path: str | pathlib.Path) -> Any:
 def bos_prefix(tokenizer: Any) -> list[int]:
     """The tokenizer's BOS rule: the ids it puts in front of a text, `[]` when it has none.
 
-    Found by looking, not by `bos_token`: many tokenizers name a BOS that they never add.
+    Found by encoding a text. `bos_token` is no guide: many tokenizers define one and never add it.
     """
     content = encode_batch(tokenizer, ["a"])[0]
     whole = list(tokenizer.encode("a", add_special_tokens=True))
@@ -60,10 +60,10 @@ def bos_prefix(tokenizer: Any) -> list[int]:
 
 
 def encode(tokenizer: Any, text: str, vocab_size: int | None = None) -> list[int]:
-    """Ids of a prompt or document: the BOS rule, then the text, nothing behind it.
+    """Ids of a prompt or document: the BOS rule, then the text; nothing after it.
 
-    With `vocab_size`, a text that spells out a token the model has no row for is refused
-    (see `check_vocabulary`) instead of reading a wrong embedding.
+    With `vocab_size`, ValueError for a text that contains a token without an embedding row (see
+    `check_vocabulary`). Such an id would read a wrong row.
     """
     return bos_prefix(tokenizer) + encode_batch(tokenizer, [text], vocab_size)[0]
 
@@ -77,7 +77,7 @@ def encode_batch(
         if backend is None:
             batch = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
         else:
-            # The Rust tokenizer itself: half the time of `tokenizer(texts)`, which tracks offsets.
+            # The Rust tokenizer needs half the time of `tokenizer(texts)`, which tracks offsets.
             backend.no_truncation()
             backend.no_padding()
             encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -94,7 +94,7 @@ def encode_batch(
 
 
 def check_ids(tokenizer: Any, ids: Ids, vocab_size: int) -> None:
-    """Refuses a text that spells out a token the model has no row for (see `check_vocabulary`)."""
+    """ValueError if an id has no embedding row (see `check_vocabulary`)."""
     largest = max(ids, default=0)
     if largest >= vocab_size:
         raise ValueError(
@@ -104,11 +104,11 @@ def check_ids(tokenizer: Any, ids: Ids, vocab_size: int) -> None:
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """Identifies what a tokenizer does to text; the key of token caches."""
+    """A hash of a tokenizer's rules; token caches use it as a key."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         rules = json.loads(backend.to_str())
-        for state in ("truncation", "padding"):  # left behind by the last call
+        for state in ("truncation", "padding"):  # settings of the last call, not rules
             rules.pop(state, None)
     else:
         rules = [type(tokenizer).__name__, tokenizer.get_vocab()]
@@ -117,11 +117,10 @@ def fingerprint(tokenizer: Any) -> str:
 
 
 def stop_ids(tokenizer: Any, generation_config: Mapping[str, Any] | None = None) -> tuple[int, ...]:
-    """Ids that end a generated text: those of `generation_config.json`, else the tokenizer's.
+    """Ids that end a generated text; `()`: generate up to the token limit.
 
-    A model's generation config is the fuller list (chat models end turns with a token of their
-    own), so it wins where it names any; then the list a GGUF's tokenizer carries; then EOS. `()`
-    means: run to the token limit.
+    The first of these that exists: the list in `generation_config.json` (the most complete one:
+    chat models end turns with a token of their own), the list of a GGUF's tokenizer, EOS.
     """
     named = (generation_config or {}).get("eos_token_id")
     if named is None:
@@ -134,11 +133,14 @@ def stop_ids(tokenizer: Any, generation_config: Mapping[str, Any] | None = None)
 
 
 def apply_chat(tokenizer: Any, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
-    """Ids of a conversation up to where the model's turn begins, by the tokenizer's own template.
+    """Ids of a conversation up to the start of the model's turn, in the tokenizer's template.
 
     Args:
-      tokenizer: must carry a chat template; the template writes BOS itself.
-      prompt: the user's words, or messages `{"role": ..., "content": ...}`.
+      tokenizer: must have a chat template; the template includes BOS.
+      prompt: text of the user, or messages `{"role": ..., "content": ...}`.
+
+    Raises:
+      ValueError: there is no chat template, or the template refuses the messages.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
@@ -158,14 +160,14 @@ def apply_chat(tokenizer: Any, prompt: str | Sequence[Mapping[str, str]]) -> lis
 
 
 class Detokenizer:
-    """Text of generated ids, piece by piece; the pieces join to the text behind the prompt.
+    """Text of generated ids, in pieces; joined, they are the text that follows the prompt.
 
-    A piece comes once its characters are whole: a character may take several tokens, and the
-    spaces of many tokenizers depend on the token before.
+    A piece is returned when its characters are complete. A character may take several tokens, and
+    in many tokenizers a space depends on the previous token.
 
     Args:
-      tokenizer: decodes; special tokens are left out of the text.
-      prompt: ids the text continues.
+      tokenizer: decodes the ids; special tokens are left out of the text.
+      prompt: ids of the text that is continued.
     """
 
     def __init__(self, tokenizer: Any, prompt: Ids = ()):
@@ -174,14 +176,14 @@ class Detokenizer:
         self._before, self._text_before = len(self._ids), self._decode()
 
     def add(self, ids: Ids) -> str:
-        """The text that is certain now; '' while a character is not whole."""
+        """The new text that can no longer change; '' while a character is incomplete."""
         self._ids.extend(int(i) for i in ids)
         text = self._decode()
-        # A decoder writes U+FFFD for bytes that are no character, or not yet.
+        # Decoders write U+FFFD for bytes that are not a complete character.
         return "" if text.endswith("\ufffd") else self._release(text)
 
     def finish(self) -> str:
-        """What is left, broken or not."""
+        """The rest of the text, even if its last character is incomplete."""
         return self._release(self._decode())
 
     def _release(self, text: str) -> str:
@@ -198,12 +200,12 @@ class Detokenizer:
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
-    """Refuses a tokenizer that writes ids the model has no embedding row for.
+    """ValueError for a tokenizer with ids that have no embedding row in the model.
 
     A model may have more rows than the tokenizer has tokens (padding for the hardware). Added
-    tokens past the end that ordinary text cannot produce are let through, because published models
-    have them (Gemma 3's text models lack the row of `<image_soft_token>`); `encode` refuses
-    the texts that spell them out.
+    tokens beyond the last row are allowed unless the tokenizer adds them itself: published models
+    have them. Gemma 3's text models, for example, lack the row of `<image_soft_token>`. `encode`
+    refuses texts that contain such tokens.
     """
     added = set(tokenizer.get_added_vocab())
     ids = {token: i for token, i in tokenizer.get_vocab().items() if token not in added}

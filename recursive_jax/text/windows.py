@@ -1,4 +1,4 @@
-"""Windows of text that perplexity is measured on."""
+"""Windows of text for measuring perplexity."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from recursive_jax.text.tokenizer import Ids, bos_prefix, encode_batch
 
 
 class Windows(NamedTuple):
-    """Text cut for perplexity.
+    """Text cut into windows.
 
     Attributes:
-      tokens: int32 `[N, T]`, zero where a window is shorter than T.
+      tokens: int32 `[N, T]`, padded with zeros after the end of a short window.
       scored: bool `[N, T]`; True where the log-probability of `tokens[n, t]` given
-        `tokens[n, :t]` counts. `scored[:, 0]` is always False, and so is padding.
+        `tokens[n, :t]` counts. `scored[:, 0]` and padding are always False.
     """
 
     tokens: np.ndarray
@@ -30,23 +30,22 @@ def eval_windows(
     max_tokens: int | None = None,
     vocab_size: int | None = None,
 ) -> Windows:
-    """The windows perplexity is measured on, everywhere in this program.
+    """Windows of texts; every job measures perplexity on windows from this function.
 
-    Every text is cut into consecutive, non-overlapping windows of `context_length` tokens; no
-    window holds two texts. Where the tokenizer has a BOS rule every window starts with it, the
-    rule's ids count towards the length and are not scored, and every token of the text is scored
-    once. Where it has none, the first token of each window has nothing before it and is not
-    scored. The last window of a text is padded with zeros behind its end.
+    A text is cut into consecutive windows of `context_length` tokens that do not overlap. No window
+    has two texts. With a BOS rule, every window starts with it. Its ids count towards the length
+    and are not scored, and every token of the text is scored once. Without a BOS rule, the first
+    token of each window has no context and is not scored.
 
     Args:
-      tokenizer: gives the BOS rule, and the ids of texts that are strings.
+      tokenizer: for the BOS rule, and for the ids of texts that are strings.
       texts: strings, or content ids of texts that are tokenised already.
       context_length: T, at least one token more than the BOS rule.
       max_tokens: stop after this many scored tokens; None takes all.
-      vocab_size: of the model; a text with an id beyond it is refused.
+      vocab_size: of the model. A text with a larger id raises ValueError.
 
     Raises:
-      ValueError: the texts hold nothing to score, or T is too short.
+      ValueError: the texts have no token to score, or T is too short.
     """
     prefix = bos_prefix(tokenizer)
     unscored = max(len(prefix), 1)

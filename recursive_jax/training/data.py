@@ -4,8 +4,8 @@
     rows = PackedRows(tokenized.split("train", 0.01), prefix, context_length, seed)
     for batch in batches(rows, batch_size, seed): ...
 
-Packed rows are a random-access function of (ids on disk, seed), so counting them, shuffling them,
-sharding them over processes and resuming in the middle is index arithmetic, done by grain.
+A packed row is a function of its index, the ids on disk and the seed. Counting, shuffling, sharding
+over processes and resuming are therefore index arithmetic, which grain does.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from flax import struct
 
 from recursive_jax.text.documents import Documents
 
-CHARS_PER_CALL = 4_000_000  # handed to the tokenizer at once; it spreads them over the cores
-CACHE_VERSION = 1  # of the files below
+CHARS_PER_CALL = 4_000_000  # per call of the tokenizer, which uses all cores
+CACHE_VERSION = 1  # of the cache's files
 
 
 @struct.dataclass
@@ -36,8 +36,8 @@ class Batch:
 
     Attributes:
       tokens: int32 `[B, T]`.
-      targets: int32 `[B, T]`, the token that follows in the same document, else 0.
-      weights: f32 `[B, T]`, 1 where the prediction of the target counts, else 0.
+      targets: int32 `[B, T]`, the next token of the same document, else 0.
+      weights: f32 `[B, T]`, 1 where the target is scored, else 0.
       positions: int32 `[B, T]`, restarting at 0 with every segment.
       segment_ids: int32 `[B, T]`, 1, 2, ... per document in the row, 0 on padding.
     """
@@ -56,7 +56,7 @@ class TokenizedDocuments:
     Attributes:
       ids: int32 `[total]`.
       starts, lengths: int64 `[D]`; document d is `ids[starts[d] : starts[d] + lengths[d]]`.
-      hashes: uint64 `[D]` of the texts; they decide the held-out split.
+      hashes: uint64 `[D]`, of the texts; the held-out split is chosen by them.
     """
 
     ids: np.ndarray
@@ -76,12 +76,12 @@ class TokenizedDocuments:
         return int(self.lengths.sum())
 
     def split(self, which: str, valid_fraction: float) -> TokenizedDocuments:
-        """'train' or the held-out 'valid' part; together they are everything, once.
+        """The 'train' part or the held-out 'valid' part; each token is in exactly one of them.
 
-        A document is held out when the hash of its text falls into the first `valid_fraction` of
-        the range (at least one is), so a text stays on its side whatever it is mixed with, and
-        copies stay together. A corpus of so few documents that not one would be expected is cut
-        inside: the last `valid_fraction` of every document is held out.
+        A document is held out if the hash of its text is in the first `valid_fraction` of the
+        range; at least one document is. A text is therefore always in the same part, whatever the
+        rest of the corpus, and copies stay together. Where fewer than one held-out document is
+        expected, the last `valid_fraction` of every document is held out instead.
         """
         if which not in ("train", "valid"):
             raise ValueError(f"split {which!r}; expected 'train' or 'valid'")
@@ -100,8 +100,10 @@ class TokenizedDocuments:
         return self._take(held_out if valid else ~held_out)
 
     def pieces(self, length: int) -> Iterator[np.ndarray]:
-        """Content ids, at most `length` at a time, by turns: the first piece of every document in
-        shuffled order, then the second of those that have one … A few pieces are of many documents.
+        """Content ids in pieces of at most `length`.
+
+        The first piece of every document comes first, in shuffled order, then the second pieces,
+        and so on. A few pieces are therefore from many documents.
         """
         order = np.random.default_rng(0).permutation(len(self))
         for start in range(0, int(self.lengths.max()), length):
@@ -121,18 +123,18 @@ def tokenize(
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> TokenizedDocuments:
-    """Content ids of all documents, from the cache where these were tokenised before.
+    """Content ids of all documents; from the cache if they were tokenised before.
 
     Args:
       docs: the documents; empty ones are left out.
       encode_batch: texts -> ids without BOS, see `text.encode_batch`.
-      fingerprint: of the tokenizer; with that of the documents it names the cache entry.
-      cache_dir: where ids are kept, `default_cache_dir()` when None. An entry appears whole or
+      fingerprint: of the tokenizer. The cache entry is named by it and by that of the documents.
+      cache_dir: directory of the cache; None: `default_cache_dir()`. Entries are written whole or
         not at all, so runs may share a directory and may be killed.
-      progress: show a bar when it takes more than a few seconds.
+      progress: show a progress bar after a few seconds.
 
     Raises:
-      ValueError: there is no text at all, or a document cannot be read.
+      ValueError: there is no text, or a document cannot be read.
     """
     cache = pathlib.Path(cache_dir or default_cache_dir()).expanduser()
     key = hashlib.blake2b(
@@ -147,7 +149,7 @@ def tokenize(
             _write_entry(partial, docs, encode_batch, progress)
             try:
                 os.replace(partial, entry)
-            except OSError:  # another process was faster; its entry holds the same
+            except OSError:  # another process was faster; its entry has the same content
                 if not _is_whole(entry):
                     raise
         finally:
@@ -221,18 +223,18 @@ def _chunks(texts: Iterator[str]) -> Iterator[list[str]]:
 
 
 class PackedRows:
-    """Documents, each begun by BOS, laid end to end in shuffled order and cut into rows.
-
-    A document that does not fit goes on in the next row, as a segment of its own: it sees nothing
-    of the row before, and begins with BOS again, since models that know BOS are lost without it.
-    Every content token is the target of exactly one weighted position, the row's last position
-    predicting the first token of the next row; only where there is no BOS rule does a document's
-    very first token go unpredicted.
+    """Documents in shuffled order, each after BOS, laid end to end and cut into rows.
 
     `rows[i]` is a `Batch` of `[T]` arrays.
 
+    A document that does not fit continues in the next row, as a new segment. That segment does not
+    attend to the previous row, and begins with BOS again: models trained with BOS fail without it.
+    Every content token is the target of exactly one weighted position. The last position of a row
+    predicts the first token of the next row. Without a BOS rule, the first token of a document is
+    not predicted.
+
     Args:
-      docs: what to pack.
+      docs: the documents to pack.
       prefix: ids of the BOS rule, may be empty.
       context_length: T.
       seed: of the document order; None keeps the order of the corpus.
@@ -247,7 +249,7 @@ class PackedRows:
     ):
         if context_length <= len(prefix):
             raise ValueError(
-                f"context_length={context_length} has no room for text behind the BOS rule "
+                f"context_length={context_length} leaves no token for text after the BOS rule "
                 f"{list(prefix)}; expected at least {len(prefix) + 1}"
             )
         if not len(docs):
@@ -259,7 +261,7 @@ class PackedRows:
         if seed is not None:
             self._order = np.random.default_rng(seed).permutation(len(docs))
         self._ends = np.cumsum(docs.lengths[self._order] + len(prefix))  # in the laid-out stream
-        self._stride = context_length - len(prefix)  # stream tokens per row; BOS fills the rest
+        self._stride = context_length - len(prefix)  # stream tokens per row, besides BOS
 
     @property
     def num_tokens(self) -> int:
@@ -291,7 +293,7 @@ class PackedRows:
         return row
 
     def _fill(self, row: Batch, at: int, segment: int, document, low: int, high: int) -> int:
-        """Writes tokens [low, high) of BOS + document as a segment at `at`; returns its length."""
+        """Write tokens [low, high) of BOS + document as a segment at `at`; returns its length."""
         bos = len(self._prefix)
         lead = self._prefix[:low]  # repeated in front of a continuation
         # One token more than the row holds is the target of the segment's last position.
@@ -302,8 +304,8 @@ class PackedRows:
         row.tokens[here] = sequence[:length]
         row.positions[here] = np.arange(length)
         row.segment_ids[here] = segment
-        # Position p predicts sequence[p + 1], except BOS itself and the first token of a
-        # continuation, which the row before has predicted.
+        # Position p predicts sequence[p + 1]. Exceptions: BOS itself, and the first token of a
+        # continuation, which the previous row predicts.
         predicted = np.arange(max(bos, len(lead) + 1), len(sequence))
         row.targets[at + predicted - 1] = sequence[predicted]
         row.weights[at + predicted - 1] = 1.0
@@ -317,18 +319,18 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
-    """Endless iterator of `Batch` of numpy arrays, reshuffled every epoch.
+    """Endless iterator of `Batch`es of numpy arrays, reshuffled every epoch.
 
     Args:
-      rows: what an epoch consists of.
-      batch_size: B over all processes; this one gets every `process_count`-th of its rows.
+      rows: of an epoch.
+      batch_size: B over all processes; this process gets every `process_count`-th row of a batch.
       seed: of the row order.
-      process_index, process_count: which share is this process's.
+      process_index, process_count: this process, and how many there are.
 
     Returns:
-      An iterator with `get_state() -> dict` (one number) and `set_state`: from the same arguments,
-      a restored iterator goes on exactly where the saved one stood. The rows of the n-th batch, all
-      processes together, do not depend on `process_count`.
+      An iterator with `get_state() -> dict` (one number) and `set_state`. With the same arguments,
+      a restored iterator continues exactly where the saved one was. The rows of the n-th batch over
+      all processes do not depend on `process_count`.
     """
     if batch_size < 1 or batch_size % process_count:
         raise ValueError(
@@ -339,6 +341,6 @@ def batches(
         raise ValueError(f"process_index={process_index}; expected 0..{process_count - 1}")
     shuffled = grain.MapDataset.source(rows).shuffle(seed=seed).repeat()
     share = shuffled[process_index::process_count]
-    share = share.batch(batch_size // process_count, drop_remainder=True)  # there is none: endless
-    # A batch is built while the step before runs; more threads would only queue for Python's lock.
+    share = share.batch(batch_size // process_count, drop_remainder=True)  # endless: no remainder
+    # One thread builds the next batch while a step runs. More would only wait for Python's lock.
     return iter(share.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

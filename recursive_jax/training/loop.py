@@ -1,8 +1,9 @@
-"""The loop around the training step: when to read metrics, evaluate, save and stop."""
+"""The training loop: it runs steps, and reads metrics, evaluates, saves and stops on schedule."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import signal
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from recursive_jax.training.step import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Steps are 1-based; the last step logs, evaluates and saves whatever the intervals say."""
+    """Intervals in steps. Steps count from 1. The last step always logs, evaluates and saves."""
 
     num_steps: int
     log_every: int
@@ -30,13 +31,13 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Hooks:
-    """What the loop calls.
+    """Functions that the loop calls.
 
     Attributes:
-      on_step: (step) after every step has been dispatched.
+      on_step: (step), after every step has been dispatched.
       on_log: (step, metrics as floats).
       on_eval: (step, state).
-      on_save: (step, state); must be done with the arrays when it returns.
+      on_save: (step, state). The next step donates the arrays: it must not read them after return.
     """
 
     on_step: Callable[[int], None]
@@ -46,36 +47,39 @@ class Hooks:
 
 
 class Stop:
-    """Remembers that the machine is being taken away (SIGTERM) or Ctrl-C was pressed.
+    """Whether the run has to stop: SIGTERM (the machine is preempted) or Ctrl-C has arrived.
 
-    A context: signals have their old meaning again behind it. With several processes JAX's
-    preemption service listens to SIGTERM itself, and tells all of them.
+    A context manager; on exit the previous signal handlers are restored. With several processes
+    JAX's preemption service handles SIGTERM and informs all of them.
+
+    Args:
+      say: shows a line to the user.
     """
 
-    def __init__(self):
-        self._asked = False
+    def __init__(self, say: Callable[[str], None] = logging.info):
+        self._say, self._requested = say, False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
         if jax.process_count() == 1:
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._ask)
+                self._before[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(self, *error) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _ask(self, number, frame):
-        if self._asked:  # pressed twice: now
+    def _request(self, number, frame):
+        if self._requested:  # the second signal stops at once
             raise KeyboardInterrupt
-        self._asked = True
-        print("\nstopping behind this step; once more stops at once", flush=True)
+        self._requested = True
+        self._say("\nstopping after this step; the same signal again stops at once")
 
     def reached(self, step: int) -> bool:
         """True on every process at the same step."""
         if jax.process_count() == 1:
-            return self._asked
+            return self._requested
         from jax.experimental import multihost_utils
 
         return multihost_utils.reached_preemption_sync_point(step)
@@ -90,12 +94,12 @@ def run(
     hooks: Hooks,
     stop: Stop,
 ) -> tuple[TrainState, int]:
-    """Steps `first_step + 1 … num_steps`, or until asked to stop; returns state and last step.
+    """State and number of the last step, after steps `first_step + 1 … num_steps` or until `stop`.
 
     Raises:
-      FloatingPointError: a loss or gradient is not finite; nothing of it has been saved.
+      FloatingPointError: a loss or gradient is not finite; no such state has been saved.
     """
-    unread = None  # metrics of the step before, read while the next one runs
+    unread = None  # metrics of the previous step: read while the next one runs
     step = first_step
     for step in range(first_step + 1, schedule.num_steps + 1):
         state, metrics = step_fn(state, next(batches))
@@ -122,7 +126,7 @@ def run(
 
 
 def finite(metrics: dict[str, jax.Array], step: int) -> dict[str, float]:
-    """Metrics as floats, or an error that names the step."""
+    """Metrics as floats; FloatingPointError where loss or gradient norm is not finite."""
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     if not (math.isfinite(values["loss"]) and math.isfinite(values.get("grad_norm", 0.0))):
         raise FloatingPointError(

@@ -1,8 +1,6 @@
-"""The training objective: cross-entropy, distillation and exit losses, with a chunked head.
+"""The training objective: cross-entropy, distillation and exit losses of one chunk of logits.
 
-Hidden states come out of the decoder, logits exist only here, one chunk of positions at a time:
-`chunked_sum` computes a chunk's loss *and* its gradient in the forward pass, so logits (262k wide
-for Gemma 3) are neither kept for the backward pass nor computed twice.
+`models.chunked_head` sums them over chunks of positions.
 """
 
 from __future__ import annotations
@@ -21,19 +19,19 @@ KD_LOSSES = ("forward_kl", "reverse_kl", "jsd", "tvd")
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """Weights of the loss terms; each is a mean over the scored tokens.
+    """Weights of the loss terms. Each term is a mean over the scored tokens.
 
     loss = ce·CE(final) + kd·KD(final, teacher) + Σ_exits exit_coefficient·CE(exit)
          + exit_coefficient·exit_kd·KD(exit, stop_gradient(final)).
 
     Attributes:
       ce: weight of the cross-entropy of the last loop.
-      kd: weight of distillation from the teacher, 0 trains without one.
-      kd_loss: divergence, one of `KD_LOSSES` (paper Table I.1; it chose forward KL).
+      kd: weight of distillation from the teacher; 0 trains without a teacher.
+      kd_loss: divergence, one of `KD_LOSSES` (paper Table I.1; the paper chose forward KL).
       temperature: of teacher and student in the divergence.
       exit_coefficient: weight of every earlier loop's cross-entropy; 0 trains the last loop only.
         The paper's aggressive setting is 0.1 (§3.7).
-      exit_kd: weight of self-distillation of the exits from the detached final output.
+      exit_kd: weight of self-distillation: the exits learn from the detached final output.
     """
 
     ce: float = 1.0
@@ -68,10 +66,10 @@ class Objective:
 def divergence(
     student: jax.Array, teacher: jax.Array, kind: str = "forward_kl", temperature: float = 1.0
 ) -> jax.Array:
-    """Distance of two logit arrays `[..., V]` as distributions, nats (tvd: in [0, 1]) -> `[...]`.
+    """Divergence of the distributions of two logit arrays `[..., V]` -> `[...]`.
 
-    No gradient reaches the teacher. Temperature t divides both logits and the result is scaled by
-    t², which keeps the gradient's size.
+    In nats; tvd is in [0, 1]. The teacher gets no gradient. Temperature t divides both logits. The
+    result is multiplied by t², which keeps the size of the gradient.
     """
     teacher = jax.lax.stop_gradient(teacher)
     log_p = jax.nn.log_softmax(teacher / temperature, axis=-1)
@@ -98,9 +96,10 @@ def token_losses(
     weights: jax.Array,
     teacher_logits: jax.Array | None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Weighted sums over tokens.
+    """The loss summed over tokens, and the sums of its parts.
 
     Args:
+      objective: weights of the terms.
       logits: f32 `[B, T, V]` of every exit E in order of depth, the last loop's last.
       targets, weights: `[B, T]`.
       teacher_logits: `[B, T, V]` or None.

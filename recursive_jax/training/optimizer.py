@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
 
+from recursive_jax.models.parameters import LORA, MATRICES, kinds
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Defaults are the paper's where it states them (App. E), else common practice (marked *).
+    """Settings of AdamW. Defaults are the paper's (App. E); those marked * are common practice.
 
     Attributes:
-      learning_rate: peak.
-      warmup_steps: linear from 0.
-      final_fraction*: of the peak, reached at the last step.
+      learning_rate: its peak.
+      warmup_steps: steps of the linear rise from 0.
+      final_fraction*: learning rate of the last step, as a share of the peak.
       b1*, b2*, eps*: Adam moments.
-      weight_decay*: decoupled, on matrices only (never on norms and biases).
-      clip_norm*: global norm of the gradient; 0 = no clipping. The gradient of a looped weight is
-        the sum over loops, so its norm is up to num_loops times that of a vanilla layer.
+      weight_decay*: decoupled; applied to matrices only, never to norms and biases.
+      clip_norm*: largest global norm of the gradient; 0 = no clipping. The gradient of a looped
+        weight is a sum over loops, so its norm is up to num_loops times that of a vanilla layer.
       lora_lr_scale: learning rate of LoRA matrices relative to the rest (the paper: one for all).
     """
 
@@ -64,20 +68,18 @@ def make_optimizer(cfg: OptimizerConfig, num_steps: int) -> optax.GradientTransf
     parts = [optax.clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm else []
     parts += [
         optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
-        optax.add_decayed_weights(cfg.weight_decay, mask=_is_matrix),
+        optax.add_decayed_weights(cfg.weight_decay, mask=_of_kind(*MATRICES)),
         optax.scale_by_learning_rate(schedule),
     ]
     if cfg.lora_lr_scale != 1.0:
-        parts.append(optax.masked(optax.scale(cfg.lora_lr_scale), _is_lora))
+        parts.append(optax.masked(optax.scale(cfg.lora_lr_scale), _of_kind(*LORA)))
     return optax.chain(*parts)
 
 
-def _is_matrix(params):
-    names = ("w", "lora_a", "lora_b", "embedding", "head")
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in names, params)
+def _of_kind(*wanted: str) -> Callable[[Any], Any]:
+    """A mask for optax: params -> whether each leaf has one of these `parameters.KINDS`."""
 
+    def mask(params):
+        return jax.tree.map(lambda kind: kind in wanted, kinds(params))
 
-def _is_lora(params):
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key in ("lora_a", "lora_b"), params
-    )
+    return mask

@@ -19,7 +19,7 @@ from recursive_jax.training.losses import Objective, token_losses
 
 @struct.dataclass
 class TrainState:
-    """Arrays only: everything a resumed run needs besides the data position."""
+    """The arrays of a run: everything that a resumed run needs except the data position."""
 
     step: jax.Array  # int32 []
     params: Any
@@ -39,11 +39,14 @@ def make_loss(
     """`loss(params, batch, teacher_params) -> (mean loss per scored token, metrics)`.
 
     Args:
-      model: student.
+      model: the student.
       objective: weights of the terms.
-      teacher: vanilla source whose logits are distilled, run in the same step without gradient;
-        needed exactly when `objective.kd` > 0.
+      teacher: vanilla source whose logits are distilled. It runs in the same step, without
+        gradient. Required if `objective.kd` > 0, else None.
       logits_bytes: memory per device for the logits of one chunk of positions.
+
+    Raises:
+      ValueError: teacher and objective contradict each other, or the vocabularies differ.
     """
     if (teacher is None) != (objective.kd == 0):
         raise ValueError(
@@ -59,30 +62,22 @@ def make_loss(
 
     def loss(params, batch, teacher_params):
         inputs = (batch.tokens, batch.positions, batch.segment_ids)
-        hidden, _ = model.apply({"params": params}, *inputs, all_loops=exits)
+        hidden = model.apply({"params": params}, *inputs, all_loops=exits)
         hidden = hidden if exits else hidden[None]
         data = {"targets": batch.targets, "weights": batch.weights}
         if teacher is not None:
             with jax.named_scope("teacher"):
                 data["teacher"] = jax.lax.stop_gradient(
-                    teacher.apply({"params": teacher_params}, *inputs)[0]
+                    teacher.apply({"params": teacher_params}, *inputs)
                 )
             teacher_head = jax.lax.stop_gradient(head_params(teacher_params))
 
         def chunk_loss(head, hidden, data):
-            unembed = lambda model, head, x: model.apply(  # noqa: E731
-                {"params": head}, x, method="unembed"
-            )
             teacher_logits = None
             if teacher is not None:
-                teacher_logits = unembed(teacher, teacher_head, data["teacher"])
-            return token_losses(
-                objective,
-                [unembed(model, head, x) for x in hidden],
-                data["targets"],
-                data["weights"],
-                teacher_logits,
-            )
+                teacher_logits = _unembed(teacher, teacher_head, data["teacher"])
+            logits = [_unembed(model, head, x) for x in hidden]
+            return token_losses(objective, logits, data["targets"], data["weights"], teacher_logits)
 
         num_exits, batch_size, length, _ = hidden.shape
         chunk = chunk_length(
@@ -109,6 +104,10 @@ def make_loss(
         return total / count, metrics
 
     return loss
+
+
+def _unembed(model: Decoder, head: Any, x: jax.Array) -> jax.Array:
+    return model.apply({"params": head}, x, method="unembed")
 
 
 def make_train_step(

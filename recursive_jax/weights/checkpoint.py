@@ -1,13 +1,13 @@
-"""A checkpoint knows what it is: Orbax arrays beside config, tokenizer, certificate, checksums.
+"""Checkpoint directories: Orbax arrays with their config, tokenizer, certificate and checksums.
 
     DIR/config.json          format, decoder config, source, tying, versions
     DIR/tokenizer/           Hugging Face tokenizer files
-    DIR/certificate.json     what the conversion preserved (when converted)
+    DIR/certificate.json     what the conversion preserved (converted models)
     DIR/checkpoints/STEP/    Orbax: params, and opt_state when training can resume from it
 
-Orbax commits a step whole or not at all, and notices missing and truncated files, but loads a
-flipped bit silently; so every step carries a checksum per array, and config.json one of itself and
-of every tokenizer file, verified on load.
+Orbax commits a step whole or not at all, and reports missing and truncated files. It does not
+notice a flipped bit. Every step therefore has a checksum per array, and config.json has checksums
+of itself and of every tokenizer file. They are verified on load.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ FORMAT = 1
 CONFIG = "config.json"
 CERTIFICATE = "certificate.json"
 STEPS = "checkpoints"
-PIECE_BYTES = 64 << 20  # of an array at a time in a checksum
+PIECE_BYTES = 64 << 20  # a checksum reads an array in pieces of this size
 
 
 def write_json(path: pathlib.Path, data: Any) -> None:
-    """Write a file whole or not at all."""
+    """Write `data` to a JSON file, whole or not at all."""
     text = json.dumps(data, indent=1) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".tmp") as f:
@@ -51,9 +51,9 @@ def create(
     tokenizer: Any = None,
     **facts: Any,
 ) -> None:
-    """Start a checkpoint directory: what the model is, and its tokenizer.
+    """Start a checkpoint directory: write its config.json and tokenizer.
 
-    `facts` (source, tying, ...) must be JSON; they come back from `load_config`.
+    `facts` (source, tying, ...) must be JSON; `load_config` returns them.
     """
     directory = pathlib.Path(directory)
     if tokenizer is not None:
@@ -68,12 +68,12 @@ def create(
         str(file.relative_to(directory)): zlib.crc32(file.read_bytes())
         for file in sorted((directory / "tokenizer").glob("*"))
     }
-    record = json.loads(json.dumps(record))  # as it reads back, for the checksum
+    record = json.loads(json.dumps(record))  # the checksum is of the record as it is read back
     write_json(directory / CONFIG, record | {"checksum": _json_checksum(record)})
 
 
 def local(directory: str | os.PathLike) -> pathlib.Path:
-    """A path of this machine; refuses a URL, which pathlib would turn into a directory here."""
+    """The path of a directory on this machine; ValueError for a URL, which pathlib would accept."""
     if "://" in str(directory):
         raise ValueError(
             f"{directory} is a URL, and checkpoints are files; mount it (a bucket with gcsfuse) "
@@ -89,11 +89,11 @@ def is_checkpoint(directory: str | os.PathLike) -> bool:
 
 
 def load_config(directory: str | os.PathLike) -> tuple[DecoderConfig, dict[str, Any]]:
-    """The decoder config and everything else `create` was told.
+    """The decoder config of a checkpoint, and the facts that `create` stored with it.
 
     Raises:
-      FileNotFoundError: no checkpoint there.
-      ValueError: written by another version, or damaged.
+      FileNotFoundError: there is no checkpoint.
+      ValueError: it is damaged, or another version wrote it.
     """
     path = local(directory) / CONFIG
     if not path.is_file():
@@ -113,7 +113,7 @@ def load_config(directory: str | os.PathLike) -> tuple[DecoderConfig, dict[str, 
             f"{path} has format {written_as}, this version reads {FORMAT}; "
             "if it is a Hugging Face model, give it as --source to convert"
         )
-    expected = record.pop("checksum", None)  # absent in the first checkpoints that were written
+    expected = record.pop("checksum", None)  # the oldest checkpoints have none
     if expected is not None:
         whole = record | {"decoder": decoder}
         _verify(path, _json_checksum(whole) == expected)
@@ -132,9 +132,9 @@ def _verify(file: pathlib.Path, same: bool) -> None:
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """A number per array that changes with any flipped bit, the same however it is sharded.
+    """A number per array that changes with any flipped bit and does not depend on the sharding.
 
-    Σ bits·(2·index + 1) mod 2³²: an odd multiplier keeps every single-bit change visible.
+    Σ bits·(2·index + 1) mod 2³². The factor is odd, so every single-bit change changes the sum.
     """
     return {
         jax.tree_util.keystr(path): _checksum(leaf)
@@ -143,10 +143,10 @@ def checksums(tree: Any) -> dict[str, int]:
 
 
 def _checksum(x: jax.Array | np.ndarray) -> int:
-    x = x if np.ndim(x) else x.reshape(1)  # `jnp.atleast_1d` copies what it leaves as it is
+    x = x if np.ndim(x) else x.reshape(1)  # `jnp.atleast_1d` would copy an array that has an axis
     rows, here = len(x), isinstance(x, np.ndarray)
     if here or len(x.sharding.device_set) == 1:
-        # In pieces: the integers of an array take as much memory as it does.
+        # In pieces: the integers of an array take as much memory as the array.
         rows = max(1, PIECE_BYTES * rows // max(x.nbytes, 1))
     total = 0
     for start in range(0, len(x), rows):
@@ -157,13 +157,13 @@ def _checksum(x: jax.Array | np.ndarray) -> int:
 
 
 def _rows(x, start, size):
-    # a static slice would be compiled for every start
+    # A static slice would be compiled anew for every start.
     return x if size == len(x) else jax.lax.dynamic_slice_in_dim(x, start, size)
 
 
 @jax.jit
 def _sum(x: jax.Array, start: int) -> jax.Array:
-    """What x, rows of an array from `start` on, are in its checksum."""
+    """The part of an array's checksum that its rows x, from row `start` on, contribute."""
     width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
     weight = jnp.zeros(x.shape, jnp.uint32)
@@ -179,7 +179,7 @@ def _json_checksum(data: Any) -> int:
 
 
 class Writer:
-    """Saves steps, asynchronously; keeps the latest `keep`."""
+    """Saves steps asynchronously and keeps the latest `keep` of them."""
 
     def __init__(self, directory: str | os.PathLike, keep: int = 2):
         from orbax.checkpoint import v1 as ocp
@@ -189,7 +189,7 @@ class Writer:
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )
-        # zstd would hold a copy of an array while it shortens float32 weights by a twelfth
+        # zstd needs a copy of each array and shortens float32 weights by only a twelfth.
         self._context = ocp.Context()
         self._context.array.saving.use_compression = False
         self._pending = None
@@ -202,13 +202,13 @@ class Writer:
         progress: Mapping[str, Any] | None = None,
         wait: bool = False,
     ) -> None:
-        """Write a step; returns once the arrays may be donated. `progress` is JSON."""
+        """Write a step; the arrays may be donated when this returns. `progress` is JSON."""
         self.wait()
         arrays = {"params": params} | ({} if opt_state is None else {"opt_state": opt_state})
         if jax.default_backend() == "cpu" and not wait:
-            # a host "copy" may alias the device buffer, which the next step donates
+            # A host "copy" may alias the device buffer, which the next step donates.
             arrays = jax.tree.map(jnp.copy, arrays)
-        progress = json.loads(json.dumps(dict(progress or {})))  # a copy: the caller's goes on
+        progress = json.loads(json.dumps(dict(progress or {})))  # a copy: the caller's may change
         sums = checksums(arrays) | {"progress": _json_checksum(progress)}
         metadata = {"checksums": sums, "progress": progress}
         with self._context:
@@ -219,7 +219,7 @@ class Writer:
             self.wait()
 
     def wait(self) -> None:
-        """Block until the save under way is on disk."""
+        """Block until the pending save is on disk."""
         if self._pending is not None:
             self._pending.result()
             self._pending = None
@@ -230,7 +230,7 @@ class Writer:
 
 
 def latest_step(directory: str | os.PathLike) -> int | None:
-    """The newest whole step, None when there is none."""
+    """The newest complete step, None when there is none."""
     steps = pathlib.Path(directory) / STEPS
     if not steps.is_dir():
         return None
@@ -243,19 +243,20 @@ def restore(
     abstract: Mapping[str, Any],
     step: int | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """Arrays of a step, onto the given shapes, dtypes and shardings, checksums verified.
+    """Arrays of a step in the given shapes, dtypes and shardings, with their checksums verified.
 
     Args:
-      abstract: `params` and optionally `opt_state`: trees of `jax.ShapeDtypeStruct`. A dtype other
-        than the stored one is converted to after the check.
+      directory: of the checkpoint.
+      abstract: `params` and optionally `opt_state`: trees of `jax.ShapeDtypeStruct`. Arrays stored
+        in another dtype are converted after the check.
       step: None for the latest.
 
     Returns:
-      the arrays, the `progress` that was saved with them, the step.
+      The arrays, the `progress` that was saved with them, and the step.
 
     Raises:
-      FileNotFoundError: no such step.
-      ValueError: damaged, or not of these shapes.
+      FileNotFoundError: there is no such step.
+      ValueError: it is damaged, or has other shapes.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -274,12 +275,12 @@ def restore(
     except (PermissionError, MemoryError):
         raise
     except Exception as error:  # orbax and tensorstore raise many kinds
-        if "RESOURCE_EXHAUSTED" in str(error):
+        if "RESOURCE_EXHAUSTED" in str(error):  # not a sign of damage
             raise ValueError(f"checkpoint {path} does not fit into memory: {error}") from error
         raise _unreadable(path, error) from error
     expected, progress = metadata["checksums"], metadata["progress"]
     found = checksums(arrays)
-    if "progress" in expected:  # absent in the first checkpoints that were written
+    if "progress" in expected:  # the oldest checkpoints have no checksum of it
         found["progress"] = _json_checksum(progress)
     broken = [name for name, value in found.items() if expected.get(name) != value]
     if broken:
@@ -296,16 +297,16 @@ _WAY_OUT = "Remove its directory to use the step saved before it, or convert aga
 
 
 def load_progress(directory: str | os.PathLike, step: int | None = None) -> dict[str, Any]:
-    """The `progress` that was saved with a step, None for the latest; no array is read.
+    """The `progress` that was saved with a step (None: the latest); no array is read.
 
     Raises:
-      FileNotFoundError, ValueError: as `restore`.
+      FileNotFoundError, ValueError: as in `restore`.
     """
     return _metadata(_step(directory, step)[0])["progress"]
 
 
 def _step(directory: str | os.PathLike, step: int | None) -> tuple[pathlib.Path, int]:
-    """Where a step is, and its number."""
+    """Directory and number of a step."""
     directory = pathlib.Path(directory)
     step = latest_step(directory) if step is None else step
     path = directory.resolve() / STEPS / str(step)
@@ -349,7 +350,7 @@ def load_params(
     dtype: Any = jnp.float32,
     step: int | None = None,
 ) -> tuple[Any, DecoderConfig]:
-    """Just the model of a checkpoint, on one device or onto `shardings`."""
+    """Params and config of a checkpoint, on one device or in `shardings`; nothing else is read."""
     cfg, _ = load_config(directory)
     abstract = abstract_params(cfg)
     if shardings is None:

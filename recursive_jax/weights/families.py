@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-# HF key -> DecoderConfig fields it sets, as it stands. Every family has these.
+# HF key -> DecoderConfig fields that take its value. Every family has these.
 COMMON_KEYS = {
     "vocab_size": ("vocab_size",),
     "hidden_size": ("embed_dim",),
@@ -47,14 +47,14 @@ ROPE_TYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One row: what its models have in common and where `config.json` says the rest."""
+    """One family: the fields its models share, and the keys of `config.json` for the others."""
 
     name: str
     model_type: str  # written to config.json
     architecture: str
     keys: Mapping[str, tuple[str, ...]]  # HF key -> DecoderConfig fields, besides COMMON_KEYS
     fields: Mapping[str, Any]  # DecoderConfig fields that are the same for the whole family
-    defaults: Mapping[str, Any]  # what transformers assumes for an absent key
+    defaults: Mapping[str, Any]  # values that transformers takes for absent keys
     act_key: str = "hidden_act"
     # Which layers are local: 'none', 'all', 'every n-th is not' (pattern) or 'the last' (tail).
     local: str = "none"
@@ -115,7 +115,7 @@ FAMILIES = {
             architecture="Gemma3ForCausalLM",
             keys=RMS | HEADS | ATTENTION_BIAS | FINAL_SOFTCAP,
             fields=_SANDWICH | dict(qk_norm=True),
-            # Published multimodal configs leave even the sizes of their text_config to these.
+            # Published multimodal configs omit even the sizes of their text_config.
             defaults=dict(
                 vocab_size=262208, hidden_size=2304, intermediate_size=9216,
                 num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4, head_dim=256,
@@ -210,7 +210,7 @@ FAMILIES = {
 }  # fmt: skip
 MODEL_TYPES = {row.model_type: row for row in FAMILIES.values()} | {"gemma3": FAMILIES["gemma3"]}
 
-# Keys that do not change what the text model computes, or only when it is generating.
+# Keys that change nothing in the text model's computation, or affect generation only.
 IRRELEVANT = frozenset(
     """
     _name_or_path _model_name_or_path name_or_path model_type architectures transformers_version
@@ -229,7 +229,7 @@ IRRELEVANT = frozenset(
     exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
     """.split()
 )
-# Keys that do not matter as long as they have one of these values.
+# Keys that change nothing while they have one of these values.
 FIXED = {
     "attention_dropout": (0, None),
     "hidden_dropout": (0, None),
@@ -241,7 +241,7 @@ FIXED = {
     "pruned_heads": ({}, None),
     "use_bidirectional_attention": (False, None),
 }
-# Keys of a multimodal config beside its text_config; its vision tower is not loaded.
+# Keys of a multimodal config outside its text_config; the vision tower is not loaded.
 MULTIMODAL = frozenset(
     "vision_config mm_tokens_per_image boi_token_index eoi_token_index image_token_index "
     "text_config boi_token_id eoi_token_id image_token_id".split()
@@ -249,7 +249,7 @@ MULTIMODAL = frozenset(
 
 
 def _published(model_type: str, sizes: str, **settings: Any) -> dict[str, Any]:
-    """A config.json from 'vocab embed mlp layers heads kv_heads head_dim max_length'."""
+    """A config.json; `sizes` is 'vocab embed mlp layers heads kv_heads head_dim max_length'."""
     names = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
         "num_key_value_heads head_dim max_position_embeddings"

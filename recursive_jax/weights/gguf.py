@@ -111,7 +111,8 @@ class GGUFFile:
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: truncated, damaged, of an unsupported architecture, or with unknown settings.
+      ValueError: truncated, damaged, of an unsupported architecture, with unknown settings, or
+        the gguf package is not installed.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -251,7 +252,7 @@ class GGUFFile:
             return self._llama3_rope(hf)
         if kind == "none":
             return None
-        return {"rope_type": kind, "factor": factor}  # zoo refuses what is not linear
+        return {"rope_type": kind, "factor": factor}  # hf_config refuses all but linear
 
     def _llama3_rope(self, hf: Mapping[str, Any]) -> dict:
         """Recognise the published llama3 scalings in the tensor of frequency factors."""
@@ -296,7 +297,18 @@ def load_tokenizer(path: str | os.PathLike):
 
 
 def _read(path: pathlib.Path):
-    import gguf
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected a .gguf file")
+    with open(path, "rb") as f:
+        if f.read(4) != b"GGUF":
+            raise ValueError(f"{path} is not a GGUF file (it does not begin with 'GGUF')")
+    try:
+        import gguf
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{path}: reading a GGUF file needs gguf, which is not installed; "
+            "pip install 'recursive_jax[gguf]'"
+        ) from error
 
     class Reader(gguf.GGUFReader):
         """A reader that stops at the end of the file, and is four times as fast."""
@@ -315,11 +327,6 @@ def _read(path: pathlib.Path):
                 raise ValueError(f"it ends within the {int(count)} numbers at byte {int(offset)}")
             return out
 
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected a .gguf file")
-    with open(path, "rb") as f:
-        if f.read(4) != b"GGUF":
-            raise ValueError(f"{path} is not a GGUF file (it does not begin with 'GGUF')")
     try:
         return Reader(path)
     except Exception as error:  # numpy and gguf raise many kinds on nonsense

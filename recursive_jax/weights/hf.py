@@ -1,6 +1,6 @@
 """Hugging Face directories: `config.json` and safetensors, read lazily and written atomically.
 
-Never pickle: a checkpoint that has only `*.bin` files is refused.
+Pickles are never read. A model that has only `*.bin` files is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from recursive_jax.weights import hf_config, names
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
-# Other spellings of a name: multimodal Gemma 3 nests its text model, transformers 5 renamed a head.
+# Other names of a tensor: multimodal Gemma 3 nests its text model, transformers 5 renamed a head.
 ALIASES = {
     "gemma3": (
         (r"(language_model\.model|model\.language_model)\.", "model."),
@@ -30,7 +30,7 @@ ALIASES = {
     ),
     "gpt_neox": ((r"lm_head\.", "embed_out."),),
 }
-# Tensors a text model does not need: buffers that are recomputed, and vision towers.
+# Tensors that a text model does not need: buffers, which are recomputed, and vision towers.
 HARMLESS = {
     "gemma3": r"(model\.)?(vision_tower|multi_modal_projector)\..+",
     "gpt_neox": r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
@@ -45,7 +45,7 @@ def resolve(source: str) -> pathlib.Path:
     """Local path of `source`: a directory, a file, or a Hugging Face hub id (downloaded).
 
     Raises:
-      FileNotFoundError: neither here nor on the hub, or the hub cannot be reached.
+      FileNotFoundError: it is neither here nor on the hub, or the hub cannot be reached.
     """
     path = pathlib.Path(source).expanduser()
     if path.exists():
@@ -68,7 +68,7 @@ def resolve(source: str) -> pathlib.Path:
                 allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"],
             )
         )
-    except Exception as error:  # the hub client raises many kinds, none of them the user's concern
+    except Exception as error:  # the hub client raises many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise FileNotFoundError(
             f"{source} does not exist here, and it could not be downloaded from the Hugging Face "
@@ -97,21 +97,21 @@ def load_config(path: str | os.PathLike) -> DecoderConfig:
 def open_params(
     path: str | os.PathLike, cfg: DecoderConfig, dtype: np.dtype | None = None
 ) -> names.LazyParams:
-    """The parameters as a lazy flat mapping; opening audits every tensor's name, type and shape.
+    """The parameters as a lazy flat mapping; opening checks every tensor's name, type and shape.
 
     Args:
       path: Hugging Face directory.
       cfg: its config, see `load_config`.
-      dtype: type of the arrays; None means as stored.
+      dtype: of the arrays; None means as stored.
 
     Raises:
-      ValueError: tensors missing, left over, duplicate, misshapen or of an unknown type, or a
-        damaged file.
-      FileNotFoundError: no safetensors.
+      ValueError: tensors are missing, left over, duplicate, misshapen or of an unknown type, or a
+        file is damaged.
+      FileNotFoundError: there are no safetensors.
     """
     path = pathlib.Path(path)
     files = _open_files(path)
-    owner: dict[str, Any] = {}  # our spelling of a tensor's name -> (file, its spelling)
+    owner: dict[str, Any] = {}  # name of a tensor in our table -> (file, its name there)
     for file, handle in files.items():
         for spelling in handle.keys():
             name = _canonical(spelling, cfg.family)
@@ -129,7 +129,7 @@ def open_params(
     odd = [f"{name} ({kind})" for name, kind in types.items() if kind not in DTYPES]
     if odd:
         raise ValueError(
-            f"{path}: tensors of types that are not weights we can read: {', '.join(odd[:6])}; "
+            f"{path}: tensors of types that cannot be read as weights: {', '.join(odd[:6])}; "
             f"expected {', '.join(DTYPES)} (quantised checkpoints must be dequantised first)"
         )
     table = names.HF_TABLES[cfg.family]
@@ -164,13 +164,13 @@ def save_params(
     max_shard_bytes: int = 5 * 10**9,
     config_extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `config.json` and safetensors that transformers loads; all of it or nothing.
+    """Write `config.json` and safetensors that transformers loads; all of them or nothing.
 
     Args:
-      params: nested, or a flat mapping (which may be lazy); vanilla.
+      params: of a vanilla model, nested or a flat mapping (which may be lazy).
       cfg: their config.
-      path: directory to make; must not exist, or be empty.
-      dtype: type to store; None means each leaf's own.
+      path: directory to make; must be empty if it exists.
+      dtype: to store; None means that of each parameter.
       max_shard_bytes: a larger model is split into files of at most this size, with an index.
       config_extra: further keys of `config.json`, such as `bos_token_id` and `eos_token_id`.
     """
@@ -198,7 +198,7 @@ def save_params(
 
 
 def _canonical(name: str, family: str) -> str | None:
-    """The table's spelling of a tensor name, None for one that is not needed."""
+    """The table's name for a tensor, None for one that is not needed."""
     for pattern in (HARMLESS.get(family), HARMLESS_ANYWHERE):
         if pattern and re.fullmatch(pattern, name):
             return None
@@ -210,7 +210,7 @@ def _canonical(name: str, family: str) -> str | None:
 
 
 def _drop_tied_head(path, table, slices, found) -> None:
-    """A tied model may carry its head as well, as long as it is the embedding, bit for bit."""
+    """Drop the head of a tied model from `found`; ValueError unless it equals the embedding."""
     head = next((name for name in HEAD_NAMES if name in found), None)
     if head is None:
         return
@@ -269,7 +269,7 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
             f"{index} is not a safetensors index ({type(error).__name__}: {error}); copy it again"
         ) from error
     for name, file in items:
-        # a file outside the directory is not part of the model, and may not be the user's
+        # A file outside the directory is not part of the model, and may not be the user's.
         if not isinstance(file, str) or file in (".", "..") or re.search(r"[/\\:\0]", file):
             raise ValueError(f"{index}: {name} is said to be in {file!r}; expected a file name")
         if not (index.parent / file).is_file():
@@ -294,7 +294,7 @@ def _open(file: pathlib.Path):
 
 
 def _write_shards(params, cfg, shapes, directory, dtype, max_shard_bytes) -> None:
-    """Their tensors, leaf by leaf, into one file or numbered ones with an index."""
+    """Write all tensors into one file, or into numbered files with an index."""
     from safetensors.numpy import save_file
 
     groups: dict[str, list[names.Row]] = {}
@@ -306,10 +306,10 @@ def _write_shards(params, cfg, shapes, directory, dtype, max_shard_bytes) -> Non
 
     def flush():
         nonlocal shard, size
-        # the final name has the number of shards in it: renamed below
+        # The final name contains the number of shards: renamed below.
         part = directory / f"{len(shards)}.part"
         save_file(shard, part, metadata={"format": "pt"})
-        part.chmod(0o644)  # safetensors makes files that only their owner may read
+        part.chmod(0o644)  # safetensors makes files that only the owner may read
         shards.append(list(shard))
         shard, size = {}, 0
 
@@ -318,7 +318,7 @@ def _write_shards(params, cfg, shapes, directory, dtype, max_shard_bytes) -> Non
         for row, leaf in zip(rows, leaves, strict=True):
             if leaf.shape != shapes[row.ours]:
                 raise ValueError(
-                    f"parameter {row.ours} is {list(leaf.shape)}; the config says "
+                    f"parameter {row.ours} is {list(leaf.shape)}; the config expects "
                     f"{list(shapes[row.ours])}"
                 )
         leaves = [leaf if dtype is None else leaf.astype(dtype) for leaf in leaves]

@@ -1,8 +1,8 @@
-"""Which published models these are: a family is a row of data that reads and writes `config.json`.
+"""Hugging Face `config.json` to `DecoderConfig` and back. Each family is a row of `families`.
 
-`config_from_hf` understands every key or refuses it by name: a key that changes the mathematics
-and is silently skipped gives a model that runs and is wrong. `config_to_hf` is its inverse.
-`preset` gives full-size configs by name, for shapes, costs and parameter counts.
+`config_from_hf` refuses every key that it does not implement, by name. Skipping a key that changes
+the mathematics would give a model that runs and is wrong. `config_to_hf` is its inverse. `preset`
+returns full-size configs by name, for shapes, costs and parameter counts.
 
 To add a family: add a row to `families`, a name table in `weights.hf`, a case in
 `tests/test_hf_consistency.py`, and run `tests/golden/generate.py`.
@@ -81,11 +81,11 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
 def config_to_hf(cfg: DecoderConfig) -> dict[str, Any]:
     """A `config.json` for a vanilla `cfg` that transformers accepts; inverse of `config_from_hf`.
 
-    Rope keys are written in the old and in the new form, token ids as null: add what the
-    tokenizer says.
+    Rope keys are written in the old and in the new form. Token ids are null: the caller adds those
+    of the tokenizer.
 
     Raises:
-      ValueError: `cfg` has loops, or something its family cannot express in transformers.
+      ValueError: `cfg` has loops, or settings that transformers has no key for in this family.
     """
     if cfg.num_loops != 1 or cfg.lora_ranks:
         raise ValueError(
@@ -105,7 +105,7 @@ def config_to_hf(cfg: DecoderConfig) -> dict[str, Any]:
         hf |= _local_to_hf(family, cfg)
     hf |= _rope_to_hf(family, cfg)
     hf |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    # The keys above are all a family can say: whatever they cannot say differs when read back.
+    # A field that these keys cannot express differs when the config is read back.
     back = config_from_hf(hf)
     lost = [
         f.name for f in dataclasses.fields(cfg) if getattr(back, f.name) != getattr(cfg, f.name)
@@ -140,7 +140,7 @@ def _text_config(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _audit(family: Family, hf: Mapping[str, Any]) -> None:
-    """Refuse every key that is neither handled nor known to be irrelevant."""
+    """ValueError for every key that is neither handled nor listed as irrelevant."""
     handled = set(COMMON_KEYS) | set(family.keys) | {"hidden_act", "hidden_activation"}
     handled |= {"rope_parameters", "rope_scaling", "partial_rotary_factor", *family.theta_keys}
     handled |= {family.fraction_key, "head_dim", "num_key_value_heads"}
@@ -174,12 +174,12 @@ def _activation(family: Family, values: Mapping[str, Any]) -> str:
             f"config.json: {family.act_key}={name!r} is not implemented; "
             f"expected one of {sorted(ACTIVATIONS)}"
         )
-    # The first Gemma configs say 'gelu' and mean its tanh form; transformers reads them so too.
-    legacy = lambda n: "gelu_pytorch_tanh" if family.name == "gemma" and n == "gelu" else n  # noqa: E731
-    activation = ACTIVATIONS[legacy(name)]
+    # The first Gemma configs have 'gelu' for the tanh form, and transformers reads them so.
+    names = ACTIVATIONS | ({"gelu": "gelu_tanh"} if family.name == "gemma" else {})
+    activation = names[name]
     for key in ("hidden_act", "hidden_activation"):
         other = values.get(key)
-        if other is not None and ACTIVATIONS.get(legacy(other)) != activation:
+        if other is not None and names.get(other) != activation:
             raise ValueError(
                 f"config.json: {key}={other!r} contradicts {family.act_key}={name!r}; "
                 "keep the one the model was trained with"
@@ -188,7 +188,7 @@ def _activation(family: Family, values: Mapping[str, Any]) -> str:
 
 
 def _local_layers(family: Family, values: Mapping[str, Any]) -> list[bool]:
-    """By depth: does the layer attend within `sliding_window` only?"""
+    """By depth: whether the layer attends within `sliding_window` only."""
     depth, window = values["num_hidden_layers"], values.get("sliding_window")
     if family.local == "none":
         return [False] * depth
@@ -238,7 +238,7 @@ def _local_to_hf(family: Family, cfg: DecoderConfig) -> dict[str, Any]:
 
 
 def _ropes(family: Family, values: Mapping[str, Any]) -> tuple[tuple[Rope, ...], float]:
-    """Rope kinds, (full,) or (full, sliding), and the rotated share of head_dim."""
+    """Rope kinds, (full,) or (full, sliding), and the share of head_dim that is rotated."""
     new = values.get("rope_parameters") or {}
     scaling = values.get("rope_scaling") or {}
     kinds = ("full_attention", "sliding_attention") if family.rope_by_layer_type else (None,)
@@ -249,7 +249,7 @@ def _ropes(family: Family, values: Mapping[str, Any]) -> tuple[tuple[Rope, ...],
         )
     ropes, fractions = [], set()
     for i, kind in enumerate(kinds):
-        # scaling of the old form belongs to the full-attention layers
+        # Scaling in its old form applies to the full-attention layers only.
         merged = dict(scaling) if i == 0 else {}
         if "type" in merged:
             merged.setdefault("rope_type", merged.pop("type"))
@@ -303,7 +303,7 @@ def _rope(params: Mapping[str, Any], max_length: int) -> Rope:
 
 
 def _rope_to_hf(family: Family, cfg: DecoderConfig) -> dict[str, Any]:
-    """Rope keys for transformers 5 (rope_parameters) and 4 (the rest)."""
+    """Rope keys of `config.json` for transformers 5 (rope_parameters) and 4 (all others)."""
     scaling_names = {ours: theirs for theirs, (ours, _) in ROPE_TYPES.items()}
     entries = []
     for rope in cfg.ropes:

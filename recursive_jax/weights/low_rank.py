@@ -1,9 +1,9 @@
 """Low-rank algebra of one weight: truncated SVD, Gaussian/zero, and split-spectrum starts.
 
-Everything here is one matrix `[in, out]` of one layer at a time, float32 in and out, on the host.
-The effective weight of a loop is `base + a @ b` with `a [in, R]`, `b [R, out]` and no scaling
-factor (paper arXiv 2410.20672v3 §2.3). In the paper's column-vector notation `B = U Σ`, `A = Vᵀ`;
-transposed to `[in, out]` weights that is `a = V` (orthonormal columns) and `b = Σ Uᵀ`.
+The functions work on one matrix `[in, out]` of one layer at a time, on the host. Their arguments
+and results are float32. The effective weight of a loop is `base + a @ b` with `a [in, R]`,
+`b [R, out]` and no scaling factor (paper arXiv 2410.20672v3 §2.3). The paper writes column vectors:
+`B = U Σ`, `A = Vᵀ`. For weights `[in, out]` this is `a = V` (orthonormal columns) and `b = Σ Uᵀ`.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ import threadpoolctl
 
 Factors = tuple[np.ndarray, np.ndarray]  # a [in, R], b [R, out]
 
-# Alternating minimisation of `split_spectrum` beyond two loops: most of the gain comes within a
-# few sweeps (three random 96 x 64 matrices, rank 8, squared error by sweep: 8160, 7051, 6707,
-# 6603, 6554, 6527 ... 6353 after sixty), and every sweep costs one SVD per loop.
+# Sweeps of `split_spectrum` for more than two loops. Each costs one SVD per loop, and a few bring
+# most of the gain. Squared error by sweep, three random 96 x 64 matrices at rank 8: 8160, 7051,
+# 6707, 6603, 6554, 6527 ... 6353 after sixty.
 _SWEEPS = 8
 _SWEEP_GAIN = 0.01  # stop when a sweep removes less than this share of the error
 
-_CHUNK = 4096  # columns taken to float64 at once, so that no float64 copy of a weight is made
+_CHUNK = 4096  # columns converted to float64 at a time: no weight is copied to float64 whole
 
 
 def truncated_svd(residual: np.ndarray, rank: int) -> Factors:
     """The best rank-`rank` approximation of a residual, as LoRA factors.
 
-    The spectrum comes from the Gram matrix of the smaller side, in float64, and a partial `eigh`:
-    2048 x 16384 at rank 64 takes 2.2 s on two cores where a float32 SVD takes 52 s. Squaring costs
-    no accuracy that float32 data have: singular values below 1e-8 of the largest are lost, their
-    own rounding is 6e-8. `a @ b` is a projection of the residual, so at full rank it is exact
-    however small the tail is, and no second path is needed there.
+    The spectrum comes from a partial `eigh` of the Gram matrix of the smaller side, in float64.
+    2048 x 16384 at rank 64 takes 2.2 s on two cores; a float32 SVD takes 52 s. Squaring loses
+    singular values below 1e-8 of the largest, and float32 data are rounded at 6e-8 already.
+    `a @ b` is a projection of the residual. At full rank it is therefore exact, however small the
+    last singular values are.
 
     Args:
       residual: float32 `[in, out]`.
@@ -46,8 +46,8 @@ def truncated_svd(residual: np.ndarray, rank: int) -> Factors:
     tall = residual.shape[0] > residual.shape[1]
     directions = _leading_eigenvectors(_gram(residual.T if tall else residual), rank)
     if tall:
-        # Columns of `residual @ U` have the norms Σ; dividing by them would ruin the columns of a
-        # rank-deficient residual, QR keeps them orthonormal.
+        # Columns of `residual @ U` have the norms Σ. Where the residual is rank-deficient, dividing
+        # by Σ would give meaningless columns; QR gives orthonormal ones.
         images = _matmul64(directions.T, residual.T).T
         with _one_blas_thread():
             a, triangle = np.linalg.qr(images)
@@ -61,7 +61,7 @@ def truncated_svd(residual: np.ndarray, rank: int) -> Factors:
 
 
 def zero_start(in_dim: int, out_dim: int, rank: int, rng: np.random.Generator) -> Factors:
-    """The standard LoRA start: `a` normal(in ** -0.5) as in the model's own init, `b` zero."""
+    """The standard LoRA start: `a` normal(in ** -0.5), as in the model's init, and `b` zero."""
     a = rng.standard_normal((in_dim, rank), dtype=np.float32) * np.float32(in_dim**-0.5)
     return a, np.zeros((rank, out_dim), np.float32)
 
@@ -69,10 +69,9 @@ def zero_start(in_dim: int, out_dim: int, rank: int, rng: np.random.Generator) -
 def residual_start(
     weights: Sequence[np.ndarray], base: np.ndarray, rank: int, rng: np.random.Generator
 ) -> list[Factors]:
-    """Truncated SVD of what each loop's source weight has over the shared `base` (paper Eq. 4, 5).
+    """Truncated SVD of each loop's residual `weight - base` (paper Eq. 4, 5).
 
-    A loop whose weight is the base itself has nothing to decompose and gets `zero_start`
-    (paper App. C).
+    A loop whose weight is the base has no residual and gets `zero_start` (paper App. C).
     """
     return [_start(w - base, rank, rng) for w in weights]
 
@@ -80,7 +79,7 @@ def residual_start(
 def centred_start(
     weights: Sequence[np.ndarray], base: np.ndarray, rank: int, rng: np.random.Generator
 ) -> list[Factors]:
-    """`residual_start` around the mean; with two loops one SVD serves both, as R₂ = -R₁."""
+    """`residual_start` around the mean. Two loops need one SVD: their residuals are R and -R."""
     if len(weights) != 2:
         return residual_start(weights, base, rank, rng)
     a, b = _start((weights[0] - weights[1]) / 2, rank, rng)
@@ -92,16 +91,17 @@ def split_spectrum(
 ) -> tuple[np.ndarray, list[Factors]]:
     """Base and LoRAs fitted together (not in the paper; same parameters, smaller weight error).
 
-    Around the mean of two weights both LoRAs would span the same subspace. Only the difference of
-    the LoRAs matters once the base is refitted, so the best fit gives the 2R leading components of
-    the difference half to each loop: the error of the plain SVD at twice the rank. They are dealt
-    in turn, so that neither loop gets all the large ones. Beyond two loops: alternating
-    minimisation, base = mean(W - LoRA) and LoRA = SVD(W - base), which never raises the error.
+    Two loops: around the mean of the weights both LoRAs would span the same subspace. The base is
+    refitted, so only the difference of the LoRAs matters. The best fit takes the 2R leading
+    components of the weights' difference, half for each loop: the error of a plain SVD at twice the
+    rank. The loops take components in turn, so that neither gets all the large ones.
+    More loops: alternating minimisation, base = mean(W - LoRA), LoRA = SVD(W - base). A sweep never
+    raises the error.
 
     Args:
       weights: one float32 `[in, out]` per loop.
       rank: 1 .. min(in, out).
-      rng: for loops that have nothing to decompose.
+      rng: for loops whose residual is zero.
 
     Returns:
       The shared base `[in, out]` and one (a, b) per loop.
@@ -129,8 +129,8 @@ def _split_in_two(first, second, rank, rng):
     factors = []
     for loop, sign in ((0, 1), (1, -1)):
         mine = component % 2 == loop
-        # When there are fewer than 2R components the rest of the rank takes the other loop's
-        # directions with zero weight: an unused, trainable part, like a zero-residual LoRA.
+        # With fewer than 2R components, the rest of the rank takes the other loop's directions with
+        # zero weight. This part is unused but trainable, as after `zero_start`.
         chosen = np.argsort(~mine, kind="stable")[:rank]
         factors.append((a[:, chosen], np.where(mine[chosen, None], sign * b[chosen], 0)))
     (a1, b1), (a2, b2) = factors
@@ -186,9 +186,10 @@ def _leading_eigenvectors(gram: np.ndarray, count: int) -> np.ndarray:
 
 
 def _one_blas_thread():
-    """Context for `eigh` and `qr`: thousands of small steps after each of which threads would wait
-    for each other, spinning. On two busy cores one thread needs 0.8 s of one core for 2048 x 2048
-    and 64 vectors, two need 20 s.
+    """A context in which BLAS uses one thread, for `eigh` and `qr`.
+
+    They take thousands of small steps, and threads would spin after each until all are done. For
+    2048 x 2048 and 64 vectors on two busy cores, one thread needs 0.8 s and two need 20 s.
     """
     return _blas().limit(limits=1, user_api="blas")
 

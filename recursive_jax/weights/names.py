@@ -1,13 +1,12 @@
-"""Name tables: `(our path, their name, transform)`, one row per parameter, read in both directions.
+"""Name tables between our parameters and the tensors of Hugging Face and GGUF files.
 
-`{}` in a name is the layer. A row applies when the config has that parameter, so one table serves
-models with and without biases, query norms or an untied head.
+A row is `(our path, their name, transform)`; `{}` in a name is the layer. Reading and writing use
+the same table. A row applies when the config has its parameter, so one table serves models with
+and without biases, query norms or an untied head.
 """
 
 from __future__ import annotations
 
-import functools
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,15 +15,15 @@ import numpy as np
 from flax import traverse_util
 
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.parameters import abstract_params
+from recursive_jax.models.parameters import leaves
 
 
 class Transform(NamedTuple):
-    """How one of their tensors relates to one layer of ours."""
+    """How a tensor of theirs relates to one layer of a parameter of ours (the piece)."""
 
-    split: Callable[[np.ndarray, DecoderConfig], np.ndarray]  # their tensor -> our piece
-    join: Callable[[Sequence[np.ndarray], DecoderConfig], np.ndarray]  # rows of a tensor -> it
-    shape: Callable[[tuple[int, ...]], tuple[int, ...]]  # shape of our piece -> of their tensor
+    split: Callable[[np.ndarray, DecoderConfig], np.ndarray]  # their tensor -> piece
+    join: Callable[[Sequence[np.ndarray], DecoderConfig], np.ndarray]  # all pieces -> their tensor
+    shape: Callable[[tuple[int, ...]], tuple[int, ...]]  # shape of a piece -> of their tensor
 
 
 class Row(NamedTuple):
@@ -34,7 +33,7 @@ class Row(NamedTuple):
 
 
 AS_IS = Transform(lambda x, cfg: x, lambda xs, cfg: xs[0], lambda s: s)
-# torch linears are [out, in]
+# PyTorch stores linear weights as [out, in].
 TRANSPOSE = Transform(lambda x, cfg: x.T, lambda xs, cfg: xs[0].T, lambda s: s[::-1])
 
 
@@ -135,15 +134,13 @@ HF_TABLES = {
 }
 
 
-@functools.lru_cache(maxsize=8)
-def shapes(cfg: DecoderConfig) -> Mapping[str, tuple[int, ...]]:
+def shapes(cfg: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of `cfg`, by path."""
-    leaves = flat(abstract_params(cfg))
-    return types.MappingProxyType({path: leaf.shape for path, leaf in leaves.items()})
+    return {path: leaf.shape for path, leaf in leaves(cfg).items()}
 
 
 def leaf_shapes(cfg: DecoderConfig) -> Mapping[str, tuple[int, ...]]:
-    """`shapes` of a vanilla model; another has no names elsewhere."""
+    """`shapes` of a vanilla model; a recursive model has no names in other formats."""
     if cfg.num_loops != 1 or cfg.lora_ranks:
         raise ValueError(
             f"only vanilla models have names elsewhere; this one has num_loops={cfg.num_loops} "
@@ -153,14 +150,14 @@ def leaf_shapes(cfg: DecoderConfig) -> Mapping[str, tuple[int, ...]]:
 
 
 def used_rows(table: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Row]:
-    """The rows whose parameter this model has, by our path."""
+    """By our path, the rows whose parameter this model has."""
     rows = {row.ours: row for row in table if row.ours in shapes}
     assert set(rows) == set(shapes), f"name table lacks {sorted(set(shapes) - set(rows))}"
     return rows
 
 
 def layer_names(row: Row, shape: tuple[int, ...]) -> list[str]:
-    """Their names of our leaf, in layer order; one name where there is no layer axis."""
+    """Their names for our parameter, in layer order; one name where there is no layer axis."""
     return [row.theirs.format(i) for i in range(shape[0])] if "{}" in row.theirs else [row.theirs]
 
 
@@ -170,13 +167,16 @@ def audit(
     found: Mapping[str, tuple[int, ...]],
     where: str,
 ) -> None:
-    """Refuse tensors that are left over, missing or misshapen, by name.
+    """Check that a model's tensors are those of its config.
 
     Args:
       table: name table.
-      shapes: our leaves, see `leaf_shapes`.
-      found: their tensors' shapes.
+      shapes: of our parameters, see `leaf_shapes`.
+      found: shapes of their tensors.
       where: file or directory, for the message.
+
+    Raises:
+      ValueError: tensors are left over, missing or misshapen; the message names them.
     """
     expected = {}
     for path, row in used_rows(table, shapes).items():
@@ -206,9 +206,9 @@ def _some(names: Sequence[str], limit: int = 6) -> str:
 
 
 class LazyParams(Mapping):
-    """Flat mapping of our parameters, `{'block/attention/q/w': array}`, read when asked for.
+    """Flat mapping of our parameters, `{'block/attention/q/w': array}`, read on access.
 
-    One item is read, transformed and stacked over layers per access; nothing is kept.
+    Each access reads, transforms and stacks the layers of one parameter. Nothing is kept.
     """
 
     def __init__(
@@ -225,21 +225,21 @@ class LazyParams(Mapping):
 
     @property
     def num_tensors(self) -> int:
-        """Of theirs, all of which are used: opening refuses what is left over."""
+        """How many tensors of theirs the model has; `audit` has refused any others."""
         return len({n for p, row in self._rows.items() for n in layer_names(row, self._shapes[p])})
 
     def __getitem__(self, path: str) -> np.ndarray:
         return self._stack(path, layer_names(self._rows[path], self._shapes[path]))
 
     def layers(self, path: str, depths: Sequence[int]) -> np.ndarray:
-        """`self[path][depths]` of a parameter of the block, the other layers left unread."""
+        """`self[path][depths]` of a parameter of the block; the other layers are not read."""
         names = layer_names(self._rows[path], self._shapes[path])
         return self._stack(path, [names[depth] for depth in depths])
 
     def _stack(self, path: str, names: Sequence[str]) -> np.ndarray:
         row, shape = self._rows[path], self._shapes[path]
         dtype = self.dtype
-        if dtype is None:  # layers stored in different types: the one that holds them all
+        if dtype is None:  # layers may be stored in different types: take one that holds them all
             dtype = np.result_type(*{self._stored(name) for name in names})
         by_layer = "{}" in row.theirs
         out = np.empty((len(names), *shape[1:]) if by_layer else shape, dtype)
@@ -255,12 +255,12 @@ class LazyParams(Mapping):
 
 
 def nested(flat: Mapping[str, np.ndarray]) -> dict:
-    """`{'a/b': x}` -> `{'a': {'b': x}}`; reads a lazy mapping item by item."""
+    """`{'a': {'b': x}}` from `{'a/b': x}`; reads a lazy mapping item by item."""
     return traverse_util.unflatten_dict({path: flat[path] for path in flat}, sep="/")
 
 
 def flat(params: Mapping) -> Mapping[str, np.ndarray | jax.Array]:
-    """Params by path; a mapping that is flat already (perhaps lazy) comes back as it is, unread."""
+    """Params by path. A mapping that is flat already (perhaps lazy) is returned unread."""
     if any("/" in key for key in params):
         return params
     return traverse_util.flatten_dict(params, sep="/")

@@ -1,4 +1,4 @@
-"""A pretrained model to start from: Hugging Face directory, GGUF file or hub id, opened lazily."""
+"""Pretrained models to start from: Hugging Face directory, GGUF file or hub id, opened lazily."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from recursive_jax.models.config import DecoderConfig
+from recursive_jax.models.parameters import leaves
 from recursive_jax.weights import gguf, hf, names
 
 ASSETS = pathlib.Path(__file__).resolve().parents[1] / "assets"
@@ -16,7 +17,7 @@ ASSETS = pathlib.Path(__file__).resolve().parents[1] / "assets"
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """An opened model; nothing but its header has been read.
+    """An opened model, of which only the headers have been read.
 
     Attributes:
       path: file or directory on this machine.
@@ -33,30 +34,30 @@ class Source:
     generation_config: dict[str, Any]
 
     def load_params(self) -> dict[str, Any]:
-        """All params, nested, in the dtype they are stored in (compute casts as it goes)."""
+        """All params, nested, in their stored dtype (layers cast them to the compute dtype)."""
         return names.nested({path: self.params[path] for path in self.params})
 
     def outer_params(self) -> dict[str, Any]:
         """Embedding, head and final norm, nested, as stored."""
-        return names.nested(
-            {path: self.params[path] for path in self.params if not path.startswith("block/")}
-        )
+        outer = [leaf.path for leaf in leaves(self.cfg).values() if not leaf.in_block]
+        return names.nested({path: self.params[path] for path in outer})
 
     def layers(self, depths: Sequence[int]) -> tuple[DecoderConfig, dict[str, Any]]:
-        """The model made of these depths only: its config, and `{'block': ...}` of it, as stored.
+        """Config and block (`{'block': ...}`, as stored) of a model made of these depths only.
 
-        Nothing else is read. With `outer_params` the block makes whole params.
+        No other layer is read. The block and `outer_params` together are the model's params.
         """
-        block = [path for path in self.params if path.startswith("block/")]
+        block = [leaf.path for leaf in leaves(self.cfg).values() if leaf.in_block]
         layers = names.nested({path: self.params.layers(path, depths) for path in block})
         return self.cfg.at_depths(depths), layers
 
 
 def open_source(spec: str) -> Source:
-    """Open `spec`: a directory, a .gguf file, a hub id, or 'tiny' (the model in this package).
+    """The model of `spec`: a directory, a .gguf file, a hub id, or 'tiny' (part of this package).
 
     Raises:
-      FileNotFoundError, ValueError: not there, not understood, or inconsistent; by name.
+      FileNotFoundError: there is no such model.
+      ValueError: its format is not supported, or its files contradict each other.
     """
     if spec == "tiny":
         spec = str(ASSETS / "tiny")

@@ -1,9 +1,9 @@
-"""Tying: a vanilla model's layers folded into one block that runs several times, and back.
+"""Tying: fold a vanilla model's layers into one block that runs several times, and unfold it.
 
-`tie` is array algebra on the stacked tree. CYCLE sharing: `depth = loop * num_layers + layer`, so
-`w [depth, in, out]` is `[loop, layer, in, out]` without moving anything, and a method is a choice
-of the shared `[layer, in, out]` from it (paper arXiv 2410.20672v3 §2.2). What a loop's source
-layer has over the shared weight starts its LoRA (§2.3, `low_rank`).
+CYCLE sharing (paper arXiv 2410.20672v3 §2.2): `depth = loop * num_layers + layer`. A stack
+`w [depth, in, out]` is therefore `[loop, layer, in, out]` without moving data, and a method chooses
+the shared `[layer, in, out]` from it. The residual, a loop's source weight minus the shared weight,
+starts the LoRA of that loop (§2.3, `low_rank`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from recursive_jax.models.config import NORM_MODES, DecoderConfig
-from recursive_jax.models.parameters import init_params
+from recursive_jax.models.parameters import LORA, Leaf, init_params, leaves
 from recursive_jax.weights import low_rank, names
 
 METHODS = ("stepwise", "average", "lower", "upper", "random")
@@ -27,7 +27,7 @@ ROUNDINGS = {
     "half_up": lambda x: int(np.floor(x + 0.5)),
     "floor": int,
 }
-# What follows each pre-norm, hence what its scale is folded into.
+# The projections that read each pre-norm's output: its scale is folded into their weights.
 _FOLDED_INTO = {"pre_attention_norm": ("q", "k", "v"), "pre_mlp_norm": ("gate", "up")}
 
 Params = Mapping[str, Any]  # nested, or flat with keys like 'block/attention/q/w' (may be lazy)
@@ -47,41 +47,43 @@ def tie(
     on_projection: Callable[[str, float], None] | None = None,
     place: Callable[[Any], Any] = lambda leaf: _float32(leaf),
 ) -> tuple[dict[str, Any], DecoderConfig]:
-    """Fold a vanilla model into a block that runs `num_loops` times.
+    """Params and config of the recursive model: a block that runs `num_loops` times.
 
-    Works through `params` layer by layer: next to its float32 result it holds a few matrices.
+    The params are read layer by layer. Memory: the float32 result and a few matrices.
 
     Args:
-      params: the vanilla parameters, nested or flat. A flat mapping may load on access, and single
-        layers with `layers(path, depths)` as `names.LazyParams` does.
+      params: the vanilla parameters, nested or flat. A flat mapping may load on access. With a
+        method `layers(path, depths)`, as `names.LazyParams` has, it may load single layers.
       cfg: the vanilla model: `num_loops == 1`, no LoRA, `norms == 'tied'`.
       num_loops: must divide the depth.
-      method: where the shared weights come from. 'stepwise': layers at regular intervals, first
-        and last included; 'average': the mean over loops; 'lower' / 'upper': the first / last
-        `num_layers` layers; 'random': fresh weights and norms, and the source's embeddings, final
-        norm and head (the paper's random models, App. F, have fresh ones of those too: train one
-        from scratch).
-        None: 'average', or 'stepwise' without LoRA or with a 'zero' one (paper §3.4, §3.5).
-      lora: how the LoRAs start. 'svd': truncated SVD of the residuals; 'zero': Gaussian times
-        zero; 'split': shared weights and LoRAs fitted together, from 'average'; 'none'. None:
-        'zero' under stepwise, where the paper found SVD to hurt, and random, else 'svd'.
-      lora_ranks: one rank for all projections, or by projection (absent means none). 'full' is
-        min(in, out), which also caps every number. None or 0: no LoRA, whatever `lora` says.
-      norms: 'tied', 'per_loop', or 'folded' (pre-norm scales go into the linears that follow,
-        LayerNorm's bias into theirs); see `DecoderConfig.vector_loops`.
+      method: source of the shared weights. 'stepwise': layers at regular intervals, first and last
+        included. 'average': the mean over loops. 'lower' / 'upper': the first / last `num_layers`
+        layers. 'random': fresh weights and norms with the source's embedding, final norm and head.
+        (The paper's random models, App. F, have fresh embeddings too: train one from scratch.)
+        None: 'stepwise' without LoRA or with a 'zero' LoRA, else 'average' (paper §3.4, §3.5).
+      lora: how the LoRAs start. 'svd': truncated SVD of the residuals. 'zero': Gaussian times zero.
+        'split': shared weights and LoRAs fitted together, starting from 'average'. 'none'.
+        None: 'zero' under 'stepwise' (the paper found that SVD hurts there) and under 'random',
+        else 'svd'.
+      lora_ranks: one rank for all projections, or a rank by projection (absent means 0). 'full' is
+        min(in, out), which also caps every number. None or 0: no LoRA, whatever `lora` is.
+      norms: 'tied', 'per_loop' or 'folded'; see `DecoderConfig.vector_loops`. 'folded' multiplies
+        pre-norm scales into the next projections' weights. A LayerNorm's bias goes into their
+        biases.
       rounding: of stepwise positions: 'even', 'half_up' or 'floor'.
-      norm_start: what norm scales and biases start from. 'average' over the loops, 'choice': the
-        selected layer's ('average' selects none: its first loop's), 'zero' (paper App. F; linear
-        biases keep the method's default), or 'own': each depth's own, which needs a loop axis.
-        None: 'own' with an SVD or split LoRA and a loop axis, because the LoRA then brings each
-        loop's weights towards its depth's own and at full rank makes the model exact; otherwise
-        vectors go with the weights that the loop uses: 'average' under average, else 'choice'.
+      norm_start: how norm scales and biases start. 'average': the mean over loops. 'choice': the
+        vectors of the selected layer ('average' selects none; its first loop is taken). 'zero'
+        (paper App. F): zero norms; linear biases keep the method's default. 'own': each depth keeps
+        its own vectors, which needs a loop axis.
+        None: 'own' with a loop axis and an 'svd' or 'split' LoRA. Such a LoRA moves each loop's
+        weights towards those of its depth, and at full rank the model is then exact. Otherwise
+        'average' under method 'average', else 'choice', so that vectors and weights match.
       seed: of Gaussian LoRA starts and of 'random'.
       on_projection: called after each projection with its name and the share of the squared
-        residual ‖W - shared‖² that the LoRAs keep, over all layers and loops (under 'split' the
-        residual is that of the mean). Not called by 'random'.
-      place: puts a finished leaf where it is wanted, in float32, such as on a device: so the result
-        is never in memory twice. By default they are numpy arrays.
+        residual ‖W - shared‖² that the LoRAs keep, over all layers and loops. Under 'split' the
+        residual is taken from the mean. 'random' does not call it.
+      place: moves a finished leaf to its device, in float32. The result is then never in memory
+        twice. The default gives numpy arrays.
 
     Returns:
       Nested params of float32 arrays, and their config.
@@ -91,39 +93,40 @@ def tie(
         left over.
     """
     recipe = _recipe(cfg, num_loops, method, lora, lora_ranks, norms, rounding, norm_start)
-    source = _Source(params, cfg)
-    out, vectors, stacks = {}, {}, []
-    for path in source.shapes:
-        if not path.startswith("block/"):
-            out[path] = place(source.stored(path))
+    source, tied_leaves = _Source(params, cfg), leaves(recipe.cfg)
+    out, vectors, weights = {}, {}, []
+    for leaf in source.leaves.values():
+        if not leaf.in_block:
+            out[leaf.path] = place(source.stored(leaf.path))
         elif recipe.method == "random":
             continue
-        elif path.endswith("/w"):
-            stacks.append(path)
+        elif leaf.kind == "weight":
+            weights.append(leaf)
         else:
-            vectors[path] = source(path)  # [depth, F]
+            vectors[leaf.path] = source(leaf.path)  # [depth, F]
     if recipe.method == "random":
         fresh = jax.jit(lambda key: init_params(recipe.cfg, key)["block"])(jax.random.key(seed))
         return names.nested(out) | {"block": jax.tree.map(place, fresh)}, recipe.cfg
     folds = {}
     if norms == "folded":
-        for path, shape in names.shapes(recipe.cfg).items():
-            if path.endswith("/b") and path not in vectors:  # made to hold a folded LayerNorm bias
-                vectors[path] = np.zeros((cfg.depth, shape[-1]), np.float32)
+        for path, leaf in tied_leaves.items():
+            if leaf.kind == "bias" and path not in vectors:  # new: holds a folded LayerNorm bias
+                vectors[path] = np.zeros((cfg.depth, leaf.shape[-1]), np.float32)
         folds = _take_folds(vectors, cfg)
 
-    for path in stacks:
-        prefix, name = path[:-1], path.split("/")[-2]
-        layer, fold = source.by_layer(path), folds.get(name, _NO_FOLD)
+    for leaf in weights:
+        layer, fold = source.by_layer(leaf.path), folds.get(leaf.projection, _NO_FOLD)
         if fold.bias is not None:
             through = [fold.bias[d] @ layer(d) for d in range(cfg.depth)]
-            vectors[prefix + "b"] = vectors[prefix + "b"] + np.stack(through)
-        leaves, kept = _tie_projection(name, layer, fold.scale, recipe, seed)
+            bias = leaf.sibling("b")
+            vectors[bias] = vectors[bias] + np.stack(through)
+        arrays, kept = _tie_projection(leaf.projection, layer, fold.scale, recipe, seed)
         del layer
-        out |= {prefix + leaf: place(leaves.pop(leaf)) for leaf in list(leaves)}
+        out |= {leaf.sibling(name): place(arrays.pop(name)) for name in list(arrays)}
         if on_projection:
-            on_projection(name, kept)
-    out |= {path: place(_tie_vector(path, table, recipe)) for path, table in vectors.items()}
+            on_projection(leaf.projection, kept)
+    for path, table in vectors.items():
+        out[path] = place(_tie_vector(tied_leaves[path], table, recipe))
     return names.nested(out), recipe.cfg
 
 
@@ -138,12 +141,12 @@ def tied_config(
     norm_start: str | None = None,
     seed: int = 0,
 ) -> DecoderConfig:
-    """The config `tie` would return for these arguments; nothing is read or computed."""
+    """The config that `tie` returns for these arguments; nothing is read or computed."""
     return _recipe(cfg, num_loops, method, lora, lora_ranks, norms, rounding, norm_start).cfg
 
 
 def recipe_from(options: Any, seed: int) -> dict[str, Any]:
-    """Arguments of `tie` from a config's `model` section ('' = default, rank -1 = full)."""
+    """Arguments of `tie` from the `model` section of a config ('' = default, rank -1 = full)."""
     return {
         "num_loops": options.num_loops,
         "method": options.method or None,
@@ -156,44 +159,46 @@ def recipe_from(options: Any, seed: int) -> dict[str, Any]:
 
 
 def untie(params: Params, cfg: DecoderConfig) -> tuple[dict[str, Any], DecoderConfig]:
-    """Unroll a recursive model into a vanilla one with the same logits, LoRA merged.
+    """Params and config of the vanilla model with the same logits: unrolled, LoRAs merged.
 
     Args:
-      params: of `cfg`, nested or flat.
-      cfg: any config.
+      params: nested or flat.
+      cfg: their config; any number of loops.
 
     Returns:
       Nested float32 params of `cfg.depth` distinct layers, and their config.
     """
     source = _Source(params, cfg)
-    loops, layers = cfg.num_loops, cfg.num_layers
+    num_layers = cfg.num_layers
     vanilla = cfg.replace(num_layers=cfg.depth, num_loops=1, norms="tied", lora_ranks=())
     out = {}
-    for path, shape in names.shapes(vanilla).items():
-        leaf = source(path)
-        if not path.startswith("block/"):
-            out[path] = leaf
-        elif path.endswith("/w"):
-            rank = cfg.rank(path.split("/")[-2])
-            a, b = (source(path[:-1] + f"lora_{x}") if rank else None for x in "ab")
-            out[path] = np.empty(shape, np.float32)
+    for path, leaf in leaves(vanilla).items():
+        stored = source(path)
+        if not leaf.in_block:
+            out[path] = stored
+        elif leaf.kind == "weight":
+            rank = cfg.rank(leaf.projection)
+            a, b = (source(leaf.sibling(name)) if rank else None for name in LORA)
+            out[path] = np.empty(leaf.shape, np.float32)
             for depth in range(cfg.depth):
-                loop, layer = divmod(depth, layers)
-                merged = leaf[layer] + a[layer, loop] @ b[layer, loop] if rank else leaf[layer]
-                out[path][depth] = merged
+                loop, layer = divmod(depth, num_layers)
+                shared = stored[layer]
+                out[path][depth] = shared + a[layer, loop] @ b[layer, loop] if rank else shared
         else:
-            by_loop = leaf if leaf.ndim == 3 else np.repeat(leaf[:, None], loops, axis=1)
-            out[path] = by_loop.swapaxes(0, 1).reshape(shape)  # [layer, loop, F] -> [depth, F]
+            has_loops = "loop" in source.leaves[path].axes
+            by_loop = stored if has_loops else np.repeat(stored[:, None], cfg.num_loops, axis=1)
+            out[path] = by_loop.swapaxes(0, 1).reshape(leaf.shape)  # [layer, loop] -> [depth]
     return names.nested(out), vanilla
 
 
 def selected_depths(
     method: str, depth: int, num_layers: int, rounding: str = "even"
 ) -> np.ndarray | None:
-    """The source layer each shared layer is a copy of: int `[num_layers]`, None under average.
+    """The source layer that each shared layer copies: int `[num_layers]`, None under 'average'.
 
-    Stepwise takes regular intervals with the first and last layer fixed (paper §2.2; the rounding
-    is the first author's later code, the paper shows only 6 -> 3). A single layer is the first.
+    'stepwise' takes layers at regular intervals, the first and the last included (paper §2.2). The
+    rounding follows the first author's later code; the paper shows only 6 -> 3. A block of one
+    layer copies the first.
     """
     if method == "stepwise":
         positions = np.linspace(0, depth - 1, num_layers)
@@ -208,7 +213,7 @@ def selected_depths(
 def resolve_ranks(
     cfg: DecoderConfig, lora_ranks: int | str | Mapping[str, int | str] | None
 ) -> dict[str, int]:
-    """Rank by projection, clamped to min(in, out); 'full' is that minimum; zeros left out."""
+    """Rank by projection, at most min(in, out); 'full' is that minimum; zeros are left out."""
     if not isinstance(lora_ranks, Mapping):
         lora_ranks = dict.fromkeys(cfg.projections, lora_ranks or 0)
     unknown = sorted(set(lora_ranks) - set(cfg.projections))
@@ -230,17 +235,18 @@ def resolve_ranks(
 
 
 def break_even_rank(in_dim: int, out_dim: int, num_loops: int) -> float:
-    """The rank at which LoRA stores as much as untying the matrix would, which is exact.
+    """The rank at which LoRA stores as many numbers as untying the matrix.
 
-    From `in·out + L·R·(in + out) = L·in·out` with L loops sharing the matrix.
+    Untying is exact, so a higher rank is never worth it. The rank solves
+    `in·out + L·R·(in + out) = L·in·out`, where L loops share the matrix.
     """
     return (num_loops - 1) * in_dim * out_dim / (num_loops * (in_dim + out_dim))
 
 
 def costly_projections(cfg: DecoderConfig) -> dict[str, tuple[int, float]]:
-    """Projections whose LoRA outweighs what sharing saves: name -> (rank, break-even rank).
+    """Projections whose LoRA is larger than the saving by sharing: name -> (rank, break-even rank).
 
-    Untying such a matrix would be both smaller and exact.
+    Untying such a matrix is smaller and exact.
     """
     limits = {n: break_even_rank(*cfg.projections[n], cfg.num_loops) for n in cfg.projections}
     return {n: (rank, limits[n]) for n, rank in cfg.lora_ranks if rank > limits[n]}
@@ -248,12 +254,12 @@ def costly_projections(cfg: DecoderConfig) -> dict[str, tuple[int, float]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Recipe:
-    """What `tie` was asked for, with every None replaced by its default."""
+    """Arguments of `tie`, with every None replaced by its default."""
 
     cfg: DecoderConfig  # of the result
     method: str
     lora: str
-    selected: np.ndarray | None  # source depth of each shared layer, None under average
+    selected: np.ndarray | None  # source depth of each shared layer, None under 'average'
     norm_start: str
 
 
@@ -319,19 +325,26 @@ def _recipe(cfg, num_loops, method, lora, lora_ranks, norms, rounding, norm_star
 
 
 def _tie_projection(name, source, scale, recipe, seed) -> tuple[dict[str, np.ndarray], float]:
-    """Shared weight and LoRA leaves of one projection from its layers `source(depth) [in, out]`.
+    """Shared weight and LoRA factors of one projection, by parameter name; and the share kept.
 
-    `scale` None or `[depth, in]`, folded into the weights. Also the share of the squared residual
-    that the LoRAs keep, measured on the result.
+    Args:
+      name: of the projection.
+      source: depth -> weight `[in, out]`.
+      scale: None, or `[depth, in]` to fold into the weights.
+      recipe: of the conversion.
+      seed: of Gaussian starts.
+
+    Returns:
+      The arrays, and the share of the squared residual that the LoRAs keep, measured on them.
     """
     cfg, selected = recipe.cfg, recipe.selected
     loops, layers, rank = cfg.num_loops, cfg.num_layers, cfg.rank(name)
     in_dim, out_dim = cfg.projections[name]
     rng = np.random.default_rng([seed, list(cfg.projections).index(name)])
-    leaves = {"w": np.empty((layers, in_dim, out_dim), np.float32)}
+    arrays = {"w": np.empty((layers, in_dim, out_dim), np.float32)}
     if rank:
-        leaves["lora_a"] = np.empty((layers, loops, in_dim, rank), np.float32)
-        leaves["lora_b"] = np.empty((layers, loops, rank, out_dim), np.float32)
+        arrays["lora_a"] = np.empty((layers, loops, in_dim, rank), np.float32)
+        arrays["lora_b"] = np.empty((layers, loops, rank, out_dim), np.float32)
 
     def read(depth: int) -> np.ndarray:
         matrix = source(depth)
@@ -350,36 +363,26 @@ def _tie_projection(name, source, scale, recipe, seed) -> tuple[dict[str, np.nda
             factors = start(weights, base, rank, rng)
         elif recipe.lora == "split" and rank:
             base, factors = low_rank.split_spectrum(weights, rank, rng)
-        leaves["w"][layer] = base
+        arrays["w"][layer] = base
         for loop, (a, b) in enumerate(factors):
-            leaves["lora_a"][layer, loop], leaves["lora_b"][layer, loop] = a, b
+            arrays["lora_a"][layer, loop], arrays["lora_b"][layer, loop] = a, b
             error += low_rank.squared_norm(weights[loop] - base - a @ b)
-    return leaves, 1 - (error if rank else residual) / residual if residual else 1.0
+    return arrays, 1 - (error if rank else residual) / residual if residual else 1.0
 
 
-def _tie_vector(path: str, table: np.ndarray, recipe: _Recipe) -> np.ndarray:
-    """A small vector `[depth, F]` as `[layer, F]`, or `[layer, loop, F]` where it is per loop."""
-    cfg, start = recipe.cfg, recipe.norm_start
+def _tie_vector(leaf: Leaf, table: np.ndarray, recipe: _Recipe) -> np.ndarray:
+    """The tied vector `leaf`, `[layer, F]` or `[layer, loop, F]`, from its source `[depth, F]`."""
+    cfg, start, has_loops = recipe.cfg, recipe.norm_start, "loop" in leaf.axes
     own = table.reshape(cfg.num_loops, cfg.num_layers, -1).swapaxes(0, 1)  # [layer, loop, F]
-    has_loops = cfg.vector_loops(_vector_kind(path)) > 0
     if start == "own" and has_loops:
         return np.ascontiguousarray(own)
-    is_norm = "_norm/" in path
-    if start == "zero" and is_norm:
+    if start == "zero" and leaf.kind != "bias":
         shared = np.zeros_like(own[:, 0])
     elif start == "average" or (start != "choice" and recipe.selected is None):
         shared = own.mean(axis=1)
     else:
         shared = own[:, 0] if recipe.selected is None else table[recipe.selected]
     return np.repeat(shared[:, None], cfg.num_loops, axis=1) if has_loops else shared
-
-
-def _vector_kind(path: str) -> str:
-    """The `DecoderConfig.vector_loops` kind of 'block/pre_mlp_norm/scale', 'block/mlp/up/b' ..."""
-    module = path.split("/")[-2]
-    if not module.endswith("_norm"):
-        return "bias"
-    return "qk_norm" if path.startswith("block/attention/") else module.split("_")[0] + "_norm"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -394,8 +397,9 @@ _NO_FOLD = _Fold()
 
 
 def _take_folds(vectors: dict[str, np.ndarray], cfg: DecoderConfig) -> dict[str, _Fold]:
-    """Take the pre-norms' affine parts out of `vectors`, leaving identities.
+    """The pre-norms' affine parts, by the projection that reads the norm.
 
+    In `vectors` each of these norms becomes the identity.
     `(x̂ * scale + bias) @ w = x̂ @ (scale[:, None] * w) + bias @ w`.
     """
     folds = {}
@@ -410,13 +414,13 @@ def _take_folds(vectors: dict[str, np.ndarray], cfg: DecoderConfig) -> dict[str,
 
 
 class _Source:
-    """The parameters of a config by path: complete, nothing left over, read one at a time."""
+    """The parameters of a config by path, read one at a time; none is missing or left over."""
 
     def __init__(self, params: Params, cfg: DecoderConfig):
-        self.shapes = names.shapes(cfg)
-        self._leaves = names.flat(params)
-        missing = sorted(set(self.shapes) - set(self._leaves))
-        unexpected = sorted(set(self._leaves) - set(self.shapes))
+        self.leaves = leaves(cfg)
+        self._stored = names.flat(params)
+        missing = sorted(set(self.leaves) - set(self._stored))
+        unexpected = sorted(set(self._stored) - set(self.leaves))
         if missing or unexpected:
             raise ValueError(
                 f"the parameters do not belong to this {cfg.family} config: "
@@ -424,20 +428,20 @@ class _Source:
             )
 
     def stored(self, path: str) -> Any:
-        """A leaf as it is stored."""
-        leaf = self._leaves[path]
-        if leaf.shape != self.shapes[path]:
+        """A parameter in the dtype it is stored in."""
+        stored, expected = self._stored[path], self.leaves[path].shape
+        if stored.shape != expected:
             raise ValueError(
-                f"parameter {path} has shape {leaf.shape}; its config asks for {self.shapes[path]}"
+                f"parameter {path} has shape {stored.shape}; its config expects {expected}"
             )
-        return leaf
+        return stored
 
     def __call__(self, path: str) -> np.ndarray:
         return _float32(self.stored(path))
 
     def by_layer(self, path: str) -> Callable[[int], np.ndarray]:
-        """depth -> that layer of a stack of the block; alone read where the params can do that."""
-        read = getattr(self._leaves, "layers", None)
+        """depth -> that layer of a stack, float32; read alone where the params have `layers`."""
+        read = getattr(self._stored, "layers", None)
         if read is not None:
             return lambda depth: _float32(read(path, [depth])[0])
         stack = np.asarray(self.stored(path))

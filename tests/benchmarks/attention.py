@@ -17,26 +17,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from recursive_jax.cpu import build
-from recursive_jax.cpu import cache as cpu_cache
-from recursive_jax.models.attention import attend_cached
+from recursive_jax.cpu.cache import CpuCache
+from recursive_jax.models.interface import Rows
 from recursive_jax.models.kv_cache import KVCache
 
 LOOPS, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 2, 15, 9, 3, 64
 ROUNDS, SECONDS = 15, 0.05
 
 
-def timed(attend, lanes: int, rows: int):
+def timed(cache_class, lanes: int, rows: int):
     """A function that attends for about `SECONDS`, and gives microseconds of a layer."""
     blocks = -(-rows // KVCache.BLOCK)
     shape = (LOOPS, LAYERS, lanes, blocks, KV_HEADS)
     rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
-    cache = KVCache(
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    cache = cache_class(
         draw(*shape, HEAD_DIM, KVCache.BLOCK),
         draw(*shape, KVCache.BLOCK, HEAD_DIM),
     )
     slots = jnp.arange(lanes, dtype=jnp.int32)
-    positions = jnp.full((lanes, 1), rows - 1, jnp.int32)
+    positions = jnp.full(lanes, rows - 1, jnp.int32)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def run(cache, q, count):
@@ -45,16 +48,16 @@ def timed(attend, lanes: int, rows: int):
         def once(_, carry):
             q, cache = carry
             for layer in range(LAYERS):
-                where = slots % LOOPS, jnp.int32(layer), slots
-                how = positions, None, HEAD_DIM**-0.5, None
-                k, v = q[:, :, :KV_HEADS], q[:, :, -KV_HEADS:]
-                y, cache = attend(q, k, v, cache, where, *how)
+                places = Rows(slots % LOOPS, positions, slots)
+                k, v = q[:, :KV_HEADS], q[:, -KV_HEADS:]
+                scale = HEAD_DIM**-0.5
+                y, cache = cache.attend(q, k, v, places, jnp.int32(layer), None, scale, None)
                 q = 0.5 * (q + y)
             return q, cache
 
         return jax.lax.fori_loop(0, count, once, (q, cache))
 
-    q, box = draw(lanes, 1, HEADS, HEAD_DIM), [cache]
+    q, box = draw(lanes, HEADS, HEAD_DIM), [cache]
     count = 1
 
     def call():
@@ -69,17 +72,12 @@ def timed(attend, lanes: int, rows: int):
     return call
 
 
-def by_xla(q, k, v, cache, where, positions, *how):
-    cache = cache.write(k, v, *where, positions)
-    return attend_cached(q, cache, where, positions, *how), cache
-
-
 def main():
-    ways = {"decode_attention.cc": cpu_cache.attend, "XLA": by_xla}
+    ways = {"decode_attention.cc": CpuCache, "XLA": KVCache}
     if not build.has("DecodeAttention"):  # it has said why
         del ways["decode_attention.cc"]
     for lanes, rows in ((1, 64), (2, 64), (16, 64), (32, 64), (1, 1024), (16, 1024)):
-        calls = {name: timed(attend, lanes, rows) for name, attend in ways.items()}
+        calls = {name: timed(cache_class, lanes, rows) for name, cache_class in ways.items()}
         times = {name: [] for name in ways}
         for _ in range(ROUNDS):
             for name, call in calls.items():

@@ -32,19 +32,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from recursive_jax.analysis import simulation, timing
+from recursive_jax.cpu.decoder import CpuModel
 from recursive_jax.decoding.engine import Engine
 from recursive_jax.decoding.exit_measures import Recorded
 from recursive_jax.decoding.requests import Request
 from recursive_jax.decoding.scheduler import Scheduler
 from recursive_jax.decoding.session import Session
-from recursive_jax.models.decoder import Decoder, split_layers
 from recursive_jax.models.parameters import init_params
 from recursive_jax.weights import hf_config, tying
 from recursive_jax.weights.source import open_source
 
 
 def recursive(model: str, num_loops: int, rank: int, depth: int | None = None):
-    """(decoder, params) of a source folded into `num_loops` loops; 1 loop: the source itself.
+    """(model, prepared params) of a source folded into `num_loops` loops; 1: the source itself.
 
     `depth`: its first layers only.
     """
@@ -59,8 +59,9 @@ def recursive(model: str, num_loops: int, rank: int, depth: int | None = None):
         params, cfg = tying.tie(params, cfg, num_loops, "average", lora, rank)
     else:
         params = source.load_params()
-    params = split_layers(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params))
-    return Decoder(cfg, scan_layers=False), params
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    model = CpuModel(cfg)
+    return model, model.prepare(params, donate=True)
 
 
 def requests(count: int, prompt: int, new: int, vocab: int, loops=None) -> list[Request]:
@@ -339,8 +340,9 @@ def lora(args):
         ranks = {n: min(rank, *shape) for n, shape in cfg.projections.items()} if rank else {}
         relaxed = cfg.replace(lora_ranks=ranks)
         params = jax.jit(init_params, static_argnums=0)(relaxed, jax.random.key(0))
-        model = Decoder(relaxed, scan_layers=False)
-        engines[rank] = make(model, split_layers(params), args, loops=(), compile=False)
+        model = CpuModel(relaxed)
+        params = model.prepare(params, donate=True)
+        engines[rank] = make(model, params, args, loops=(), compile=False)
         ticks[rank] = []
     for _ in range(args.rounds):
         for rank, engine in engines.items():

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from engine import make, parser, requests, row, serve, serve_in_turn, stopwatch
 
 from recursive_jax import text
+from recursive_jax.cpu.decoder import CpuModel
 from recursive_jax.decoding.exit_measures import Static
 from recursive_jax.decoding.requests import Request, Sampling
-from recursive_jax.models.decoder import Decoder, split_layers
 from recursive_jax.weights import checkpoint, tying
 from recursive_jax.weights.source import open_source
 
@@ -32,7 +32,8 @@ def lossless(args):
     if args.checkpoint:
         params, cfg = checkpoint.load_params(args.checkpoint)
         tokenizer = text.load_tokenizer(pathlib.Path(args.checkpoint) / "tokenizer")
-        cases = [(Decoder(cfg, scan_layers=False), split_layers(params), args.checkpoint)]
+        model = CpuModel(cfg)
+        cases = [(model, model.prepare(params, donate=True), args.checkpoint)]
     else:
         cases = [(*agreeing(args, n, 0.8), args.model) for n in args.loops]
     for model, params, name in cases:
@@ -121,7 +122,7 @@ def agreeing(args, num_loops: int, wanted: float):
     full = {"o": "full", "down": "full"}
     made, cfg = tying.tie(opened.params, opened.cfg, num_loops, "average", "zero", full)
     made = jax.tree.map(jnp.asarray, made)
-    model = Decoder(cfg, scan_layers=False)
+    model = CpuModel(cfg)
     settings = argparse.Namespace(**vars(args) | {"slots": 16})
     todo = sampled(16, args, cfg.vocab_size)  # they are among those that are measured
 
@@ -134,7 +135,7 @@ def agreeing(args, num_loops: int, wanted: float):
             # [in, R] times [R, out] with R = out: the change itself, times one
             a, b = a.at[:, 1:].set(delta[:, None]), b.at[:, 1:].set(eye)
             params["block"][room][name] = {"w": weight, "lora_a": a, "lora_b": b}
-        return split_layers(jax.tree.map(jnp.copy, params))
+        return model.prepare(params)
 
     engine = make(model, scaled(0.5), settings, measure=Static(1), lossless=True)
     low, high = 0.0, 1.0

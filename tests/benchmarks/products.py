@@ -2,7 +2,7 @@
 
     python tests/benchmarks/products.py
 
-All products of a tick and nothing else: by the kernel of `few_rows`, by XLA (weight on the left,
+All products of a tick and nothing else: by the kernel, by XLA (weight on the left,
 rows of zeros up to 4 or a multiple of 8), the same without such rows, the weight on the right, and
 torch's `linear` where it is installed. They take turns in random order, since one's threads may
 linger in the time of the next; prints a JSON row of medians.
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from recursive_jax.cpu import build
-from recursive_jax.cpu.matmul import by_kernel, by_xla
+from recursive_jax.cpu.matmul import skinny_matmul, weights_first
 
 SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536))  # [out, in]: qkv, o, gate and up, down
 LAYERS, ROUNDS = 30, 25
@@ -35,8 +35,8 @@ def through(product, layers, x):
 def forms(weights):
     on_device = jax.tree.map(jnp.asarray, weights)
     ways = {
-        "skinny_matmul.cc": by_kernel,
-        "weight on the left": by_xla,
+        "skinny_matmul.cc": skinny_matmul,
+        "weight on the left": weights_first,
         "as many rows as there are": lambda x, w: jax.lax.optimization_barrier(w @ x.T).T,
         "weight on the right": lambda x, w: x @ w.T,
     }

@@ -1,12 +1,11 @@
-// New rows of a KVCache, and attention of one query per lane over the rows of its slot there; all
-// float32.
+// Writes new rows of a KVCache, then attends: one query per lane over the rows of its slot. float32.
 //
-// Every row is read once, for all query heads of its kv head, and nothing is written in between:
-// XLA takes a dozen small kernels for a block of rows, and gathers the blocks of all lanes first. Its
-// scatter writes a new key number by number, one after the other. A lane's numbers do not depend on
-// the other lanes, not even on NaN; nor on rows that it must not see, whatever they hold.
+// Every row is read once for all query heads of its kv head, without intermediate results. XLA runs
+// a dozen small kernels per block of rows and gathers the blocks of all lanes first; its scatter
+// writes a new key number by number. A lane's numbers do not depend on the other lanes, not even on
+// NaN, nor on rows outside of its mask.
 //
-// Compiled and registered by build.py, called by decode_attention.py.
+// Compiled and registered by build.py, called by cache.py.
 
 #include <algorithm>
 #include <atomic>

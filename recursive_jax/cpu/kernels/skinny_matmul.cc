@@ -1,12 +1,12 @@
-// y = x wt^T for a few rows x [rows, in] and large weights wt [out, in], and in the same pass what
-// the LoRA of each row's own loop adds; all float32, row-major.
+// y = x wt^T for a few rows x [rows, in] and large weights wt [out, in]. The LoRA of each row's own
+// loop is added in the same pass. All arrays are float32 and row-major.
 //
-// Reading the weights is what takes the time, so they are read once, and in time, whatever the
-// rows: kernels for large products first copy them into blocks, those for one row read them again
-// for every row. Rows of zeros, as idle lanes have, cost nothing. Each number of y is one sum in one
-// order, so a row's do not depend on the others, nor on how many there are.
+// The product is bound by reading the weights, so they are read once for all rows and prefetched.
+// Kernels for large products first copy the weights into blocks; kernels for one row read them again
+// for every row. Zero rows, as of idle lanes, are skipped. Each number of y is one sum in a fixed
+// order: a row's numbers do not depend on the other rows, nor on their count.
 //
-// Compiled and registered by build.py, called by skinny_matmul.py.
+// Compiled and registered by build.py, called by matmul.py.
 
 #include <algorithm>
 #include <atomic>

@@ -1,9 +1,9 @@
-// The largest of every row of logits [N, V], where it stands first, and log(sum(e^x)); float32.
+// The largest number of every row of logits [N, V], its first index, and log(sum(e^x)); float32.
 //
-// XLA takes three passes over them, of half a millisecond each for 14 rows of 49,152, in one thread.
-// A row's numbers do not depend on the others.
+// XLA makes three passes in one thread, half a millisecond each for 14 rows of 49,152. A row's
+// results do not depend on the other rows.
 //
-// Compiled by build.py, called by decoding/sampling.py.
+// Compiled and registered by build.py, called by top1.py.
 
 #include <algorithm>
 #include <atomic>

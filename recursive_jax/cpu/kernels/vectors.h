@@ -1,4 +1,4 @@
-// Vectors of floats, for what is written to run on any CPU and as fast as on this one.
+// Vectors of floats that compile on any CPU, to its vector instructions where it has them.
 
 #pragma once
 

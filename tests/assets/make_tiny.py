@@ -1,7 +1,7 @@
 """Writes the embedded model from the run that trained it.
 
 python -m recursive_jax.train --config=configs/tiny_pretrain.py --workdir=runs/tiny
-python -m recursive_jax.assets.make_tiny runs/tiny recursive_jax/assets/tiny
+python tests/assets/make_tiny.py runs/tiny recursive_jax/assets/tiny
 """
 
 import json

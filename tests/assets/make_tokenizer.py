@@ -1,6 +1,6 @@
 """Trains the tokenizer of `assets/tiny`: byte-level BPE, 4096 entries, BOS in front of a text.
 
-    python recursive_jax/assets/make_tokenizer.py --text=NOVELS_DIR --out=recursive_jax/assets/tiny
+    python tests/assets/make_tokenizer.py --text=NOVELS_DIR --out=recursive_jax/assets/tiny
 
 learns from up to 12 MB of each of: the given text files, and the docstrings of the installed
 packages. Training and serving only ever read the result; this script is how it was made.

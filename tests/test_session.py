@@ -1,4 +1,4 @@
-"""Stop strings, held back and found, and text that follows what an engine decodes."""
+"""Sessions: events and completions, text in pieces, and stop strings."""
 
 import dataclasses
 import functools
@@ -6,6 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from decode_models import scanned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,9 +14,9 @@ from recursive_jax import text
 from recursive_jax.decoding.engine import Engine
 from recursive_jax.decoding.exit_measures import Recorded, Static
 from recursive_jax.decoding.requests import Request, Sampling
-from recursive_jax.decoding.text_session import StopStrings, TextSession
+from recursive_jax.decoding.session import Session, generate, stream
+from recursive_jax.decoding.stop_strings import StopStrings
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.decoder import Decoder
 from recursive_jax.models.parameters import abstract_params
 from recursive_jax.weights.source import ASSETS
 
@@ -24,6 +25,7 @@ TINY = DecoderConfig(
     head_dim=8, num_layers=1, num_loops=2, norms="per_loop", lora_ranks=dict(q=2, down=3),
     max_length=64,
 )  # fmt: skip
+WORDS = ["Once upon", "a", "日本", "list of", "x = 1"]
 
 
 @functools.cache
@@ -34,9 +36,12 @@ def tokenizer():
 @functools.cache
 def engine_of(num_slots=2, **options):
     rng = np.random.default_rng(0)
-    draw = lambda leaf: (rng.normal(size=leaf.shape) * 0.4).astype(np.float32)  # noqa: E731
+
+    def draw(leaf):
+        return (rng.normal(size=leaf.shape) * 0.4).astype(np.float32)
+
     params = jax.device_put(jax.tree.map(draw, abstract_params(TINY)))
-    return Engine(Decoder(TINY), params, num_slots, 64, chunk_length=4, **options)
+    return Engine(scanned(TINY), params, num_slots, 64, chunk_length=4, **options)
 
 
 @settings(max_examples=300, deadline=None)
@@ -62,26 +67,34 @@ def test_stop_strings_are_found_and_held_back(strings, pieces):
 
 
 def answers_of(engine, requests, max_ticks=8):
-    """Completions, pieces of each, and how many ticks it took."""
-    session = TextSession(engine, tokenizer())
+    """Completions, pieces of each, and the number of ticks."""
+    session = Session(engine, tokenizer())
     indices = [session.submit(request) for request in requests]
     done, pieces = {}, {index: [] for index in indices}
+    tokens = {index: [] for index in indices}
     while not session.idle:
-        for news in session.round(max_ticks):
-            assert news.index not in done, "news after the last"
-            pieces[news.index].append(news.piece)
-            if news.completion:
-                done[news.index] = news.completion
-                assert news.tokens == len(news.completion.tokens)
+        for event in session.round(max_ticks)[0]:
+            assert event.index not in done, "an event after the last"
+            pieces[event.index].append(event.piece)
+            tokens[event.index] += event.tokens
+            assert len(event.tokens) == len(event.exit_loops) == len(event.logprobs)
+            if event.completion:
+                done[event.index] = event.completion
+                assert event.finish_reason == event.completion.finish_reason
+                whole = event.completion.tokens
+                stops = requests[indices.index(event.index)].stop_strings
+                # a stop string may begin in the tokens of an earlier event
+                assert tokens[event.index][: len(whole)] == whole
+                assert stops or tokens[event.index] == whole
+            else:
+                assert event.finish_reason is None
     return [done[i] for i in indices], [pieces[i] for i in indices], session.stats.ticks
 
 
 def requests_of(number=5):
     return [
         Request(i, text.encode(tokenizer(), word), 24, sampling=Sampling(1.0 * (i % 2), seed=i))
-        for i, word in zip(
-            range(number), ["Once upon", "a", "日本", "list of", "x = 1"], strict=True
-        )
+        for i, word in zip(range(number), WORDS[:number], strict=True)
     ]
 
 
@@ -149,9 +162,9 @@ def test_a_stop_string_beats_what_comes_behind_it_in_the_same_round():
     assert mine.finish_reason == "length" and mine.text == "".join(parts[0])
 
 
-def test_cancelled_and_refused_requests_bring_no_news():
+def test_cancelled_and_refused_requests_have_no_events():
     engine = engine_of(measure=Recorded())
-    session = TextSession(engine, tokenizer())
+    session = Session(engine, tokenizer())
     requests = [dataclasses.replace(r, recorded_loops=(2, 1) * 12) for r in requests_of()]
     with pytest.raises(ValueError, match="recorded_loops"):
         session.submit(requests_of()[0])
@@ -160,7 +173,44 @@ def test_cancelled_and_refused_requests_bring_no_news():
     session.round()
     session.cancel(1)
     session.cancel(4)
-    done = []
-    while not session.idle:
-        done += [n.index for n in session.round() if n.completion]
-    assert sorted(done) == [2, 3, 5]
+    events = list(session.events())
+    assert sorted(e.index for e in events if e.completion) == [2, 3, 5]
+    assert {e.index for e in events} == {2, 3, 5}
+
+
+def test_a_session_without_a_tokenizer_has_the_same_tokens_and_no_text():
+    engine, requests = engine_of(), requests_of()
+    with_text, without = generate(engine, requests, tokenizer()), generate(engine, requests)
+    assert all(c.text for c in with_text)
+    assert without == [dataclasses.replace(c, text="") for c in with_text]
+    (cut,) = generate(engine, [dataclasses.replace(requests[0], stop_strings=(" ",))])
+    assert cut == without[0], "stop strings need a tokenizer"
+
+
+def test_a_stop_string_frees_the_slot_for_the_next_request():
+    """Two slots: the third request ends while the second one still decodes."""
+    engine, (first, second, *_) = engine_of(), requests_of()
+    (whole,), _, _ = answers_of(engine, [first])
+    session = Session(engine, tokenizer())
+    session.submit(dataclasses.replace(first, stop_strings=(whole.text[:1],)))
+    session.submit(second)
+    session.submit(dataclasses.replace(first, max_new_tokens=2))
+    stopped, third, last = [event for event in session.events(2) if event.completion]
+    assert (stopped.index, stopped.finish_reason, stopped.completion.text) == (0, "stop", "")
+    assert stopped.tokens == () and stopped.completion.tokens == []
+    assert (third.index, third.completion.tokens) == (2, whole.tokens[:2])
+    assert (last.index, last.finish_reason) == (1, "length")
+
+
+def test_a_stream_goes_on_after_a_request_that_cannot_be_answered():
+    engine = engine_of()
+    good, bad = requests_of(2)
+    bad = dataclasses.replace(bad, max_new_tokens=64)
+    events = list(stream(engine, [bad, good], tokenizer(), max_ticks=4))
+    assert (events[0].index, events[0].finish_reason) == (0, "error")
+    assert "max_new_tokens=64 do not fit into" in events[0].error == events[0].completion.error
+    assert events[0].completion.id == bad.id and not events[0].tokens
+    assert all(e.index == 1 for e in events[1:]) and len(events) > 4
+    failed, answer = generate(engine, [bad, good], tokenizer())
+    assert failed == events[0].completion and answer == events[-1].completion
+    assert answer.text == "".join(e.piece for e in events[1:])
