@@ -163,7 +163,10 @@ def test_a_slot_that_held_nan_is_wiped_on_its_shard():
     requests = requests_of(WIDE, 8, seed=5, recorded=True)
     expected, _ = serve(engine, requests, seed=6)
     # Token 5 has no embedding: its request leaves NaN in the cache of every slot.
-    whole, bad = engine.params, [Request(i, (1, 5, 2), 4) for i in range(8)]
+    whole, bad = (
+        engine.params,
+        [Request(i, (1, 5, 2), 4, recorded_loops=(2,) * 4) for i in range(8)],
+    )
     embedding = np.array(whole["embedding"])
     embedding[5] = np.nan
     broken = jax.device_put(embedding, whole["embedding"].sharding)
