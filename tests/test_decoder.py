@@ -310,7 +310,10 @@ def test_loops_equal_the_unrolled_network(name):
         if "w" not in tree:
             return {key: unroll(value) for key, value in tree.items()}
         a, b = tree.get("lora_a"), tree.get("lora_b")
-        delta = lambda d, k: 0 if a is None else a[k, d] @ b[k, d]  # noqa: E731
+
+        def delta(d, k):
+            return 0 if a is None else a[k, d] @ b[k, d]
+
         out = {"w": jnp.stack([tree["w"][k] + delta(d, k) for d, k in depths])}
         return out | ({"b": unroll(tree["b"])} if "b" in tree else {})
 

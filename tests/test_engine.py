@@ -55,7 +55,10 @@ CONFIGS = {"relaxed": RELAXED, "tied": TIED, "gemma": GEMMA, "neox": NEOX}
 def params_of(cfg):
     """Random, nothing at its neutral value."""
     rng = np.random.default_rng(0)
-    draw = lambda leaf: (rng.normal(size=leaf.shape) * 0.4).astype(np.float32)  # noqa: E731
+
+    def draw(leaf):
+        return (rng.normal(size=leaf.shape) * 0.4).astype(np.float32)
+
     return jax.device_put(jax.tree.map(draw, abstract_params(cfg)))
 
 
@@ -185,7 +188,7 @@ def test_exits_equal_one_request_at_a_time(name, policy):
 
 
 def by_measure(name, thresholds):
-    """What `early_exit` computes on the device, again in float64."""
+    """The score of an exit measure, in float64."""
 
     def softmax(logits):
         e = np.exp(logits.astype(np.float64) - logits.max())
@@ -530,7 +533,10 @@ def test_nothing_compiles_after_warm_up():
     engine = engine_of(RELAXED, measure=Recorded(), missing_kv="propagate")
     engine.compile()
     count = []
-    listener = lambda event, *_, **__: count.append(event)  # noqa: E731
+
+    def listener(event, *_, **__):
+        count.append(event)
+
     jax.monitoring.register_event_duration_secs_listener(listener)
     try:
         serve(engine, requests_of(RELAXED, 6, seed=18, recorded=True), seed=19, cancel=(3,))

@@ -51,7 +51,10 @@ def groups_of(line: str) -> list[list[int]]:
         return [[int(n) for n in re.findall(r"\d+", pair)] for pair in pairs[1].split("},{")]
     if groups := re.search(r"replica_groups=\{\{(.*?)\}\}", line):
         return [[int(n) for n in group.split(",")] for group in groups[1].split("},{")]
-    numbers = lambda text: [int(n) for n in re.findall(r"\d+", text or "")]  # noqa: E731
+
+    def numbers(text):
+        return [int(n) for n in re.findall(r"\d+", text or "")]
+
     iota = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 
     def devices(source, order):
@@ -117,7 +120,10 @@ def test_any_mesh_decodes_like_one_request_at_a_time(mode, data, tensor):
     ours, ticks = serve(engine, requests, seed=2)
     leaves_of, policy = as_recorded, MODES[mode].get("missing_kv", "complete")
     if mode in ("full_depth", "lossless"):
-        leaves_of = lambda request: lambda look: False  # noqa: E731
+
+        def leaves_of(request):
+            return lambda look: False
+
     if mode == "lossless":
         assert sum(tick.dropped for tick in ticks) > 0
         whole = [[WIDE.num_loops] * len(mine.tokens) for mine in ours]
@@ -186,7 +192,9 @@ def test_a_collective_between_data_shards_would_be_seen():
         x = jax.device_put(np.ones((8, 8), np.float32), NamedSharding(mesh, spec))
         return jax.jit(function, out_shardings=NamedSharding(mesh, P())).lower(x).compile()
 
-    total = lambda x: x.sum()  # noqa: E731
+    def total(x):
+        return x.sum()
+
     assert collectives(text(total, P("tensor")).as_text(), 2) == (1, 0)
     count, crossing = collectives(text(total, P("data")).as_text(), 2)
     assert count == crossing > 0

@@ -59,7 +59,10 @@ def test_train_step_of_full_size_models_traces_with_shardings(name):
     rows = [line for line in constraints if '"data", "fsdp"' in line]
     assert rows and any('"tensor"' in line for line in rows), constraints[:3]
     # moments are sharded like their parameter, so memory per device falls with the mesh
-    gate = lambda tree: tree["block"]["mlp"]["up"]["w"]  # noqa: E731
+
+    def gate(tree):
+        return tree["block"]["mlp"]["up"]["w"]
+
     moments = next(s for s in state.opt_state if hasattr(s, "mu"))
     assert gate(moments.mu) == gate(params) == gate(state.params)
     assert gate(params).spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")

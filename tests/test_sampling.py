@@ -96,7 +96,10 @@ def test_filters_keep_what_sorting_keeps(ties):
 def test_filters_with_removed_tokens_and_the_ends_of_float32():
     """-inf stays out, a negative and a positive extreme do not upset the order of the bits."""
     logits = np.array([[-np.inf, -1e30, 0.0, 3.0, 2.9, -np.inf]], np.float32)
-    keep = lambda s: np.isfinite(filtered(logits, SamplingParams.stack([s])))[0]  # noqa: E731
+
+    def keep(s):
+        return np.isfinite(filtered(logits, SamplingParams.stack([s])))[0]
+
     np.testing.assert_array_equal(keep(Sampling(1.0, top_k=2)), [0, 0, 0, 1, 1, 0])
     np.testing.assert_array_equal(keep(Sampling(1.0, top_k=4)), [0, 1, 1, 1, 1, 0])
     np.testing.assert_array_equal(keep(Sampling(1.0, top_k=5)), [0, 1, 1, 1, 1, 0])

@@ -32,7 +32,10 @@ CONFIGS = {
 def drawn(cfg, dtype):
     """Random queries and a random cache; lanes at mixed loops and positions, two of one slot."""
     rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
     q = normal(LANES, cfg.num_heads, cfg.head_dim)
     shape = (cfg.num_loops, cfg.num_layers, SLOTS, LENGTH, cfg.num_kv_heads, 2, cfg.head_dim)
     loop = np.asarray([0, 2, 1], np.int32)

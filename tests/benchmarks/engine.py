@@ -67,7 +67,10 @@ def recursive(model: str, num_loops: int, rank: int, depth: int | None = None):
 def requests(count: int, prompt: int, new: int, vocab: int, loops=None) -> list[Request]:
     """`loops`: recorded exits int [count, new]; None for full depth."""
     tokens = np.random.default_rng(1).integers(0, vocab, (count, prompt))
-    exits = lambda i: () if loops is None else tuple(int(n) for n in loops[i])  # noqa: E731
+
+    def exits(i):
+        return () if loops is None else tuple(int(n) for n in loops[i])
+
     return [Request(i, tokens[i].tolist(), new, recorded_loops=exits(i)) for i in range(count)]
 
 

@@ -50,7 +50,9 @@ def forms(weights):
     except ImportError:
         return
     theirs = [[torch.from_numpy(w) for w in layer] for layer in weights]
-    linear = lambda x, w: torch.nn.functional.linear(x, w).contiguous()  # noqa: E731
+
+    def linear(x, w):
+        return torch.nn.functional.linear(x, w).contiguous()
 
     def run_torch(x):
         with torch.inference_mode():
@@ -61,7 +63,10 @@ def forms(weights):
 
 def main():
     rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+
+    def draw(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
     weights = [[draw(*s) * s[1] ** -0.5 for s in SHAPES] for _ in range(LAYERS)]
     ways = dict(forms(weights))
     for rows in (1, 2, 4, 6, 8, 12, 16, 28, 32):
