@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from recursive_jax import sharding, text
+from recursive_jax.console.output import note
 from recursive_jax.cpu import build
 from recursive_jax.cpu.cache import cache_class
 from recursive_jax.cpu.decoder import CpuModel
@@ -55,7 +56,7 @@ class Opened:
         dtype: Any,
         context_length: int,
         passes: float = 0,
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = note,
     ) -> Model:
         """The model with its weights in `dtype` on `mesh`; other arguments as `decode_model`."""
         rules = sharding.rules_for(mesh, self.cfg)
@@ -84,7 +85,7 @@ def decode_model(
     mesh: jax.sharding.Mesh,
     context_length: int,
     passes: float = 0,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = note,
 ) -> DecodeModel:
     """The implementation of `models.interface.DecodeModel` for these devices.
 

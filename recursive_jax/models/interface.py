@@ -58,6 +58,10 @@ class Cache(Protocol):
     AXES: dict[str, tuple[str, ...]]  # axes of each array; loop, layer and slot come first
     length: int  # rows of a slot
 
+    @classmethod
+    def unsupported(cls, cfg: DecoderConfig, dtype: Any, length: int) -> str | None:
+        """Why this cache cannot serve a model, in words, or None if it can."""
+
     def attend(
         self,
         q: jax.Array,
