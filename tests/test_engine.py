@@ -91,7 +91,7 @@ def serve(engine, requests, seed, cancel=()):
     rng = np.random.default_rng(seed)
     session, waiting = Session(engine), list(requests)
     completions, ticks, planned = {}, [], []
-    scheduler = session._scheduler
+    scheduler = session.scheduler
     record = scheduler.record
 
     def checked(exited, finished):

@@ -102,13 +102,14 @@ class Session:
         have no effect.
 
     Attributes:
+      scheduler: decides which request has which slot.
       stats: of all rounds so far.
     """
 
     def __init__(self, engine: Engine, tokenizer: Any = None):
         engine.reset()
         self._engine, self._tokenizer = engine, tokenizer
-        self._scheduler = Scheduler(
+        self.scheduler = Scheduler(
             engine.num_slots,
             engine.num_loops,
             engine.chunk_length,
@@ -122,7 +123,7 @@ class Session:
     @property
     def idle(self) -> bool:
         """Whether no request waits or runs."""
-        return self._scheduler.idle
+        return self.scheduler.idle
 
     def submit(self, request: Request) -> int:
         """Queue a request; returns its index.
@@ -132,14 +133,14 @@ class Session:
         """
         index, self._submitted = self._submitted, self._submitted + 1
         self._engine.check(request)
-        self._scheduler.submit(index, len(request.tokens) - 1)
+        self.scheduler.submit(index, len(request.tokens) - 1)
         self._answers[index] = _Answer(index, request, self._tokenizer)
         return index
 
     def cancel(self, index: int) -> None:
         """End a request without further events. A request that is over is no error."""
         if self._answers.pop(index, None) is not None:
-            slot = self._scheduler.cancel(index)
+            slot = self.scheduler.cancel(index)
             if slot is not None:
                 self._engine.release(slot)
 
@@ -149,7 +150,7 @@ class Session:
         Returns:
           one event for every request with new tokens, and the ticks that ran.
         """
-        scheduler, engine = self._scheduler, self._engine
+        scheduler, engine = self.scheduler, self._engine
         for slot, index in scheduler.admit():
             engine.admit(slot, self._answers[index].request)
         chunks = scheduler.chunks(min(max_ticks, MAX_TICKS))
