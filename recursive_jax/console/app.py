@@ -1,4 +1,4 @@
-"""How a job starts and ends: flags in, and a user's mistake told in one line with exit code 2."""
+"""Start and end of a job: parse flags, and report a user's mistake in one line with exit code 2."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from absl import app, flags, logging
 
 from recursive_jax.console import output
 
-MISTAKES = (ValueError, OSError, FloatingPointError)  # what the rooms raise for callers' mistakes
+MISTAKES = (ValueError, OSError, FloatingPointError)  # raised for callers' mistakes
 
 
 def run(main: Callable[[], None], required: Sequence[str] = ()) -> None:
-    """Parse the command line, then `main()`; --verbosity=1 shows the traceback of an error."""
+    """Parse the command line and call `main()`; --verbosity=1 shows the traceback of an error."""
     flags.mark_flags_as_required(list(required))
-    # transformers would tell everybody that torch is not there
+    # Otherwise transformers prints that torch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
     def guarded(argv):
         if len(argv) > 1:
             output.fail(ValueError(f"unexpected arguments {argv[1:]}; flags start with --"))
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save
+            logging.set_verbosity(logging.WARNING)  # orbax logs every step of every save
         try:
             main()
         except MISTAKES as error:
@@ -51,7 +51,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 
 def _check_config(argv: Sequence[str]) -> None:
-    """Names an unknown `--config.KEY`, where config_flags only raises AttributeError(KEY)."""
+    """Raise a ValueError for an unknown `--config.KEY`; config_flags raises AttributeError(KEY)."""
     given = re.search(r"(?m)^--?config[=\n]([^:\n]+)(?::(.*))?$", "\n".join(argv[1:]))
     if given is None:
         return

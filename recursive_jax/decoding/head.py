@@ -62,7 +62,7 @@ class ExitHead:
         self, params: Any, settings: SlotSettings, inputs: ExitInputs, text, lanes: Lanes,
         active, newest,
     ) -> tuple[HeadOutputs, jax.Array, jax.Array]:  # fmt: skip
-        """Decide who leaves and which token follows.
+        """Decide which tokens leave and which tokens follow.
 
         Args:
           text: int32 [S, N], prompts and answers by position.

@@ -1,8 +1,7 @@
 """The next token from logits: filters, then Gumbel-max. Pure functions of rows `[B, V]`, float32.
 
-All randomness is `gumbel_noise(seed, position)`, so a token drawn at a position does not depend on
-batch mates, batch size or on when it is drawn: whoever draws it again from the same logits gets the
-same token.
+All randomness is `gumbel_noise(seed, position)`. A token drawn at a position therefore does not
+depend on the other rows, on the batch size or on the time: the same logits give the same token.
 """
 
 from __future__ import annotations
