@@ -281,12 +281,13 @@ def test_lanes_of_any_length_attend_as_without_a_cache(cache_class, windowed, bl
     q = jnp.asarray(draw(4, 1, cfg.num_heads, cfg.head_dim))
     how = windows, 0.3, 5.0
     place = loops, layer, slots, positions
+    jax.clear_caches()  # the block's length is no part of a RowCache's shape
     ours = jax.jit(attend_cached, static_argnums=(7, 8))(q, cache, *place, *how)
     mask = attention_mask(positions, every.reshape(4, length), None, windows)
     expected = attend(q, k, v, mask, *how[1:])
     busy = np.array([0, 1, 3])
     np.testing.assert_allclose(ours[busy], expected[busy], atol=1e-5)
-    assert np.isfinite(ours).all()
+    assert (ours[2] == 0).all()
 
     nan = v[0, :1] * np.nan
     bad = cache.write(nan, nan, 1, layer, jnp.array([0]), jnp.array([length - 20]))

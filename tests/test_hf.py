@@ -77,7 +77,7 @@ def read_all(path):
 def forward(params, cfg, tokens):
     model = Decoder(cfg)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-    hidden, _ = model.apply({"params": params}, jnp.asarray(tokens), positions)
+    hidden = model.apply({"params": params}, jnp.asarray(tokens), positions)
     return np.asarray(model.apply({"params": params}, hidden, method="unembed"))
 
 

@@ -42,7 +42,7 @@ def our_logits(path, tokens, cfg=None, dtype=jnp.float32):
     @jax.jit
     def run(params, tokens):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-        hidden, _ = model.apply({"params": params}, tokens, positions)
+        hidden = model.apply({"params": params}, tokens, positions)
         return model.apply({"params": params}, hidden, method="unembed")
 
     return np.asarray(run(hf.load_params(path, cfg), jnp.asarray(tokens)))

@@ -30,7 +30,7 @@ def attend_cached(
       q: `[B, T, N, H]`.
       cache: a `kv_cache.ArrayCache`.
       loop, slot: int32 `[B]`; layer: int32 `[]`.
-      position: int32 `[B, T]`; >= the cache's length: idle.
+      position: int32 `[B, T]`; >= the cache's length: idle, and zero in the result.
       window: int32 `[B]`, 0 = unlimited; None when no lane is limited.
     """
     if cache.length == cache.block_length:
@@ -43,7 +43,8 @@ def attend_whole(q, cache, loop, layer, slot, position, window, scale, softcap) 
     k, v, _ = cache.read(loop, layer, slot, jnp.zeros_like(slot))
     keys = jnp.arange(cache.length, dtype=jnp.int32)[None]
     mask = attention_mask(position, keys, None, window)
-    return attend_transposed(q, k, v, mask, scale, softcap)
+    y = attend_transposed(q, k, v, mask, scale, softcap)
+    return jnp.where((position < cache.length)[:, :, None, None], y, jnp.zeros_like(y))
 
 
 def attend_blocks(q, cache, loop, layer, slot, position, window, scale, softcap) -> jax.Array:

@@ -33,7 +33,7 @@ def step(cfg, form, batch, length, dtype):
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
 
     def loss(params, x):
-        y, _ = model.apply({"params": params}, x, jnp.int32(0), positions, method="run_loop")
+        y = model.apply({"params": params}, x, jnp.int32(0), positions, method="run_loop")
         return (y.astype(jnp.float32) ** 2).mean()
 
     with mock.patch.object(layers, "lora_form", lambda *shape: form):
