@@ -4,6 +4,7 @@ The tokenizers are built here, word by word, so that every id can be read off.
 """
 
 import importlib.resources
+import json
 
 import numpy as np
 import pytest
@@ -123,16 +124,28 @@ class TestWindows:
             text.eval_windows(word_tokenizer("<s> $A"), ["a b"], 1)
 
 
-def test_stop_ids_prefer_the_generation_config():
+def test_stop_ids_are_all_that_are_named():
     tokenizer = word_tokenizer()
     assert text.stop_ids(tokenizer) == (2,)
     assert text.stop_ids(tokenizer, {"bos_token_id": 1}) == (2,)
-    assert text.stop_ids(tokenizer, {"eos_token_id": 7}) == (7,)
-    assert text.stop_ids(tokenizer, {"eos_token_id": [8, 7]}) == (7, 8)
+    assert text.stop_ids(tokenizer, {"eos_token_id": 7}) == (2, 7)
+    assert text.stop_ids(tokenizer, {"eos_token_id": [8, 7, 2]}) == (2, 7, 8)
+    assert text.stop_ids(tokenizer, {"eos_token_id": [7, None]}) == (2, 7)
+    assert text.stop_ids(tokenizer, {"eos_token_id": []}) == (2,)
     assert text.stop_ids(word_tokenizer(eos_token=None)) == ()
+    assert text.stop_ids(word_tokenizer(eos_token=None), {"eos_token_id": 0}) == (0,)
     tokenizer.init_kwargs["stop_token_ids"] = [5, 4]  # a GGUF's
-    assert text.stop_ids(tokenizer, {}) == (4, 5)
-    assert text.stop_ids(tokenizer, {"eos_token_id": 7}) == (7,)
+    assert text.stop_ids(tokenizer, {}) == (2, 4, 5)
+    assert text.stop_ids(tokenizer, {"eos_token_id": 7}) == (2, 4, 5, 7)
+
+
+@pytest.mark.parametrize("value", [256.0, "256", [[256]], True, [2, False], -1, {"id": 2}])
+def test_a_stop_id_that_is_no_id_is_named(value):
+    with pytest.raises(ValueError) as error:
+        text.stop_ids(word_tokenizer(), {"eos_token_id": value})
+    message = str(error.value)
+    assert f"eos_token_id in generation_config.json is {json.dumps(value)};" in message
+    assert "\n" not in message
 
 
 def test_chat_template_writes_its_own_bos():

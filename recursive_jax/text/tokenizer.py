@@ -117,19 +117,32 @@ def fingerprint(tokenizer: Any) -> str:
 
 
 def stop_ids(tokenizer: Any, generation_config: Mapping[str, Any] | None = None) -> tuple[int, ...]:
-    """Ids that end a generated text; `()`: generate up to the token limit.
+    """Ids that end a generated text, sorted; `()`: generate up to the token limit.
 
-    The first of these that exists: the list in `generation_config.json` (the most complete one:
-    chat models end turns with a token of their own), the list of a GGUF's tokenizer, EOS.
+    They are the ids in `generation_config.json`, those in the tokenizer of a GGUF, and EOS. Any of
+    these may lack the token that ends a turn of a chat: fine-tuning often adds one in one place.
+
+    Raises:
+      ValueError: `generation_config` or the tokenizer names something else than ids.
     """
     named = (generation_config or {}).get("eos_token_id")
-    if named is None:
-        named = getattr(tokenizer, "init_kwargs", {}).get("stop_token_ids") or None
-    if named is None:
-        named = tokenizer.eos_token_id
-    if named is None:
-        return ()
-    return tuple(sorted({named} if isinstance(named, int) else set(named)))
+    kept = getattr(tokenizer, "init_kwargs", {}).get("stop_token_ids")
+    ids = _ids(named, "eos_token_id in generation_config.json")
+    ids |= _ids(kept, "stop_token_ids in tokenizer_config.json")
+    ids |= _ids(tokenizer.eos_token_id, "the tokenizer's eos_token_id")
+    return tuple(sorted(ids))
+
+
+def _ids(value: Any, where: str) -> set[int]:
+    """The ids of a JSON value: an id, or a list of ids; null is absent."""
+    values = value if isinstance(value, list | tuple) else [value]
+    ids = [i for i in values if i is not None]
+    if any(type(i) is not int or i < 0 for i in ids):  # `True` is an int, too
+        raise ValueError(
+            f"{where} is {json.dumps(value)}; expected a token id, or a list of token ids, "
+            "such as 2 or [2, 7]. Correct it there"
+        )
+    return set(ids)
 
 
 def apply_chat(tokenizer: Any, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
