@@ -8,9 +8,11 @@ tokenizer of `transformers`, which is imported only when one is loaded from disk
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,8 @@ def load_tokenizer(path: str | pathlib.Path) -> Any:
 
     Raises:
       FileNotFoundError: there is no such directory, or it has no tokenizer files.
-      ValueError: the files cannot be read as a tokenizer.
+      ValueError: the files cannot be read as a tokenizer, or sentencepiece is needed and not
+        installed.
     """
     directory = pathlib.Path(path).expanduser()
     if not directory.is_dir():
@@ -34,6 +37,11 @@ def load_tokenizer(path: str | pathlib.Path) -> Any:
             f"no tokenizer in {directory}; expected one of {', '.join(files)}. Copy the tokenizer "
             "files of the model there"
         )
+    if _needs_sentencepiece(directory):
+        raise ValueError(
+            f"{directory / 'tokenizer.model'}: reading a SentencePiece model needs sentencepiece, "
+            "which is not installed; pip install sentencepiece"
+        )
     from transformers import AutoTokenizer
 
     try:
@@ -43,29 +51,70 @@ def load_tokenizer(path: str | pathlib.Path) -> Any:
         raise ValueError(f"the tokenizer in {directory} cannot be loaded: {reason}") from error
 
 
+def _needs_sentencepiece(directory: pathlib.Path) -> bool:
+    """Whether the only tokenizer here is a SentencePiece model, and sentencepiece is missing.
+
+    Without this check transformers takes the file for one of tiktoken's, and asks for tiktoken.
+    """
+    model = directory / "tokenizer.model"
+    if importlib.util.find_spec("sentencepiece") is not None or not model.is_file():
+        return False
+    if any((directory / name).exists() for name in ("tokenizer.json", "vocab.json")):
+        return False
+    with open(model, "rb") as file:
+        return file.read(1) == b"\n"  # the tag of a vocabulary entry; tiktoken's begin with base64
+
+
 def bos_prefix(tokenizer: Any) -> list[int]:
     """The tokenizer's BOS rule: the ids it puts in front of a text, `[]` when it has none.
 
     Found by encoding a text. `bos_token` is no guide: many tokenizers define one and never add it.
     """
-    content = encode_batch(tokenizer, ["a"])[0]
-    whole = list(tokenizer.encode("a", add_special_tokens=True))
-    for start in range(len(whole) - len(content) + 1):
-        if whole[start : start + len(content)] == content:
-            return whole[:start]
+    for probe in _probes(tokenizer):
+        content = encode_batch(tokenizer, [probe])[0]
+        if not content:
+            continue
+        whole = list(tokenizer.encode(probe, add_special_tokens=True))
+        places = range(len(whole) - len(content) + 1)
+        found = [at for at in places if whole[at : at + len(content)] == content]
+        if not found:
+            raise ValueError(
+                f"cannot tell the BOS rule of {type(tokenizer).__name__}: {probe!r} is {whole} "
+                f"with special tokens and {content} without; expected the second inside the first"
+            )
+        if len(found) == 1:  # an unknown token may be the BOS token, too
+            return whole[: found[0]]
     raise ValueError(
-        f"cannot tell the BOS rule of {type(tokenizer).__name__}: 'a' is {whole} with special "
-        f"tokens and {content} without; expected the second inside the first"
+        f"cannot tell the BOS rule of {type(tokenizer).__name__}: no token of its vocabulary can "
+        "be written as a text. The tokenizer is damaged; copy it again"
     )
+
+
+def _probes(tokenizer: Any) -> Iterator[str]:
+    """Short texts; a tokenizer of a small alphabet has no id for most of them."""
+    yield "a"
+    special = set(tokenizer.all_special_ids)
+    for i in range(len(tokenizer)):
+        token = None if i in special else tokenizer.convert_ids_to_tokens(i)
+        if token:
+            yield tokenizer.decode([i])  # " the"
+            yield token  # "Ġthe": the alphabet may have this and lack the space
 
 
 def encode(tokenizer: Any, text: str, vocab_size: int | None = None) -> list[int]:
     """Ids of a prompt or document: the BOS rule, then the text; nothing after it.
 
     With `vocab_size`, ValueError for a text that contains a token without an embedding row (see
-    `check_vocabulary`). Such an id would read a wrong row.
+    `check_vocabulary`). Such an id would read a wrong row. ValueError, too, for a text of which the
+    tokenizer drops every character.
     """
-    return bos_prefix(tokenizer) + encode_batch(tokenizer, [text], vocab_size)[0]
+    prefix, content = bos_prefix(tokenizer), encode_batch(tokenizer, [text], vocab_size)[0]
+    if not content and text.strip():
+        raise ValueError(
+            f"nothing is left of the text {reprlib.repr(text)}: the tokenizer drops characters "
+            "that are not in its alphabet. Use characters that the model was trained with"
+        )
+    return prefix + content
 
 
 def encode_batch(
