@@ -11,9 +11,10 @@ import sys
 import numpy as np
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from recursive_jax.text import documents as documents_lib
 from recursive_jax.text.documents import Documents, documents
 from recursive_jax.training import data
 
@@ -87,6 +88,15 @@ class TestReaders:
             (b'{"text": null}', r'line 2 has no string field "text"'),
             (b'["a"]', "line 2 has no string field .*found list"),
             (b'{"text": "\xff"}', "bad.jsonl, line 2 is not UTF-8"),
+            (
+                rb'{"text": "a \ud83d b"}',
+                "bad.jsonl, line 2: half a surrogate pair in .text. .character 2",
+            ),
+            (
+                b'{"text": "a", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+                "bad.jsonl, line 2 is not read: .*lists too deep",
+            ),
+            (b'{"text": "a", "x": ' + b"9" * 5_000 + b"}", "line 2 is not read: .*too many digits"),
         ],
     )
     def test_bad_line_is_named(self, tmp_path, line, message):
@@ -109,6 +119,46 @@ class TestReaders:
         (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
         with pytest.raises(ValueError, match="latin.txt is not UTF-8"):
             texts_of(tmp_path / "latin.txt")
+
+    def test_a_card_is_not_the_corpus_of_its_data(self, tmp_path):
+        (tmp_path / "README.md").write_text("What the data are.")
+        assert texts_of(tmp_path) == ["What the data are."]
+        (tmp_path / "data").mkdir()
+        for i in range(2):
+            (tmp_path / "data" / f"train-0000{i}-of-00002.parquet").write_bytes(b"PAR1")
+        with pytest.raises(ValueError, match="README.md.*train-00000-of-00002.parquet and 1 more"):
+            documents(str(tmp_path))
+        assert texts_of(tmp_path / "README.md") == ["What the data are."]
+        (tmp_path / "README.md").unlink()
+        with pytest.raises(ValueError, match="no text in .*found data/train-00000-of-00002"):
+            documents(str(tmp_path))
+
+    def test_files_that_are_not_read_are_counted(self, tmp_path, caplog):
+        (tmp_path / "a.txt").write_text("one")
+        (tmp_path / ".gitattributes").write_text("hidden files are no data")
+        assert texts_of(tmp_path) == ["one"] and not caplog.records
+        for name in ("b.parquet", "c.csv"):
+            (tmp_path / name).write_bytes(b"")
+        assert texts_of(tmp_path) == ["one"]
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert "2 of 3 files are left out, b.parquet and 1 more" in record.getMessage()
+
+    def test_text_files_are_read_in_blocks(self, tmp_path):
+        """Characters that cross a block, a byte order mark, and the position of a bad byte."""
+        block, file = documents_lib.BLOCK_BYTES, tmp_path / "a.txt"
+        content = "\ufeffa" + "ü" * (block * 3 // 4) + "\r\n"
+        file.write_text(content, encoding="utf-8", newline="")
+        ((_, parts),) = documents(str(file)).read()
+        parts = list(parts)
+        assert "".join(parts) == content[1:] == texts_of(file)[0]
+        assert max(map(len, parts)) <= block
+        file.write_bytes(b"a" * (block + 7) + b"\xff")
+        with pytest.raises(ValueError, match=rf"a.txt is not UTF-8 text \(byte {block + 7}\)"):
+            texts_of(file)
+        file.write_bytes(b"a" * (block - 1) + b"\xc3")
+        with pytest.raises(ValueError, match=rf"\(byte {block - 1}\)"):
+            texts_of(file)
 
     def test_fingerprint_follows_the_files(self, tmp_path):
         (tmp_path / "a.txt").write_text("one")
