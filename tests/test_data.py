@@ -371,6 +371,19 @@ class TestSplit:
         docs.hashes[:] = np.linspace(2**63, 2**64 - 2**50, 10).astype(np.uint64)
         assert docs.split("valid", 0.1).num_tokens == 1
 
+    @pytest.mark.parametrize("which", ["train", "valid"])
+    def test_nothing_left_to_train_on(self, which):
+        same = tokenized([[1, 2]] * 200)
+        same.hashes[:] = 2**63
+        with pytest.raises(
+            ValueError, match="all documents have the same text.*valid_fraction=0.0"
+        ):
+            same.split(which, 0.01)
+        with pytest.raises(ValueError, match="every document has one token, and the held-out"):
+            tokenized([[1], [2], [3]]).split(which, 0.01)
+        with pytest.raises(ValueError, match="the share has all 20 documents.*0.99"):
+            tokenized([[1, 2]] * 20).split(which, 0.99)
+
     @pytest.mark.parametrize("count", [1, 3])
     def test_few_documents_give_their_tails(self, count):
         docs = tokenized([list(range(100 * d, 100 * d + 100)) for d in range(count)])
@@ -457,6 +470,7 @@ class TestPacking:
     def test_documents_come_back_and_every_token_is_predicted_once(self, lengths, bos, room, seed):
         # Token = 1000 * document + index, so nothing can be mistaken for something else.
         texts = [[1000 * (d + 1) + k for k in range(n)] for d, n in enumerate(lengths)]
+        assume(bos or max(lengths) > 1)
         rows = data.PackedRows(tokenized(texts), bos, len(bos) + room, seed)
         assert rows.num_tokens == sum(lengths)
         tokens = np.concatenate([rows[i].tokens[rows[i].segment_ids > 0] for i in range(len(rows))])
@@ -481,6 +495,13 @@ class TestPacking:
             data.PackedRows(tokenized([[5]]), [1], 1)
         with pytest.raises(ValueError, match="no documents"):
             data.PackedRows(tokenized([]), [1], 8)
+
+    def test_no_position_to_predict(self):
+        bytes_ = tokenized([[1], [2], [3]])
+        with pytest.raises(ValueError, match="no position to predict: .* one token .*no BOS"):
+            data.PackedRows(bytes_, [], 8)
+        assert data.PackedRows(bytes_, [9], 8)[0].weights.sum() == 3
+        assert data.PackedRows(tokenized([[1], [2, 3]]), [], 8)[0].weights.sum() == 1
 
 
 class TestBatches:

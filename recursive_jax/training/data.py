@@ -82,6 +82,9 @@ class TokenizedDocuments:
         range; at least one document is. A text is therefore always in the same part, whatever the
         rest of the corpus, and copies stay together. Where fewer than one held-out document is
         expected, the last `valid_fraction` of every document is held out instead.
+
+        Raises:
+          ValueError: nothing would be left to train on.
         """
         if which not in ("train", "valid"):
             raise ValueError(f"split {which!r}; expected 'train' or 'valid'")
@@ -90,6 +93,8 @@ class TokenizedDocuments:
         valid = which == "valid"
         if len(self) * valid_fraction < 1:
             tails = np.maximum((self.lengths * valid_fraction).astype(np.int64), 1)
+            if len(self) and (tails == self.lengths).all():
+                raise _nothing_to_train_on("every document has one token", valid_fraction)
             starts = self.starts + (self.lengths - tails if valid else 0)
             part = dataclasses.replace(
                 self, starts=starts, lengths=tails if valid else self.lengths - tails
@@ -97,6 +102,11 @@ class TokenizedDocuments:
             return part._take(part.lengths > 0)
         held_out = self.hashes.astype(np.float64) < valid_fraction * 2.0**64
         held_out |= self.hashes == self.hashes.min()
+        if held_out.all():
+            same = "all documents have the same text, which stays in one part"
+            some = f"the share has all {len(self)} documents"
+            reason = same if (self.hashes == self.hashes[0]).all() else some
+            raise _nothing_to_train_on(reason, valid_fraction)
         return self._take(held_out if valid else ~held_out)
 
     def pieces(self, length: int) -> Iterator[np.ndarray]:
@@ -222,6 +232,14 @@ def _chunks(texts: Iterator[str]) -> Iterator[list[str]]:
         yield chunk
 
 
+def _nothing_to_train_on(reason: str, valid_fraction: float) -> ValueError:
+    return ValueError(
+        f"nothing is left to train on: {reason}, and the held-out part "
+        f"(valid_fraction={valid_fraction}) took it; give more text, or held-out text of its own "
+        "(data.valid)"
+    )
+
+
 class PackedRows:
     """Documents in shuffled order, each after BOS, laid end to end and cut into rows.
 
@@ -254,6 +272,11 @@ class PackedRows:
             )
         if not len(docs):
             raise ValueError("no documents to pack: this part of the data is empty")
+        if not len(prefix) and docs.lengths.max() < 2:
+            raise ValueError(
+                "no position to predict: every document is one token long, and the tokenizer puts "
+                "no BOS in front of it; give longer documents"
+            )
         self.docs = docs
         self._prefix = np.asarray(prefix, np.int32)
         self._length = context_length
