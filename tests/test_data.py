@@ -336,12 +336,93 @@ class TestCache:
             data.tokenize(Documents("s", "f", 0, failing), encode_batch, "t", tmp_path, False)
         assert list(tmp_path.iterdir()) == []
 
-    def test_damaged_entry_is_made_again(self, tmp_path):
+    @pytest.mark.parametrize("file", ["ids.i32", "index.npz", "meta.json"])
+    @pytest.mark.parametrize("damage", ["flipped", "zeros", "cut", "longer", "missing"])
+    def test_damaged_entry_is_made_again(self, tmp_path, file, damage):
+        docs = corpus("ab", "cde")
+        before = data.tokenize(docs, encode_batch, "t", tmp_path)
+        (path,) = tmp_path.glob(f"*/{file}")
+        content = path.read_bytes()
+        path.unlink()  # `before` keeps its mapping
+        if damage != "missing":
+            flipped = bytearray(content)
+            flipped[len(content) // 2] ^= 1
+            new = {"flipped": flipped, "zeros": bytes(len(content)), "cut": content[:-3]}
+            path.write_bytes(new.get(damage, content + b"more"))
+        for _ in range(2):
+            after = data.tokenize(docs, encode_batch, "t", tmp_path)
+            assert [after[d].tolist() for d in range(2)] == [[97, 98], [99, 100, 101]]
+            assert after.hashes.tolist() == before.hashes.tolist()
+        assert len(list(tmp_path.iterdir())) == 1
+        if file != "meta.json":  # there, a bit may be part of a name
+            assert path.read_bytes() == content
+
+    def test_an_entry_without_checksums_is_made_again(self, tmp_path):
         docs = corpus("ab", "cde")
         data.tokenize(docs, encode_batch, "t", tmp_path)
         (ids,) = tmp_path.glob("*/ids.i32")
-        ids.write_bytes(ids.read_bytes()[:-3])
+        meta = {"source": "test", "documents": 2, "ids_bytes": ids.stat().st_size}
+        (ids.parent / "meta.json").write_text(json.dumps(meta))
+        ids.write_bytes(bytes(ids.stat().st_size))
         assert data.tokenize(docs, encode_batch, "t", tmp_path)[1].tolist() == [99, 100, 101]
+
+    def test_files_are_on_the_disk_before_they_get_their_name(self, tmp_path, monkeypatch):
+        events, fsync, replace = [], os.fsync, os.replace
+
+        def recorded_fsync(handle):
+            fsync(handle)
+            events.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+
+        def recorded_replace(old, new):
+            events.append(f"rename {os.path.basename(old)}")
+            replace(old, new)
+
+        if not os.path.isdir("/proc/self/fd"):
+            pytest.skip("the names of open files are read from /proc")
+        monkeypatch.setattr(os, "fsync", recorded_fsync)
+        monkeypatch.setattr(os, "replace", recorded_replace)
+        data.tokenize(corpus("ab"), encode_batch, "t", tmp_path)
+        directory = events[3]
+        expected = ["ids.i32", "index.npz", "meta.json", directory, f"rename {directory}"]
+        assert events == [*expected, tmp_path.name]
+
+    def test_an_entry_that_may_not_be_read_is_kept(self, tmp_path):
+        data.tokenize(corpus("ab"), encode_batch, "t", tmp_path)
+        (ids,) = tmp_path.glob("*/ids.i32")
+        ids.chmod(0)
+        if os.access(ids, os.R_OK):
+            pytest.skip("this user may read everything")
+        with pytest.raises(PermissionError, match="ids.i32"):
+            data.tokenize(corpus("ab"), encode_batch, "t", tmp_path)
+
+    def test_one_large_document_is_tokenised_in_many_calls(self, tmp_path, monkeypatch):
+        text = "".join(f"word {i}\n" for i in range(60_000))
+        (tmp_path / "book.txt").write_text(text)
+        calls = []
+
+        def counting(texts):
+            calls.append(sum(map(len, texts)))
+            return encode_batch(texts)
+
+        docs = documents(f"{tmp_path}/book.txt")
+        monkeypatch.setattr(data, "CHARS_PER_CALL", 300_000)
+        out = data.tokenize(docs, counting, "t", tmp_path / "cache")
+        assert len(out) == 1
+        np.testing.assert_array_equal(out[0], np.frombuffer(text.encode(), np.uint8))
+        assert max(calls) < 600_000 < len(text)
+        whole = data.tokenize(corpus(text), encode_batch, "t", tmp_path / "cache")
+        assert out.hashes.tolist() == whole.hashes.tolist()
+
+    def test_documents_that_the_tokenizer_drops(self, tmp_path, caplog):
+        def digits(texts):
+            return [[int(c) for c in text if c.isdigit()] for text in texts]
+
+        with pytest.raises(ValueError, match="no text in test: the tokenizer drops every char"):
+            data.tokenize(corpus("hello", "world"), digits, "t", tmp_path)
+        out = data.tokenize(corpus("12", "hello", " "), digits, "t", tmp_path)
+        assert [out[d].tolist() for d in range(len(out))] == [[1, 2]]
+        (record,) = caplog.records
+        assert "test: 1 documents are left out" in record.getMessage()
 
     def test_no_text_at_all(self, tmp_path):
         with pytest.raises(ValueError, match="no text in test"):

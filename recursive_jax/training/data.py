@@ -11,13 +11,8 @@ over processes and resuming are therefore index arithmetic, which grain does.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import logging
 import os
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 
 import grain
@@ -25,9 +20,10 @@ import numpy as np
 from flax import struct
 
 from recursive_jax.text.documents import Documents
+from recursive_jax.text.pieces import Piece, pieces
+from recursive_jax.training import token_cache
 
 CHARS_PER_CALL = 4_000_000  # per call of the tokenizer, which uses all cores
-CACHE_VERSION = 1  # of the cache's files
 
 
 @struct.dataclass
@@ -143,34 +139,19 @@ def tokenize(
         not at all, so runs may share a directory and may be killed.
       progress: show a progress bar after a few seconds.
 
+    The files of an entry have checksums, which are verified here. A damaged entry is made again.
+
     Raises:
       ValueError: there is no text, or a document cannot be read.
+      OSError: the cache cannot be read or written.
     """
     cache = pathlib.Path(cache_dir or default_cache_dir()).expanduser()
-    key = hashlib.blake2b(
-        f"{CACHE_VERSION} {docs.fingerprint} {fingerprint}".encode(), digest_size=16
-    ).hexdigest()
-    entry = cache / key
-    if not _is_whole(entry):
-        shutil.rmtree(entry, ignore_errors=True)
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{key}-", dir=cache))
-        try:
-            _write_entry(partial, docs, encode_batch, progress)
-            try:
-                os.replace(partial, entry)
-            except OSError:  # another process was faster; its entry has the same content
-                if not _is_whole(entry):
-                    raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    index = np.load(entry / "index.npz")
-    return TokenizedDocuments(
-        np.memmap(entry / "ids.i32", np.int32, mode="r"),
-        np.cumsum(index["lengths"]) - index["lengths"],
-        index["lengths"],
-        index["hashes"],
-    )
+    entry = cache / token_cache.name(docs.fingerprint, fingerprint)
+    found = token_cache.load(entry)
+    if found is None:
+        found = token_cache.create(entry, docs, _contents(docs, encode_batch), progress)
+    ids, lengths, hashes = found
+    return TokenizedDocuments(ids, np.cumsum(lengths) - lengths, lengths, hashes)
 
 
 def default_cache_dir() -> pathlib.Path:
@@ -178,53 +159,21 @@ def default_cache_dir() -> pathlib.Path:
     return pathlib.Path(root).expanduser() / "recursive_jax" / "tokens"
 
 
-def _is_whole(entry: pathlib.Path) -> bool:
-    try:
-        expected = json.loads((entry / "meta.json").read_text())["ids_bytes"]
-        return (entry / "ids.i32").stat().st_size == expected
-    except (OSError, ValueError, KeyError):
-        return False
+def _contents(docs: Documents, encode_batch) -> Iterator[token_cache.Content]:
+    """The content ids of all documents, piece by piece."""
+    found = (piece for _, text in docs.read() for piece in pieces(text, encode_batch))
+    for chunk in _chunks(found):
+        for piece, ids in zip(chunk, encode_batch([p.text for p in chunk]), strict=True):
+            content = np.asarray(ids[piece.skip :], np.int32)
+            yield token_cache.Content(piece.text[piece.overlap :], content, piece.last)
 
 
-def _write_entry(entry: pathlib.Path, docs: Documents, encode_batch, progress: bool) -> None:
-    from tqdm import tqdm
-
-    lengths, hashes = [], []
-    bar = tqdm(
-        total=docs.num_chars,
-        desc=f"tokenising {docs.source}",
-        unit="char",
-        unit_scale=True,
-        delay=3,
-        disable=not progress,
-    )
-    with bar, open(entry / "ids.i32", "wb") as file:
-        for texts in _chunks(text for _, text in docs):
-            for text, ids in zip(texts, encode_batch(texts), strict=True):
-                if len(ids):
-                    file.write(np.asarray(ids, np.int32).tobytes())
-                    lengths.append(len(ids))
-                    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8)
-                    hashes.append(int.from_bytes(digest.digest(), "big"))
-                bar.update(len(text))
-        size = file.tell()
-    if not lengths:
-        raise ValueError(f"no text in {docs.source}: every document is empty")
-    np.savez(
-        entry / "index.npz",
-        lengths=np.asarray(lengths, np.int64),
-        hashes=np.asarray(hashes, np.uint64),
-    )
-    meta = {"source": docs.source, "documents": len(lengths), "ids_bytes": size}
-    (entry / "meta.json").write_text(json.dumps(meta, indent=1))
-    logging.info("tokenised %s: %d documents, %d tokens", docs.source, len(lengths), size // 4)
-
-
-def _chunks(texts: Iterator[str]) -> Iterator[list[str]]:
+def _chunks(found: Iterator[Piece]) -> Iterator[list[Piece]]:
+    """Pieces for one call of the tokenizer each."""
     chunk, size = [], 0
-    for text in texts:
-        chunk.append(text)
-        size += len(text)
+    for piece in found:
+        chunk.append(piece)
+        size += len(piece.text)
         if size >= CHARS_PER_CALL:
             yield chunk
             chunk, size = [], 0
