@@ -248,6 +248,26 @@ class TestLoading:
         with pytest.raises(ValueError, match="cannot be loaded"):
             text.load_tokenizer(tmp_path)
 
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {"initializer_range": 1},
+            {"attention_bias": 0},
+            {"model_type": "qwen3", "head_dim": None},
+        ],
+    )
+    def test_a_config_that_transformers_refuses(self, tmp_path, values):
+        for file in TINY.iterdir():
+            if "token" in file.name:
+                (tmp_path / file.name).write_bytes(file.read_bytes())
+        config = json.loads((TINY / "config.json").read_text()) | values
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError) as error:
+            text.load_tokenizer(tmp_path)
+        message, (key, value) = str(error.value), list(values.items())[-1]
+        assert f"refuses {tmp_path}/config.json" in message and "\n" not in message
+        assert f"'{key}' expected " in message and f"(value: {value})" in message
+
     def test_sentencepiece_is_named_where_it_is_missing(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "sentencepiece", None)
         (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")

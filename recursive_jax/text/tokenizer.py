@@ -12,6 +12,7 @@ import importlib.util
 import json
 import pathlib
 import reprlib
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -42,12 +43,15 @@ def load_tokenizer(path: str | pathlib.Path) -> Any:
             f"{directory / 'tokenizer.model'}: reading a SentencePiece model needs sentencepiece, "
             "which is not installed; pip install sentencepiece"
         )
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise many kinds
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = textwrap.shorten(str(error) or repr(error), 400)
+        if isinstance(error, StrictDataclassError):  # of the model's config, which it reads, too
+            reason = f"transformers refuses {directory / 'config.json'}: {reason}; correct it there"
         raise ValueError(f"the tokenizer in {directory} cannot be loaded: {reason}") from error
 
 

@@ -99,9 +99,8 @@ class TokenizedDocuments:
         held_out = self.hashes.astype(np.float64) < valid_fraction * 2.0**64
         held_out |= self.hashes == self.hashes.min()
         if held_out.all():
-            same = "all documents have the same text, which stays in one part"
-            some = f"the share has all {len(self)} documents"
-            reason = same if (self.hashes == self.hashes[0]).all() else some
+            same = (self.hashes == self.hashes[0]).all()
+            reason = "all documents have the same text" if same else "a share takes whole documents"
             raise _nothing_to_train_on(reason, valid_fraction)
         return self._take(held_out if valid else ~held_out)
 
@@ -183,8 +182,8 @@ def _chunks(found: Iterator[Piece]) -> Iterator[list[Piece]]:
 
 def _nothing_to_train_on(reason: str, valid_fraction: float) -> ValueError:
     return ValueError(
-        f"nothing is left to train on: {reason}, and the held-out part "
-        f"(valid_fraction={valid_fraction}) took it; give more text, or held-out text of its own "
+        f"nothing is left to train on: {reason}, and the held-out share "
+        f"(valid_fraction={valid_fraction}) took all; give more text, or held-out text of its own "
         "(data.valid)"
     )
 
