@@ -149,6 +149,14 @@ class TestWindows:
         from_text = text.eval_windows(tokenizer, ["a b c d e"], 4)
         np.testing.assert_array_equal(from_ids.tokens, from_text.tokens)
 
+    def test_of_a_long_text_only_the_beginning_is_tokenised(self):
+        """A token that the model lacks stands far behind the windows that were asked for."""
+        tokenizer, long = word_tokenizer("<s> $A"), "a b c\n" * 200_000
+        windows = text.eval_windows(tokenizer, [long + "f"], 5, 1000, vocab_size=6)
+        np.testing.assert_array_equal(windows.tokens[windows.scored], [3, 4, 5] * 333 + [3])
+        with pytest.raises(ValueError, match="contains 'f', id 8"):
+            text.eval_windows(tokenizer, [long[:60_000] + "f"], 5, vocab_size=6)
+
     @settings(max_examples=50, deadline=None)
     @given(
         st.lists(st.lists(st.integers(3, 8), max_size=20), min_size=1, max_size=5).filter(any),
