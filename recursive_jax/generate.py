@@ -43,7 +43,9 @@ def define_flags(values: flags.FlagValues) -> None:
     """Define the flags in a function: importing this job adds no flags to another job."""
     string = functools.partial(flags.DEFINE_string, flag_values=values)
     boolean = functools.partial(flags.DEFINE_bool, flag_values=values)
+    integer = functools.partial(flags.DEFINE_integer, flag_values=values)
     string("checkpoint", None, "ours, a Hugging Face directory, .gguf, hub id, or 'tiny'")
+    integer("step", None, "of a checkpoint with several saved steps; default the newest")
     string("stats", None, "file: the numbers of the run as JSON, including those of --profile")
     boolean("profile", False, "print the bound: measure the parts of a tick alone, some seconds")
     string("heatmap", None, "file: picture (.png, .svg, .pdf) of tokens coloured by exit loop")
@@ -201,7 +203,7 @@ def run(options: flags.FlagValues) -> None:
     mesh = sharding.make_mesh(options.data, 1, options.tensor)
     writes = bool(options.out) and jax.process_index() == 0
     with Answers(options.out or os.devnull, writes) as answers:
-        opened = open_model(options.checkpoint)
+        opened = open_model(options.checkpoint, options.step)
         exits = engine_flags.resolve_exits(options, exits, opened)
         make_requests(options, opened, items, answers)
         requests = [item.request for item in items if item.request]

@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from recursive_jax import files
+
 
 class MetricWriter:
     """`metrics.jsonl` and TensorBoard events under a directory; only process 0 writes.
@@ -32,20 +34,24 @@ class MetricWriter:
             file = directory / "metrics.jsonl"
             if file.exists():
                 _keep_until(file, last_step or -1)  # step 0 is done again
-            self._file = open(file, "a", encoding="utf-8")
+            self._file, self._path = open(file, "a", encoding="utf-8"), file
             self._board = _open_board(directory / "tensorboard", last_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Values are named by path, such as `train/loss` or `perf/tokens_per_second`.
 
         Values that are not finite are left out: JSON cannot express them.
+
+        Raises:
+          OSError: the disk is full; it names the file.
         """
         if self._file is None:
             return
         values = {name: float(value) for name, value in values.items()}
         values = {name: value for name, value in values.items() if math.isfinite(value)}
-        self._file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
-        self._file.flush()
+        with files.naming(self._path):
+            self._file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+            self._file.flush()
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
@@ -71,15 +77,17 @@ def _open_board(directory: pathlib.Path, purge_step: int) -> Any:
 
 
 def _keep_until(file: pathlib.Path, last_step: int) -> None:
-    """Keep the whole lines of a metrics file up to a step."""
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            step = json.loads(line)["step"]
-        except ValueError:  # the process was killed while it wrote this line
-            continue
-        if step <= last_step and line.endswith("\n"):
-            kept.append(line)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(file)
+    """Keep the records of a metrics file up to a step; lines that are no records are dropped."""
+    lines = file.read_bytes().split(b"\n")[:-1]  # a line without an end was cut off by a kill
+    steps = map(_step_of, lines)
+    kept = [a + b"\n" for a, step in zip(lines, steps, strict=True) if step <= last_step]
+    files.write_whole(file, b"".join(kept))
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a record; infinite for a line that is no record."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return math.inf
+    return step if type(step) is int else math.inf

@@ -41,6 +41,7 @@ class Opened:
       spec: a checkpoint of ours, or a name that `open_source` opens.
       stop: ids that end a text.
       calibrated: thresholds of early exits that came with it.
+      step: of a checkpoint of ours; None for the newest.
     """
 
     spec: str
@@ -49,6 +50,7 @@ class Opened:
     stop: tuple[int, ...]
     calibrated: Thresholds | None
     source: Source | None
+    step: int | None = None
 
     def load(
         self,
@@ -62,7 +64,7 @@ class Opened:
         rules = sharding.rules_for(mesh, self.cfg)
         shardings = sharding.shardings(logical_axes(self.cfg), mesh, rules)
         if self.source is None:
-            params, _ = checkpoint.load_params(self.spec, shardings, dtype)
+            params, _ = checkpoint.load_params(self.spec, shardings, dtype, self.step)
         else:
             params = sharding.put_stacks(self.source.params, shardings, dtype)
         model = decode_model(self.cfg, dtype, mesh, context_length, passes, say)
@@ -120,21 +122,27 @@ def decode_model(
     return ScannedModel(decoder, cache, attention=attention)
 
 
-def open_model(spec: str) -> Opened:
-    """Everything but the weights, read and checked.
+def open_model(spec: str, step: int | None = None) -> Opened:
+    """Everything but the weights, read and checked. `step`: of a checkpoint, None for the newest.
 
     Raises:
       FileNotFoundError, ValueError: not there, not understood, or damaged; by name.
     """
     if checkpoint.is_checkpoint(spec):
         source, calibrated = None, Thresholds.load(spec)
+        if calibrated is not None:
+            newest, params = checkpoint.params_checksum(spec, step)
+            calibrated = calibrated.compare(newest, params)
+            step = step if calibrated.stale else newest  # they are for these weights only
         cfg, facts = checkpoint.load_config(spec)
         tokenizer = text.load_tokenizer(pathlib.Path(spec) / "tokenizer")
         generation_config = facts.get("generation_config")
     else:
+        if step is not None:
+            raise ValueError(f"step={step} of {spec}, which is no checkpoint of this package")
         source, calibrated = open_source(spec), None
         cfg, tokenizer = source.cfg, source.load_tokenizer()
         generation_config = source.generation_config
     text.check_vocabulary(tokenizer, cfg.vocab_size)
     stop = text.stop_ids(tokenizer, generation_config)
-    return Opened(spec, cfg, tokenizer, stop, calibrated, source)
+    return Opened(spec, cfg, tokenizer, stop, calibrated, source, step)

@@ -29,6 +29,7 @@ class Start:
       origin: of the model, in words for the start-up table.
       checkpoint: directory of the params if it is another than the run's. They are read from there
         straight onto their devices.
+      step: of that checkpoint; None for the newest.
       certificate: of a conversion, without measurements on text.
     """
 
@@ -38,6 +39,7 @@ class Start:
     facts: dict[str, Any]
     origin: str
     checkpoint: str | os.PathLike | None = None
+    step: int | None = None
     certificate: dict[str, Any] | None = None
 
 
@@ -48,7 +50,8 @@ def from_workdir(workdir: str | os.PathLike, recipe: Mapping[str, Any]) -> Start
       ValueError: the run there has another recipe.
     """
     workdir = pathlib.Path(workdir)
-    if not (workdir / checkpoint.CONFIG).exists():
+    if checkpoint.latest_step(workdir) is None:
+        checkpoint.check_ours(workdir)  # nothing else there is read: it is made anew
         return None
     cfg, facts = checkpoint.load_config(workdir)
     there = facts.get("recipe") or {}
@@ -58,18 +61,17 @@ def from_workdir(workdir: str | os.PathLike, recipe: Mapping[str, Any]) -> Start
             f"{workdir} holds a run of another model: {', '.join(changed)} differ from this "
             "config. Give another --workdir, or the config it was started with"
         )
-    if checkpoint.latest_step(workdir) is None:
-        return None
     return Start(None, cfg, _tokenizer(workdir / "tokenizer"), facts, f"resumed from {workdir}")
 
 
-def from_checkpoint(directory: str | os.PathLike) -> Start:
-    """The model of a checkpoint that `convert` or another run has written."""
+def from_checkpoint(directory: str | os.PathLike, step: int | None = None) -> Start:
+    """The model of a checkpoint that `convert` or another run has written. `step` None: newest."""
     cfg, facts = checkpoint.load_config(directory)
-    checkpoint.load_progress(directory)  # raises where there is no readable step
+    checkpoint.load_progress(directory, step)  # raises where there is no readable step
     facts = {k: v for k, v in facts.items() if k not in ("format", "versions", "recipe")}
     tokenizer = _tokenizer(pathlib.Path(directory) / "tokenizer")
-    return Start(None, cfg, tokenizer, facts, f"checkpoint {directory}", directory)
+    origin = f"checkpoint {directory}" + ("" if step is None else f", step {step}")
+    return Start(None, cfg, tokenizer, facts, origin, directory, step)
 
 
 def from_source(source: Source, recipe: Mapping[str, Any], tie: Callable) -> Start:

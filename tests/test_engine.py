@@ -663,7 +663,7 @@ def test_measures_and_thresholds_by_name(tmp_path):
         with pytest.raises(ValueError, match="static"):
             make_measure(spec)
     assert Thresholds.load(tmp_path) is None
-    thresholds = Thresholds("cosine", (0.9, 0.8), 0.01, "docstrings", "2026-01-02")
+    thresholds = Thresholds("cosine", (0.9, 0.8), 0.01, "docstrings", "2026-01-02", 30, 7)
     thresholds.save(tmp_path)
     assert Thresholds.load(tmp_path) == thresholds
     path = tmp_path / Thresholds.FILE

@@ -266,7 +266,8 @@ def test_exits_with_calibrated_thresholds_statistics_and_a_picture(
     source = tmp_path / "prompts.txt"
     source.write_text("Once upon a time\nThe list\nx = 1\n")
     path = pathlib.Path(tiny) / Thresholds.FILE
-    Thresholds("cosine", (0.0,), 0.01, "a text", "2026-01-02").save(tiny)
+    weights = checkpoint.params_checksum(tiny)
+    Thresholds("cosine", (0.0,), 0.01, "a text", "2026-01-02", *weights).save(tiny)
     try:
         named = tmp_path / "a $name$ that is $no formula$"
         named.symlink_to(tiny)

@@ -88,6 +88,29 @@ def test_a_resumed_run_takes_out_what_a_killed_one_wrote_ahead(tmp_path):
     assert [(r["step"], r["valid/nll"]) for r in lines] == [(0, 8)]
 
 
+def test_lines_that_are_no_records_are_dropped(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    good = ['{"step": 1, "train/loss": 1.0, "name": "\u2028"}', '{"step": 2, "train/loss": 2.0}']
+    strange = ["5", "{}", "[]", "null", '{"step": null}', '{"step": "1"}', '{"step": true}', ""]
+    lines = [good[0].encode(), b"\xff\xfe", b'{"step": 2, "\xff": 0}', b"\0" * 9]
+    lines += [line.encode() for line in (*strange, "[" * 100_000, good[1], '{"step": 3}')]
+    file.write_bytes(b"\n".join(lines) + b"\n")
+    metrics.MetricWriter(tmp_path, last_step=2).close()
+    assert file.read_text(encoding="utf-8").split("\n") == [*good, ""]
+
+
+def test_a_write_that_fails_names_the_metrics_file(tmp_path):
+    resource = pytest.importorskip("resource")
+    writer = metrics.MetricWriter(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(OSError, match="File too large: '.*metrics.jsonl'"):
+            writer.write(1, {"train/loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def scalars(directory):
     """tag -> [(step, value)] of TensorBoard event files, read without TensorBoard."""
     from tensorboardX.proto.event_pb2 import Event

@@ -215,12 +215,43 @@ def test_an_unwritable_cache_is_no_end(tmp_path):
     assert "are not used, and a CPU decodes more slowly" in done.stderr
 
 
-def test_the_first_build_says_so_and_the_second_does_not(tmp_path, kernel):
-    environment = {"XDG_CACHE_HOME": str(tmp_path)}
-    first, second = in_a_fresh_process(environment), in_a_fresh_process(environment)
-    assert first.stderr.count("building CPU kernels with") == 1
-    assert str(tmp_path / "recursive_jax") in first.stderr
-    assert "building" not in second.stderr
+@pytest.fixture(scope="module")
+def first_build(tmp_path_factory, kernel):
+    """A cache directory with a new library, and what the build said."""
+    cache = tmp_path_factory.mktemp("cache")
+    return cache, in_a_fresh_process({"XDG_CACHE_HOME": str(cache)}).stderr
+
+
+def test_the_first_build_says_so_and_the_second_does_not(first_build):
+    cache, said = first_build
+    assert said.count("building CPU kernels with") == 1 and str(cache / "recursive_jax") in said
+    assert "building" not in in_a_fresh_process({"XDG_CACHE_HOME": str(cache)}).stderr
+
+
+@pytest.mark.parametrize("damage", ["half", "flipped"])
+def test_a_damaged_library_is_made_again(tmp_path, first_build, damage):
+    """Half a library, mapped, would end the process with SIGBUS."""
+    good = library_in(first_build[0])
+    compiler = tmp_path / "compiler"  # it copies the library that is there, and takes no 20 seconds
+    real = next(filter(None, map(shutil.which, build.COMPILERS)))
+    compiler.write_text(
+        f'#!/bin/sh\ncase "$*" in *-dM*) exec {real} "$@";; esac\n'
+        f'while [ "$1" != -o ]; do shift; done\ncp {good} "$2"\n'
+    )
+    compiler.chmod(0o755)
+    data = good.read_bytes()
+    flipped = data[:5000] + bytes([data[5000] ^ 1]) + data[5001:]
+    library = tmp_path / "recursive_jax" / good.name
+    library.parent.mkdir()
+    library.write_bytes(data[: len(data) // 2] if damage == "half" else flipped)
+    done = in_a_fresh_process({"XDG_CACHE_HOME": str(tmp_path), "CXX": str(compiler)})
+    assert done.stderr.count("building CPU kernels with") == 1
+    assert library_in(tmp_path).read_bytes() == data
+
+
+def library_in(cache):
+    (library,) = (cache / "recursive_jax").glob("kernels-*.so")
+    return library
 
 
 def in_a_fresh_process(environment):

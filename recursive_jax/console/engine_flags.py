@@ -151,6 +151,7 @@ def resolve_exits(options: flags.FlagValues, exits: ExitChoice, opened: Opened) 
             f"{num_loops - 1}"
         )
     if exits.thresholds is None and calibrated and calibrated.measure == exits.measure.name:
+        calibrated.check_current()
         origin = f"thresholds.json, at most {calibrated.bound:.2%} of tokens differ"
         exits = ExitChoice(exits.measure, calibrated.thresholds, origin)
     if exits.thresholds is not None and len(exits.thresholds) not in {1, num_loops - 1}:

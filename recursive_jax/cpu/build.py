@@ -17,10 +17,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+
+from recursive_jax import files
 
 KERNELS = pathlib.Path(__file__).parent / "kernels"
 SOURCES = {
@@ -125,12 +128,20 @@ def _library(say: Callable[[str], None]) -> pathlib.Path:
     texts = [path.read_text() for path in (*sources, *(KERNELS / header for header in HEADERS))]
     key = hashlib.sha256("\0".join([*texts, interface, macros]).encode()).hexdigest()[:16]
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    library = cache / "recursive_jax" / f"kernels-{key}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        say(f"building CPU kernels with {compiler} into {library.parent} (once, some 20 seconds)")
-        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-            made = pathlib.Path(scratch) / library.name
-            run([*command, "-isystem", include, *sources, "-o", made])
-            made.replace(library)  # whole or not at all: another process may build it too
+    place = cache / "recursive_jax"
+    for library in sorted(place.glob(f"kernels-{key}-*.so")):
+        if library.name == _name(key, library.read_bytes()):
+            return library
+    place.mkdir(parents=True, exist_ok=True)
+    say(f"building CPU kernels with {compiler} into {place} (once, some 20 seconds)")
+    with tempfile.TemporaryDirectory(dir=place) as scratch:
+        made = pathlib.Path(scratch) / "kernels.so"
+        run([*command, "-isystem", include, *sources, "-o", made])
+        library = place / _name(key, made.read_bytes())
+        files.put_in_place(made, library)  # another process may build it too
     return library
+
+
+def _name(key: str, content: bytes) -> str:
+    """The name of a library. It holds size and checksum: mapping a cut file kills the process."""
+    return f"kernels-{key}-{len(content)}-{zlib.crc32(content):08x}.so"

@@ -6,11 +6,13 @@ import dataclasses
 import json
 import os
 import pathlib
+import zlib
 from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
 
+from recursive_jax import files
 from recursive_jax.decoding.exit_measures import Measure, make_measure
 from recursive_jax.decoding.requests import check_number
 
@@ -25,6 +27,9 @@ class Thresholds:
       bound: share of tokens that may differ from full depth, as asked for in calibration.
       text: what they were calibrated on.
       date: when, as YYYY-MM-DD.
+      step: of the checkpoint on which they were calibrated.
+      params: checksum of the params of that step (`checkpoint.params_checksum`).
+      stale: why they are not for the weights in use; empty if they are. It is not saved.
     """
 
     measure: str
@@ -32,6 +37,9 @@ class Thresholds:
     bound: float
     text: str
     date: str
+    step: int
+    params: int
+    stale: str = dataclasses.field(default="", compare=False)
 
     FILE: ClassVar[str] = "thresholds.json"
 
@@ -43,10 +51,15 @@ class Thresholds:
         for value in self.thresholds:
             measure.check_threshold(value)
         check_number("bound", self.bound, False, 0, 1)
+        for name in ("step", "params"):
+            check_number(name, getattr(self, name), True, 0, 2**63)
 
     def save(self, directory: str | os.PathLike) -> None:
-        path = pathlib.Path(directory) / self.FILE
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+        """Write them into a checkpoint, with a checksum of the file itself."""
+        record = dataclasses.asdict(self)
+        del record["stale"]
+        record["checksum"] = _checksum(record)
+        files.write_whole(pathlib.Path(directory) / self.FILE, json.dumps(record, indent=1) + "\n")
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> Thresholds | None:
@@ -59,12 +72,37 @@ class Thresholds:
         if not path.is_file():
             return None
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (TypeError, ValueError, RecursionError) as error:
-            names = [field.name for field in dataclasses.fields(cls)]
+            record = json.loads(path.read_text(encoding="utf-8"))
+            checksum = record.pop("checksum", None)
+            found = cls(**record)
+        except (TypeError, ValueError, AttributeError, RecursionError) as error:
+            names = [field.name for field in dataclasses.fields(cls) if field.name != "stale"]
             raise ValueError(
-                f"{path} is damaged ({error}); expected {', '.join(names)}; calibrate again"
+                f"{path} is damaged, or of an older version ({error}); expected "
+                f"{', '.join(names)}, checksum; calibrate again"
             ) from error
+        if checksum != _checksum(record):
+            raise ValueError(f"{path} is damaged (checksums differ); calibrate again")
+        return found
+
+    def compare(self, step: int, params: int) -> Thresholds:
+        """The same thresholds; `stale` says so if they are not for these params of this step."""
+        if params == self.params:
+            return self
+        stale = (
+            f"{self.FILE} was calibrated on step {self.step}, and step {step} has other weights; "
+            "calibrate again, or name an exit measure and give --exit_threshold"
+        )
+        return dataclasses.replace(self, stale=stale)
+
+    def check_current(self) -> None:
+        """Raise a ValueError if the thresholds are for other weights than those in use."""
+        if self.stale:
+            raise ValueError(self.stale)
+
+
+def _checksum(record: dict) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
 def threshold_row(

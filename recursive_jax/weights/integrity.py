@@ -1,0 +1,209 @@
+"""Checksums of arrays, and whether an error proves that a checkpoint is damaged."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import pathlib
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PIECE_BYTES = 64 << 20  # a checksum reads an array in pieces of this size
+ADVICE = "Remove its directory to use the step saved before it, or convert again"
+# Status codes with which tensorstore reports bytes that are missing or cannot be decoded.
+DAMAGE_CODES = ("NOT_FOUND", "DATA_LOSS", "OUT_OF_RANGE", "FAILED_PRECONDITION", "INVALID_ARGUMENT")
+# Status codes of trouble that may pass: another process, the network, permissions, memory.
+OTHER_CODES = (
+    *("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "ABORTED"),
+    *("CANCELLED", "RESOURCE_EXHAUSTED"),
+)
+MESSAGE_BYTES = 600  # of an error that all processes are told
+Result = TypeVar("Result")
+
+
+class Damaged(ValueError):
+    """A step is proven to differ from what was saved; `what` is the message without advice."""
+
+    def __init__(self, what: str):
+        super().__init__(f"{what}. {ADVICE}")
+        self.what = what
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """A number per array that changes with any flipped bit and does not depend on the sharding.
+
+    Σ bits·(2·index + 1) mod 2³². The factor is odd, so every single-bit change changes the sum.
+    """
+    return {
+        jax.tree_util.keystr(path): _checksum(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _checksum(x: jax.Array | np.ndarray) -> int:
+    x = x if np.ndim(x) else x.reshape(1)  # `jnp.atleast_1d` would copy an array that has an axis
+    rows, here = len(x), isinstance(x, np.ndarray)
+    if here or len(x.sharding.device_set) == 1:
+        # In pieces: the integers of an array take as much memory as the array.
+        rows = max(1, PIECE_BYTES * rows // max(x.nbytes, 1))
+    total = 0
+    for start in range(0, len(x), rows):
+        size = min(rows, len(x) - start)
+        piece = x[start : start + size] if here else _rows(x, start, size)
+        total += int(_sum(piece, start))
+    return total % 2**32
+
+
+def _rows(x, start, size):
+    # A static slice would be compiled anew for every start.
+    return x if size == len(x) else jax.lax.dynamic_slice_in_dim(x, start, size)
+
+
+@jax.jit
+def _sum(x: jax.Array, start: int) -> jax.Array:
+    """The part of an array's checksum that its rows x, from row `start` on, contribute."""
+    width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
+    weight = jnp.zeros(x.shape, jnp.uint32)
+    for axis in range(x.ndim):  # the row-major index, modulo 2³²
+        iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        iota = iota if axis else iota + start.astype(jnp.uint32)
+        weight = weight * jnp.uint32(x.shape[axis]) + iota
+    return (bits * (2 * weight + 1)).sum(dtype=jnp.uint32)
+
+
+def json_checksum(data: Any) -> int:
+    """CRC-32 of JSON data; the order of keys does not count."""
+    return zlib.crc32(json.dumps(data, sort_keys=True).encode())
+
+
+def explain(path: pathlib.Path, error: Exception) -> Exception:
+    """The error to raise when reading the step at `path` has failed with `error`.
+
+    Returns:
+      `Damaged` if a file is missing, cut or cannot be decoded. A MemoryError as it is. Otherwise a
+      ValueError which says that the step could not be read now: a network, permissions, another
+      process.
+    """
+    chain = list(_chain(error))
+    words = str(chain[-1]).strip() or repr(chain[-1])
+    reason = words.splitlines()[0][:300]
+    codes = set(re.findall(r"\b[A-Z]+(?:_[A-Z]+)*\b", "\n".join(map(str, chain))))
+    if any(isinstance(e, MemoryError) for e in chain):
+        return error
+    if "RESOURCE_EXHAUSTED" in codes:
+        return ValueError(f"checkpoint {path} does not fit into memory: {reason}")
+    numbers = {e.errno for e in chain if isinstance(e, OSError)}
+    numbers |= {int(n) for n in re.findall(r"os_error_code='(\d+)'", "\n".join(map(str, chain)))}
+    blocked = _first_blocked(path)
+    if blocked or codes & set(OTHER_CODES) or numbers - {None, errno.ENOENT, errno.ENOTDIR}:
+        return ValueError(
+            f"checkpoint {path} could not be read now ({blocked or reason}). This is no sign of "
+            "damage: keep it, and run again when it can be read"
+        )
+    decoding = (FileNotFoundError, NotADirectoryError, UnicodeDecodeError, json.JSONDecodeError)
+    if codes & set(DAMAGE_CODES) or any(isinstance(e, (*decoding, Undecodable)) for e in chain):
+        return Damaged(f"checkpoint {path} is damaged ({reason})")
+    return ValueError(
+        f"checkpoint {path} cannot be read ({reason}); nothing proves that it is damaged. It may "
+        "be of another model or version"
+    )
+
+
+class Undecodable(Exception):
+    """Bytes that can be read from disk, and are not what was written."""
+
+
+def storage_fault(error: Exception) -> str | None:
+    """What a failed write says about the storage, such as "disk full"; None for other errors."""
+    names = {
+        errno.ENOSPC: "disk full",
+        errno.EDQUOT: "disk quota exceeded",
+        errno.EFBIG: "file too large for this file system or user",
+    }
+    for link in _chain(error):
+        for number, words in names.items():
+            if getattr(link, "errno", None) == number or os.strerror(number) in str(link):
+                return words
+    return None
+
+
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """A context without Orbax's warnings and tracebacks on the log: it raises the error as well."""
+    logger = logging.getLogger("absl")
+    logger.addFilter(_is_not_orbax)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_not_orbax)
+
+
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.WARNING or "orbax" not in pathlib.Path(record.pathname).parts
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and its causes, the first cause last."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _first_blocked(path: pathlib.Path) -> OSError | None:
+    """The error of the first file or directory below `path` that this user cannot open."""
+    errors: list[OSError] = []
+    for root, _, names in os.walk(path, onerror=errors.append):
+        for name in names:
+            try:
+                with open(os.path.join(root, name), "rb") as f:
+                    f.read(1)
+            except OSError as error:
+                errors.append(error)
+    return next((e for e in errors if not isinstance(e, FileNotFoundError)), None)
+
+
+def together(function: Callable[[], Result]) -> Result:
+    """The result of a function that all processes call; if one of them fails, all raise.
+
+    Damage on one process counts before other errors: the others may only have waited in vain.
+
+    Raises:
+      Damaged, ValueError, OSError: the function's error, or on another process its message.
+    """
+    if jax.process_count() == 1:
+        return function()
+    result = error = None
+    try:
+        result = function()
+    except (ValueError, OSError) as caught:
+        error = caught
+    worst = _worst_of_all(error)
+    if worst is not None:
+        raise worst from error
+    return result
+
+
+def _worst_of_all(error: Exception | None) -> Exception | None:
+    """The gravest error over all processes, None if none has one."""
+    from jax.experimental import multihost_utils
+
+    grade = 0 if error is None else 2 if isinstance(error, Damaged) else 1
+    words = getattr(error, "what", str(error or "")).encode()[:MESSAGE_BYTES]
+    row = np.zeros(1 + MESSAGE_BYTES, np.uint8)
+    row[0], row[1 : 1 + len(words)] = grade, np.frombuffer(words, np.uint8)
+    rows = multihost_utils.process_allgather(row)
+    worst = int(rows[:, 0].argmax())
+    if rows[worst, 0] == grade:
+        return error
+    message = rows[worst, 1:].tobytes().rstrip(b"\0").decode(errors="ignore")
+    return (Damaged if rows[worst, 0] == 2 else ValueError)(f"process {worst}: {message}")
