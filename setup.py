@@ -2,8 +2,10 @@
 
 import pathlib
 import re
+import shutil
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(
@@ -22,6 +24,22 @@ FEATURES = {
 }
 ALL = sorted({package for packages in FEATURES.values() for package in packages})
 
+
+class WithConfigs(build_py):
+    """Puts configs/, which stands beside the package in a checkout, into the installed package."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            place = pathlib.Path(self.build_lib) / "recursive_jax" / "configs"
+            shutil.copytree(
+                ROOT / "configs",
+                place,
+                dirs_exist_ok=True,
+                ignore=shutil.ignore_patterns("__pycache__"),
+            )
+
+
 setup(
     name="recursive_jax",
     version=VERSION,
@@ -31,6 +49,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["recursive_jax", "recursive_jax.*"]),
     package_data={"recursive_jax": ["assets/**/*", "cpu/kernels/*"]},
+    cmdclass={"build_py": WithConfigs},
     python_requires=">=3.11",
     install_requires=[  # convert, train and generate on safetensors
         JAX,

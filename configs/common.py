@@ -3,7 +3,7 @@
 Each value is documented here once; the other configs change what they must.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config() -> ConfigDict:
@@ -17,11 +17,16 @@ def get_config() -> ConfigDict:
 
     c.model = ConfigDict()
     c.model.num_loops = 2
-    c.model.method = ""  # stepwise average lower upper random; '' = stepwise, or average with SVD
-    c.model.lora_init = ""  # svd zero split none; '' = by method
-    c.model.lora_rank = 0  # per projection, clamped to its size; -1 = full
+    # stepwise average lower upper random; None = stepwise, or average with SVD
+    c.model.method = config_dict.placeholder(str)
+    c.model.lora_init = config_dict.placeholder(str)  # svd zero split none; None = by method
+    # N for every projection, clamped to its size; 'full'; or a rank by projection
+    c.model.lora_rank = config_dict.placeholder(object)
+    c.model.lora_rank = 0
     c.model.norms = "per_loop"  # tied per_loop folded
     c.model.rounding = "even"  # of stepwise positions: even half_up floor
+    # average choice zero own; None = own with an SVD LoRA and norms per loop, else by method
+    c.model.norm_start = config_dict.placeholder(str)
     c.model.reduced_baseline = False  # instead: random, depth / num_loops layers, no loop
 
     c.data = ConfigDict()
@@ -49,10 +54,13 @@ def get_config() -> ConfigDict:
     c.optimizer.b2 = 0.95
     c.optimizer.eps = 1e-8
     c.optimizer.weight_decay = 0.1
+    c.optimizer.decay_on = "matrices"  # or weights: not LoRA factors and embeddings
     c.optimizer.clip_norm = 1.0
     c.optimizer.lora_lr_scale = 1.0
 
     c.tokens = 1_000_000  # at least so many; a step takes batch_size * context_length
+    c.accumulate = 1  # micro-batches of a step: less memory, the same step
+    c.ema_decay = 0.0  # of averaged weights, which are then what is evaluated and used; 0 = none
     c.seed = 0
     c.dtype = "auto"  # compute: float32 on CPU, bfloat16 on TPU and GPU
     c.remat = "dots"  # none full dots offload_dots save_all_but_merged
@@ -98,9 +106,9 @@ def small_training(c: ConfigDict) -> None:
 def parse_arg(arg: str | None, **defaults):
     """`'paper,loops=3'` -> ConfigDict(paper=True, loops=3): flags, and values typed by default.
 
-    An unknown name raises, naming what there is.
+    A `rank` may also be 'full'. An unknown name raises, naming what there is.
     """
-    values = ConfigDict(defaults)
+    values = dict(defaults)
     for part in (arg or "").split(","):
         if not part:
             continue
@@ -114,9 +122,12 @@ def parse_arg(arg: str | None, **defaults):
                 raise ValueError(f"config argument {name}={text!r}: expected true or false")
             values[name] = words[text.lower()]
             continue
+        if name == "rank" and text == "full":
+            values[name] = text
+            continue
         try:
             values[name] = type(default)(text)
         except ValueError as error:
             kind = type(default).__name__
             raise ValueError(f"config argument {name}={text!r}: expected {kind}") from error
-    return values
+    return ConfigDict(values)

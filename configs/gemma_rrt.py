@@ -7,7 +7,7 @@ Arguments, after a colon and separated by commas:
     paper        the paper's exact settings: 60B tokens of 2048, batch 1024, lr 2e-4
     gemma3_270m  Gemma 3 270M instead of Gemma 2B: a machine without accelerators can hold it
     gemma2_2b    Gemma 2 2B (26 layers)
-    loops=N rank=N exits=C   loops, LoRA rank (0: tied only, -1: full), exit coefficient
+    loops=N rank=N exits=C   loops, LoRA rank (a number, or full; 0: tied only), exit coefficient
 
 What it reproduces (quoted from the paper, Table I.2; not measured here): Gemma 2B, 2 loops, 60B
 tokens of SlimPajama with distillation, mean accuracy over seven tasks. Tied 54.9 · rank 64 55.8 ·

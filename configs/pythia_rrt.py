@@ -5,7 +5,7 @@
 
 Arguments, after a colon and separated by commas:
     paper        the paper's exact settings for Pythia 1B: 60B tokens of 2048, batch 1024
-    loops=N rank=N exits=C   loops, LoRA rank (0: tied only, -1: full), exit coefficient
+    loops=N rank=N exits=C   loops, LoRA rank (a number, or full; 0: tied only), exit coefficient
 
 What it reproduces (quoted from the paper, Table I.2; not measured here): Pythia 1B, 2 loops, 60B
 tokens of SlimPajama with distillation, mean accuracy over seven tasks. Tied 45.2 · rank 64 46.2 ·

@@ -1,148 +1,362 @@
-"""A model to decode with: opened by name, and put on its devices."""
+"""A model: opened by name, converted, trained, decoded with, measured and saved.
+
+    source = load("tiny")
+    model = source.convert(num_loops=2, lora_rank=16).train("docstrings:2", teacher=source)
+    model.generate(["Return a new"])[0].text
+
+The jobs and notebooks call the same methods.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
+import os
 import pathlib
-from collections.abc import Callable
+import tempfile
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import jax
-import numpy as np
+import jax.numpy as jnp
 
-from recursive_jax import sharding, text
+from recursive_jax import generation, sharding, text
 from recursive_jax.console.output import note
-from recursive_jax.cpu import build
-from recursive_jax.cpu.cache import cache_class
-from recursive_jax.cpu.decoder import CpuModel
+from recursive_jax.decoding.config import EngineConfig
+from recursive_jax.decoding.exit_measures import Measure
+from recursive_jax.decoding.requests import Completion, Event
 from recursive_jax.decoding.thresholds import Thresholds
+from recursive_jax.evaluation import certificate as certify
+from recursive_jax.evaluation.perplexity import perplexity
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import Decoder
-from recursive_jax.models.interface import DecodeModel
-from recursive_jax.models.kv_cache import RowCache
-from recursive_jax.models.parameters import abstract_params, logical_axes
-from recursive_jax.models.scanned import ScannedModel
-from recursive_jax.models.tpu import PagedCache
-from recursive_jax.weights import checkpoint
-from recursive_jax.weights.source import Source, open_source
+from recursive_jax.models.parameters import logical_axes
+from recursive_jax.text.documents import documents
+from recursive_jax.training.config import TrainConfig
+from recursive_jax.weights import checkpoint, tie_config, tying
+from recursive_jax.weights.source import open_source
+from recursive_jax.weights.stored import (
+    ArrayWeights,
+    CheckpointWeights,
+    SourceWeights,
+    Weights,
+    on_one_device,
+)
+from recursive_jax.weights.tie_config import TieConfig
 
-# The CPU model reads a block that exceeds the processor's cache faster than the scanned model. It
-# compiles every layer, which takes longer: at least so many passes of the block amortise that.
-CPU_BLOCK_BYTES, CPU_PASSES = 64 << 20, 500
-GPU_BLOCK = 512  # cache rows that a GPU reads at once; a shorter cache is read whole
 
-
-@dataclasses.dataclass(frozen=True)
-class Opened:
-    """All about a model except its weights.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """All about a model. Its weights are read when they are needed, and never changed.
 
     Attributes:
-      spec: a checkpoint of ours, or a name that `open_source` opens.
-      stop: ids that end a text.
-      calibrated: thresholds of early exits that came with it.
-      step: of a checkpoint of ours; None for the newest.
+      cfg: sizes and structure.
+      tokenizer: of transformers.
+      weights: where they are.
+      name: of its file or directory, or how it was made, in words.
+      facts: JSON: where the model comes from (source, tying, generation_config).
+      certificate: what its conversion preserved; None if it was not converted.
+      thresholds: calibrated thresholds of early exits, None without.
     """
 
-    spec: str
     cfg: DecoderConfig
     tokenizer: Any
-    stop: tuple[int, ...]
-    calibrated: Thresholds | None
-    source: Source | None
-    step: int | None = None
+    weights: Weights
+    name: str
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    certificate: dict[str, Any] | None = None
+    thresholds: Thresholds | None = None
+    _placed: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
+    _engines: dict[EngineConfig, Any] = dataclasses.field(
+        default_factory=dict, init=False, repr=False
+    )
 
-    def load(
+    @functools.cached_property
+    def params(self) -> Any:
+        """Nested float32 params on the default device. Read once, then kept."""
+        return self.weights.load(on_one_device(self.cfg), jnp.float32)
+
+    @functools.cached_property
+    def stop(self) -> tuple[int, ...]:
+        """Token ids that end a text."""
+        return text.stop_ids(self.tokenizer, self.facts.get("generation_config"))
+
+    def convert(
         self,
-        mesh: jax.sharding.Mesh,
-        dtype: Any,
-        context_length: int,
-        passes: float = 0,
-        say: Callable[[str], None] = note,
+        how: TieConfig | None = None,
+        *,
+        text: str | None = None,
+        text_tokens: int = 2048,
+        context_length: int = 512,
+        quiet: bool = False,
+        **options: Any,
     ) -> Model:
-        """The model with its weights in `dtype` on `mesh`; other arguments as `decode_model`."""
+        """The relaxed recursive model of a vanilla one, with its `certificate`.
+
+        Args:
+          how: of the conversion; or give fields of `TieConfig` by name.
+          text: to measure the certificate on (see `text.documents`); None measures nothing. With a
+            text, the full-rank identity is proved too.
+          text_tokens: scored tokens of it.
+          context_length: tokens per window.
+          quiet: show no progress bar.
+
+        Raises:
+          ValueError: an impossible conversion, or a model that is recursive already.
+        """
+        how = _one_of("how", how, TieConfig, options)
+        tie_config.tied_config(self.cfg, how)  # raises before any reading
+        source = self.weights.as_source(self.cfg, self.tokenizer, self.facts)
+        windows = identity = reference = None
+        with tempfile.TemporaryDirectory(prefix="recursive_jax-") as scratch:
+            if text is not None:  # the source runs first: two models are never in memory at once
+                windows = self.windows(text, text_tokens, context_length)
+                identity = certify.full_rank_identity(source, how, windows)
+                rows = pathlib.Path(scratch) / "log_probabilities.f32"
+                reference = certify.Reference(rows, source, windows)
+            params, cfg, certificate = certify.tie_with_certificate(source, how, not quiet)
+            if reference is not None:
+                certificate |= reference.compare(Decoder(cfg), params)
+                certificate |= {"full_rank_identity": identity, "text": text}
+        facts = self.facts | {"tying": how.to_json()}
+        name = f"{self.name}, tied"
+        return Model(cfg, self.tokenizer, ArrayWeights(params, name), name, facts, certificate)
+
+    def untie(self) -> Model:
+        """The vanilla model with the same logits: loops unrolled, LoRAs merged."""
+        params, cfg = tying.untie(self.params, self.cfg)
+        facts = {k: v for k, v in self.facts.items() if k != "tying"}
+        name = f"{self.name}, untied"
+        return Model(cfg, self.tokenizer, ArrayWeights(params, name), name, facts)
+
+    def train(
+        self,
+        train_text: str | None = None,
+        config: TrainConfig | None = None,
+        *,
+        teacher: Model | None = None,
+        workdir: str | os.PathLike | None = None,
+        quiet: bool = False,
+        **changes: Any,
+    ) -> Model:
+        """The trained model; this one stays as it is.
+
+        Args:
+          train_text: files, directories, tfds:NAME or docstrings[:N]; None: that of `config`.
+          config: settings; None: the defaults, with distillation if there is a teacher.
+          teacher: vanilla model to distil from, usually the source.
+          workdir: for checkpoints and metrics. A run that it has goes on. None writes nothing.
+          quiet: print nothing.
+          changes: settings by name, such as `tokens=100_000` or `learning_rate=1e-3`.
+
+        Raises:
+          ValueError: an impossible setting; FloatingPointError: the loss is not finite.
+        """
+        from recursive_jax.fit import fit
+        from recursive_jax.training.corpus import open_corpus
+
+        if config is None:
+            config = TrainConfig().with_changes(kd=0.0 if teacher is None else 1.0)
+        if train_text is not None:
+            changes["train"] = train_text
+        config = config.with_changes(**changes)
+        corpus = open_corpus(
+            config.data, self.tokenizer, self.cfg.vocab_size, config.seed, not quiet
+        )
+        end = fit(self, config, corpus, teacher, workdir, quiet=quiet)
+        name = f"{self.name}, trained on {end.summary['tokens']:,} tokens"
+        weights = ArrayWeights(end.trainer.state.weights, name)
+        return dataclasses.replace(self, weights=weights, name=name, thresholds=None)
+
+    def generate(
+        self,
+        prompts: generation.Prompts,
+        *,
+        exits: Measure | None = None,
+        engine: EngineConfig | None = None,
+        chat: bool = False,
+        dtype: str = "auto",
+        **options: Any,
+    ) -> list[Completion]:
+        """The answers to prompts, in order; a prompt that fails has finish_reason 'error'.
+
+        Args:
+          prompts: a text, or a list of texts, conversations and `Request`s.
+          exits: which tokens leave early, such as `TopProbability(0.9)`; None: as `engine` says.
+          engine: sizes and exits of the engine; None: the defaults.
+          chat: apply the chat template to texts too.
+          dtype: compute dtype.
+          options: for all prompts: `max_new_tokens` (default 128), `temperature`, `seed`, `stop`,
+            and the others of `decoding.prompts.OPTIONS`.
+
+        Raises:
+          ValueError: a bad setting, or a prompt that cannot be answered.
+        """
+        events = self.stream(
+            prompts, exits=exits, engine=engine, chat=chat, dtype=dtype, max_ticks=None, **options
+        )
+        completions = {e.index: e.completion for e in events if e.completion is not None}
+        return [completions[index] for index in sorted(completions)]
+
+    def stream(
+        self,
+        prompts: generation.Prompts,
+        *,
+        exits: Measure | None = None,
+        engine: EngineConfig | None = None,
+        chat: bool = False,
+        dtype: str = "auto",
+        max_ticks: int | None = 4,
+        **options: Any,
+    ) -> Iterator[Event]:
+        """Events as the answers grow: `index` of the prompt, `piece` of text, at last `completion`.
+
+        `max_ticks`: passes of the block between events, at most; other arguments as `generate`.
+        """
+        from recursive_jax.decoding.session import stream
+
+        config = engine or EngineConfig()
+        if exits is not None:
+            config = dataclasses.replace(config, measure=exits, thresholds=None)
+        config.check_loops(self.cfg.num_loops)
+        length = config.context_length or self.cfg.max_length
+        requests = generation.make_requests(self, prompts, options, length, chat)
+        compute = sharding.compute_dtype(dtype)
+        if compute.name not in self._placed:
+            self._placed.clear()  # one copy of the weights at a time
+            self._engines.clear()
+            passes = generation.expected_passes(self, requests, config.num_slots)
+            self._placed[compute.name] = generation.put_on_devices(
+                self, sharding.make_mesh(), compute, generation.needed_context(requests), passes
+            )
+        placed = self._placed[compute.name]
+        config = generation.fit_to(config, requests, placed)
+        if config not in self._engines:
+            self._engines.clear()  # and one cache
+            self._engines[config] = generation.make_engine(placed, config)
+        made = self._engines[config]
+        made.reset()
+        ticks = {} if max_ticks is None else {"max_ticks": max_ticks}
+        return stream(made, requests, self.tokenizer, **ticks)
+
+    def perplexity(
+        self,
+        text: str | Iterable[str],
+        tokens: int = 20_000,
+        context_length: int = 512,
+        batch_size: int = 8,
+        dtype: str = "auto",
+    ) -> dict[str, Any]:
+        """The perplexity of every exit on a text, as `evaluation.perplexity` returns it.
+
+        Args:
+          text: as `text.documents` takes it, or the texts themselves.
+          tokens: scored, at most.
+          context_length: tokens per window.
+          batch_size: windows per call of the model, over all devices.
+          dtype: compute dtype.
+        """
+        windows = self.windows(text, tokens, context_length)
+        mesh, compute = sharding.make_mesh(), sharding.compute_dtype(dtype)
+        shards = sharding.data_shards(mesh)
         rules = sharding.rules_for(mesh, self.cfg)
-        shardings = sharding.shardings(logical_axes(self.cfg), mesh, rules)
-        if self.source is None:
-            params, _ = checkpoint.load_params(self.spec, shardings, dtype, self.step)
-        else:
-            params = sharding.put_stacks(self.source.params, shardings, dtype)
-        model = decode_model(self.cfg, dtype, mesh, context_length, passes, say)
-        return Model(model, model.prepare(params, donate=True), mesh, rules)
+        places = sharding.shardings(logical_axes(self.cfg), mesh, rules)
+        rows = -(-min(batch_size, len(windows.tokens)) // shards) * shards
+        place = sharding.batch_sharding(mesh)
+        with sharding.use(mesh, rules), sharding.matmul_precision(compute):
+            return perplexity(
+                Decoder(self.cfg, dtype=compute, data_shards=shards),
+                self.weights.load(places, jnp.float32),
+                *windows,
+                batch_size=rows,
+                all_loops=self.cfg.num_loops > 1,
+                put=lambda batch: sharding.put_global(batch, place),
+            )
+
+    def windows(
+        self, source: str | Iterable[str], tokens: int, context_length: int
+    ) -> text.Windows:
+        """Windows of a text, to score `tokens` tokens of it."""
+        texts = (t for _, t in documents(source)) if isinstance(source, str) else source
+        length = min(context_length, self.cfg.max_length)
+        return text.eval_windows(self.tokenizer, texts, length, tokens, self.cfg.vocab_size)
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Write a checkpoint, whole or not at all.
+
+        Raises:
+          ValueError: the directory exists and is not empty.
+        """
+        out = checkpoint.local(directory)
+        check_free(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as partial:
+            made = pathlib.Path(partial) / out.name  # moved to `out` when it is complete
+            self.write_description(made)
+            writer = checkpoint.Writer(made)
+            writer.save(0, self.params, wait=True)
+            writer.close()
+            os.replace(made, out)
+
+    def write_description(self, directory: str | os.PathLike) -> None:
+        """Write all of a checkpoint but its weights: config, tokenizer, certificate."""
+        facts = {k: v for k, v in self.facts.items() if k not in ("format", "versions")}
+        checkpoint.create(directory, self.cfg, self.tokenizer, **facts)
+        if self.certificate is not None:
+            path = pathlib.Path(directory) / checkpoint.CERTIFICATE
+            checkpoint.write_json(path, self.certificate)
 
 
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A model on its devices; `params` are as `decoder.prepare` returns them."""
-
-    decoder: DecodeModel
-    params: Any
-    mesh: jax.sharding.Mesh
-    rules: tuple[tuple[str, Any], ...]
-
-
-def decode_model(
-    cfg: DecoderConfig,
-    dtype: Any,
-    mesh: jax.sharding.Mesh,
-    context_length: int,
-    passes: float = 0,
-    say: Callable[[str], None] = note,
-) -> DecodeModel:
-    """The implementation of `models.interface.DecodeModel` for these devices.
+def load(spec: str | os.PathLike, step: int | None = None) -> Model:
+    """The model called `spec`; its weights are not read yet.
 
     Args:
-      dtype: compute dtype.
-      mesh: the devices.
-      context_length: rows of a cache slot.
-      passes: expected passes of the block; few passes do not amortise a long compilation.
-      say: is given the progress of building the CPU kernels, a line at a time.
-    """
-    platform, decoder = mesh.devices.flat[0].platform, Decoder(cfg, dtype=dtype)
-    if platform == "tpu":
-        axes = dict(sharding.rules_for(mesh, cfg)).get("heads") or ()
-        axes = (axes,) if isinstance(axes, str) else axes
-        shards = math.prod(mesh.shape[axis] for axis in axes)
-        name = "ragged paged attention"
-        reason = PagedCache.unsupported(cfg, dtype, context_length, shards)
-        if reason is None:
-            return ScannedModel(decoder, PagedCache, attention=f"{name} kernel")
-        return ScannedModel(decoder, RowCache, attention=f"XLA ({name}: {reason})")
-    if platform != "cpu":
-        reason = f"our kernels are for TPUs and CPUs, not {platform}"
-        return ScannedModel(decoder, block_length=GPU_BLOCK, attention=f"XLA ({reason})")
-    if mesh.size > 1:
-        return ScannedModel(decoder, attention="XLA (the CPU's kernels are for one device)")
-    build.has("SkinnyMatmul", say)  # built here, where its progress can be shown
-    leaves = jax.tree.leaves(abstract_params(cfg)["block"])
-    block_bytes = sum(leaf.size for leaf in leaves) * np.dtype(dtype).itemsize
-    if block_bytes > CPU_BLOCK_BYTES and passes > CPU_PASSES:
-        return CpuModel(cfg, dtype)
-    cache, attention = cache_class(cfg, dtype)
-    return ScannedModel(decoder, cache, attention=attention)
-
-
-def open_model(spec: str, step: int | None = None) -> Opened:
-    """Everything but the weights, read and checked. `step`: of a checkpoint, None for the newest.
+      spec: a checkpoint of ours, a Hugging Face directory, a .gguf file, a hub id, or 'tiny'.
+      step: of a checkpoint; None: the latest.
 
     Raises:
       FileNotFoundError, ValueError: not there, not understood, or damaged; by name.
     """
+    spec = os.fspath(spec)
     if checkpoint.is_checkpoint(spec):
-        source, calibrated = None, Thresholds.load(spec)
-        if calibrated is not None:
-            newest, params = checkpoint.params_checksum(spec, step)
-            calibrated = calibrated.compare(newest, params)
-            step = step if calibrated.stale else newest  # they are for these weights only
-        cfg, facts = checkpoint.load_config(spec)
+        cfg, facts = checkpoint.load_config(spec, note)
+        newest, params = checkpoint.params_checksum(spec, step, note)  # raises: no readable step
         tokenizer = text.load_tokenizer(pathlib.Path(spec) / "tokenizer")
-        generation_config = facts.get("generation_config")
+        certificate = checkpoint.load_certificate(spec)
+        thresholds = Thresholds.load(spec)
+        if thresholds is not None:
+            thresholds = thresholds.compare(newest, params)
+        # While a training runs there, the newest step may be another one when it is read.
+        step = step if thresholds is None or thresholds.stale else newest
+        weights = CheckpointWeights(spec, step)
+        name = spec
     else:
         if step is not None:
             raise ValueError(f"step={step} of {spec}, which is no checkpoint of this package")
-        source, calibrated = open_source(spec), None
+        source = open_source(spec)
         cfg, tokenizer = source.cfg, source.load_tokenizer()
-        generation_config = source.generation_config
+        facts = {"source": str(source.path), "generation_config": source.generation_config}
+        weights, thresholds, certificate = SourceWeights(source), None, None
+        name = str(source.path)
     text.check_vocabulary(tokenizer, cfg.vocab_size)
-    stop = text.stop_ids(tokenizer, generation_config)
-    return Opened(spec, cfg, tokenizer, stop, calibrated, source, step)
+    return Model(cfg, tokenizer, weights, name, dict(facts), certificate, thresholds)
+
+
+def check_free(directory: pathlib.Path) -> None:
+    """Raise ValueError unless a checkpoint can be written to `directory`."""
+    if directory.exists() and any(directory.iterdir()):
+        raise ValueError(f"{directory} is not empty; choose another directory, or remove it")
+
+
+def _one_of(name: str, given: Any, kind: type, options: dict[str, Any]) -> Any:
+    """A config object, given whole or by its fields."""
+    if given is None:
+        known = [field.name for field in dataclasses.fields(kind)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise ValueError(f"unknown options {unknown}; expected some of {', '.join(known)}")
+        return kind(**options)
+    if options:
+        raise ValueError(f"{name} beside {', '.join(options)}; give one or the other")
+    if not isinstance(given, kind):
+        raise ValueError(f"{name}={given!r}; expected a {kind.__name__}")
+    return given

@@ -34,10 +34,7 @@ RULES: tuple[tuple[str, Any], ...] = (
 
 
 def compute_dtype(name: str) -> np.dtype:
-    """The compute dtype of a job; 'auto' is float32 on a CPU, else bfloat16.
-
-    'float32' also makes the process multiply in full float32. By default TPUs, and GPUs with TF32,
-    round the factors.
+    """The compute dtype called `name`; 'auto' is float32 on a CPU, else bfloat16.
 
     Raises:
       ValueError: `name` is not one of auto, float32, bfloat16.
@@ -46,9 +43,17 @@ def compute_dtype(name: str) -> np.dtype:
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if name not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={name!r}; expected auto, float32 or bfloat16")
-    if name == "float32" and jax.default_backend() != "cpu":
-        jax.config.update("jax_default_matmul_precision", "highest")
     return jax.numpy.dtype(name)
+
+
+def matmul_precision(dtype: Any) -> contextlib.AbstractContextManager:
+    """A context in which float32 is multiplied in full float32.
+
+    By default TPUs, and GPUs with TF32, round the factors. Other dtypes keep the default.
+    """
+    if jax.numpy.dtype(dtype) == np.float32 and jax.default_backend() != "cpu":
+        return jax.default_matmul_precision("highest")
+    return contextlib.nullcontext()
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
+from recursive_jax.model import Model, load
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.parameters import init_params
-from recursive_jax.weights import checkpoint, tying
-from recursive_jax.weights.source import ASSETS, Source
+from recursive_jax.text import load_tokenizer
+from recursive_jax.weights import checkpoint
+from recursive_jax.weights.source import ASSETS
+from recursive_jax.weights.stored import ArrayWeights
+from recursive_jax.weights.tie_config import TieConfig, tied_config
 
 
 @dataclasses.dataclass
@@ -22,81 +26,81 @@ class Start:
     """A model before its first step.
 
     Attributes:
-      params: nested float32 host arrays; None when a checkpoint has them.
-      cfg: their config.
-      tokenizer: of transformers.
-      facts: JSON for the checkpoint's config.json (source, tying, ...).
-      origin: of the model, in words for the start-up table.
-      checkpoint: directory of the params if it is another than the run's. They are read from there
-        straight onto their devices.
-      step: of that checkpoint; None for the newest.
-      certificate: of a conversion, without measurements on text.
+      cfg, tokenizer: of the model.
+      origin: in words, for the start-up table.
+      make: makes the model; a conversion happens here.
+      resumes: the run in the workdir goes on.
     """
 
-    params: Any
     cfg: DecoderConfig
     tokenizer: Any
-    facts: dict[str, Any]
     origin: str
-    checkpoint: str | os.PathLike | None = None
-    step: int | None = None
-    certificate: dict[str, Any] | None = None
+    make: Callable[[], Model]
+    resumes: bool = False
 
 
-def from_workdir(workdir: str | os.PathLike, recipe: Mapping[str, Any]) -> Start | None:
-    """The run in `workdir`, None when no step has been saved there.
+def choose(config: Any, source: Model | None, workdir: str | os.PathLike) -> Start:
+    """The model to start from, by the first that exists: workdir, init_from, source, scratch.
+
+    Nothing is converted yet, but an impossible recipe is refused.
+
+    Args:
+      config: a ConfigDict as `configs/common.py` makes it.
+      source: the opened `config.source`.
+      workdir: of the run.
 
     Raises:
-      ValueError: the run there has another recipe.
+      ValueError: nothing to start from, an impossible recipe, or a run of another model.
     """
-    workdir = pathlib.Path(workdir)
-    if checkpoint.latest_step(workdir) is None:
-        checkpoint.check_ours(workdir)  # nothing else there is read: it is made anew
-        return None
-    cfg, facts = checkpoint.load_config(workdir)
-    there = facts.get("recipe") or {}
-    changed = [name for name in recipe if there.get(name) != recipe[name]]
-    if changed:
+    recipe = make_recipe(config, source)
+    if checkpoint.latest_step(workdir) is not None:
+        check_recipe(workdir, recipe)
+        model = load(workdir)
+        return Start(model.cfg, model.tokenizer, f"resumed from {workdir}", lambda: model, True)
+    checkpoint.check_ours(workdir)  # nothing else there is read: it is made anew
+    if config.init_from:
+        model = load(config.init_from)
+        start = Start(model.cfg, model.tokenizer, f"checkpoint {config.init_from}", lambda: model)
+    elif source is not None and config.model.reduced_baseline:
+        start = reduced_baseline(source, config.model.num_loops, config.seed)
+    elif source is not None:
+        start = converted(source, tie_config(config))
+    elif config.scratch:
+        start = from_scratch(config.scratch.to_dict(), config.tokenizer, config.seed)
+    else:
         raise ValueError(
-            f"{workdir} holds a run of another model: {', '.join(changed)} differ from this "
-            "config. Give another --workdir, or the config it was started with"
+            "nothing to train: set --config.source=MODEL (Hugging Face directory, .gguf, hub id "
+            "or 'tiny'), --config.init_from=CHECKPOINT, or config.scratch"
         )
-    return Start(None, cfg, _tokenizer(workdir / "tokenizer"), facts, f"resumed from {workdir}")
+    make = start.make
+
+    def with_recipe() -> Model:
+        model = make()
+        return dataclasses.replace(model, facts=model.facts | {"recipe": recipe})
+
+    return dataclasses.replace(start, make=with_recipe)
 
 
-def from_checkpoint(directory: str | os.PathLike, step: int | None = None) -> Start:
-    """The model of a checkpoint that `convert` or another run has written. `step` None: newest."""
-    cfg, facts = checkpoint.load_config(directory)
-    checkpoint.load_progress(directory, step)  # raises where there is no readable step
-    facts = {k: v for k, v in facts.items() if k not in ("format", "versions", "recipe")}
-    tokenizer = _tokenizer(pathlib.Path(directory) / "tokenizer")
-    origin = f"checkpoint {directory}" + ("" if step is None else f", step {step}")
-    return Start(None, cfg, tokenizer, facts, origin, directory, step)
+def tie_config(config: Any) -> TieConfig:
+    """The conversion that a config's `model` section describes."""
+    values = config.model.to_dict()
+    values.pop("reduced_baseline")
+    return TieConfig.from_json(values | {"seed": config.seed})
 
 
-def from_source(source: Source, recipe: Mapping[str, Any], tie: Callable) -> Start:
-    """A pretrained model, tied by `recipe` (arguments of `tying.tie`); one loop leaves it as it is.
-
-    `tie(source, recipe)` returns params, config and certificate
-    (`certificate.tie_with_certificate`).
-    """
-    facts = {"source": str(source.path), "generation_config": source.generation_config}
-    tokenizer = source.load_tokenizer()
-    if recipe["num_loops"] == 1 and not recipe["lora_ranks"]:
-        params = jax.tree.map(lambda x: np.asarray(x, np.float32), source.load_params())
-        return Start(params, source.cfg, tokenizer, facts, f"{source.path}, as it is")
-    params, cfg, certificate = tie(source, recipe)
-    facts["tying"] = dict(recipe)
-    origin = f"{source.path}, tied"
-    return Start(params, cfg, tokenizer, facts, origin, certificate=certificate)
+def converted(source: Model, how: TieConfig) -> Start:
+    """A pretrained model, tied; one loop without LoRA leaves it as it is."""
+    if how.num_loops == 1 and not how.has_lora:
+        return Start(source.cfg, source.tokenizer, f"{source.name}, as it is", lambda: source)
+    cfg = tied_config(source.cfg, how)
+    return Start(cfg, source.tokenizer, f"{source.name}, tied", lambda: source.convert(how))
 
 
-def reduced_baseline(source: Source, num_loops: int, seed: int) -> Start:
+def reduced_baseline(source: Model, num_loops: int, seed: int) -> Start:
     """The paper's reduced-size baseline (§3.2): depth / num_loops layers, random, run once."""
-    tying.tied_config(source.cfg, num_loops)  # raises for an impossible count
+    tied_config(source.cfg, TieConfig(num_loops))  # raises for an impossible count
     cfg = source.cfg.at_depths(range(source.cfg.depth // num_loops))
-    facts = {"source": str(source.path), "generation_config": source.generation_config}
-    return Start(_random(cfg, seed), cfg, source.load_tokenizer(), facts, "random, reduced size")
+    return _random(cfg, source.tokenizer, seed, source.facts, "random, reduced size")
 
 
 def from_scratch(decoder: Mapping[str, Any], tokenizer: str, seed: int) -> Start:
@@ -106,14 +110,81 @@ def from_scratch(decoder: Mapping[str, Any], tokenizer: str, seed: int) -> Start
     """
     cfg = DecoderConfig.from_json(decoder)
     directory = ASSETS / "tiny" if tokenizer == "tiny" else tokenizer
-    return Start(_random(cfg, seed), cfg, _tokenizer(directory), {}, "random weights")
+    return _random(cfg, load_tokenizer(directory), seed, {}, "random weights")
 
 
-def _random(cfg: DecoderConfig, seed: int):
-    return checkpoint.as_numpy(jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(seed)))
+def _random(cfg: DecoderConfig, tokenizer: Any, seed: int, facts: Any, origin: str) -> Start:
+    def make() -> Model:
+        params = jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(seed))
+        weights = ArrayWeights(checkpoint.as_numpy(params), origin)
+        return Model(cfg, tokenizer, weights, origin, dict(facts))
+
+    return Start(cfg, tokenizer, origin, make)
 
 
-def _tokenizer(directory):
-    from recursive_jax.text import load_tokenizer
+# What a resumed run must have started from
 
-    return load_tokenizer(directory)
+
+def make_recipe(config: Any, source: Model | None) -> dict[str, Any]:
+    """Where the model of a config comes from, as JSON; stored with the run."""
+    init_from = config.init_from
+    recipe = {
+        "source": config.source,
+        "source_content": source.weights.content() if source is not None else None,
+        "init_from": init_from,
+        # A checkpoint determines its model: these sections do not apply to it.
+        "scratch": None if init_from else config.scratch.to_dict(),
+        "model": None,
+    }
+    if not init_from:
+        recipe["model"] = _model_section(tie_config(config), config.model.reduced_baseline)
+    return json.loads(json.dumps(recipe))  # as it is read from config.json: lists, no tuples
+
+
+def check_recipe(workdir: str | os.PathLike, recipe: Mapping[str, Any]) -> None:
+    """Raise ValueError, with both values, if the run in `workdir` has another recipe.
+
+    Keys that an older version did not record have today's defaults. A source is compared by
+    content, so that it may have been moved.
+    """
+    facts = checkpoint.load_config(workdir)[1]
+    there = dict(facts.get("recipe") or {})
+    if there.get("model") is not None:
+        how, baseline = TieConfig.from_json(there["model"]), there["model"].get("reduced_baseline")
+        there["model"] = _model_section(how, bool(baseline))
+    if _same_source(there, recipe):
+        there["source"] = recipe["source"]
+    names = [name for name in recipe if name != "source_content"]
+    changed = [name for name in names if there.get(name) != recipe[name]]
+    if changed:
+        differences = "; ".join(
+            f"{name} was {_brief(there.get(name), recipe[name])}, "
+            f"now {_brief(recipe[name], there.get(name))}"
+            for name in changed
+        )
+        raise ValueError(
+            f"{workdir} holds a run of another model: {differences}. "
+            "Give another --workdir, or the config it was started with"
+        )
+
+
+def _model_section(how: TieConfig, reduced_baseline: bool) -> dict[str, Any]:
+    section = how.to_json() | {"reduced_baseline": reduced_baseline}
+    del section["seed"]  # of the whole run: `RunContract` compares it
+    return section
+
+
+def _same_source(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    """Whether two recipes name one source: the same content, or, where unknown, the same path."""
+    contents = there.get("source_content"), here.get("source_content")
+    if None not in contents:
+        return contents[0] == contents[1]
+    paths = [there.get("source") or "", here.get("source") or ""]
+    return all(paths) and len({str(pathlib.Path(p).expanduser().resolve()) for p in paths}) == 1
+
+
+def _brief(value: Any, other: Any) -> Any:
+    """The value; of two mappings only the entries that differ."""
+    if isinstance(value, Mapping) and isinstance(other, Mapping):
+        return {k: v for k, v in value.items() if other.get(k) != v}
+    return repr(value)

@@ -30,6 +30,7 @@ QUICKLY_COMPILED = {
         "engine",
         "engine_mesh",
         "sharding",
+        "model",
         "session",
         "timing",
     )

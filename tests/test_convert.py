@@ -9,14 +9,16 @@ import jax
 import numpy as np
 import pytest
 
-from recursive_jax import convert as job
+from recursive_jax import text as text_lib
 from recursive_jax.evaluation import certificate
+from recursive_jax.model import load
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import Decoder
 from recursive_jax.models.parameters import init_params
 from recursive_jax.text import Windows
 from recursive_jax.weights import checkpoint, hf, hf_config, tying
 from recursive_jax.weights.source import ASSETS, open_source
+from recursive_jax.weights.tie_config import TieConfig
 
 CFG = DecoderConfig(
     family="llama",
@@ -96,7 +98,7 @@ def test_command_line_writes_a_checkpoint_and_an_honest_certificate(
     # perplexity, KL and agreement recomputed from both models, without the job's file of rows
     source = open_source(str(source_dir))
     tokenizer = source.load_tokenizer()
-    windows = job.text.eval_windows(tokenizer, [text_file.read_text()], 64, 300)
+    windows = text_lib.eval_windows(tokenizer, [text_file.read_text()], 64, 300)
     mask = windows.scored[:, 1:]
     p, q = (
         log_probabilities(c, w, windows.tokens)[mask]
@@ -114,25 +116,31 @@ def test_command_line_writes_a_checkpoint_and_an_honest_certificate(
     assert certificate["top1_agreement"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean())
 
 
-def test_full_rank_agrees_with_the_source_and_warns_that_it_costs_more(
-    source_dir, text_file, tmp_path
-):
-    recipe = dict(
-        num_loops=2, method=None, lora=None, lora_ranks="full", norms="per_loop",
-        rounding="even", seed=0,
-    )  # fmt: skip
-    certificate = job.convert(
-        open_source(str(source_dir)), tmp_path / "full", recipe, str(text_file), 200, 64
+def test_full_rank_agrees_with_the_source_and_warns_that_it_costs_more(source_dir, text_file):
+    model = load(source_dir).convert(
+        TieConfig(lora_rank="full"), text=str(text_file), text_tokens=200, context_length=64
     )
+    certificate = model.certificate
     assert certificate["kl"] < 1e-6 and certificate["top1_agreement"] == 1.0
     assert certificate["perplexity"] == pytest.approx(certificate["source_perplexity"], rel=1e-4)
     assert all(kept == pytest.approx(1.0) for kept in certificate["energy_kept"].values())
     assert any("larger" in warning for warning in certificate["warnings"])
 
 
-def test_a_broken_tie_stops_the_conversion_and_writes_nothing(
-    source_dir, text_file, tmp_path, monkeypatch
-):
+def test_certificate_and_evaluation_have_one_perplexity(source_dir, text_file):
+    """The certificate runs the source layer by layer; `Model.perplexity` runs models whole."""
+    source = load(source_dir)
+    model = source.convert(
+        lora_rank=8, text=str(text_file), text_tokens=300, context_length=64, quiet=True
+    )
+    for measured, name in ((source, "source_nll"), (model, "nll")):
+        quality = measured.perplexity(str(text_file), tokens=300, context_length=64)
+        assert quality["tokens"] == model.certificate["text_tokens"] == 300
+        assert quality["nll"] == pytest.approx(model.certificate[name], rel=1e-6)
+        assert quality["perplexity"] == pytest.approx(np.exp(quality["nll"]), rel=1e-9)
+
+
+def test_a_broken_tie_stops_the_conversion(source_dir, text_file, monkeypatch):
     def double(path, x):
         return 2 * x if path[-1].key == "lora_b" else x
 
@@ -142,14 +150,10 @@ def test_a_broken_tie_stops_the_conversion_and_writes_nothing(
 
     real = tying.tie
     monkeypatch.setattr(tying, "tie", doubled)
-    recipe = dict(
-        num_loops=2, method=None, lora=None, lora_ranks=8, norms="per_loop",
-        rounding="even", seed=0,
-    )  # fmt: skip
-    out = tmp_path / "broken"
     with pytest.raises(ValueError, match="full-rank identity fails"):
-        job.convert(open_source(str(source_dir)), out, recipe, str(text_file), 200, 64)
-    assert not out.exists()
+        load(source_dir).convert(
+            lora_rank=8, text=str(text_file), text_tokens=200, context_length=64
+        )
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from recursive_jax.decoding.exit_measures import Recorded
 from recursive_jax.decoding.requests import Request, Sampling
 from recursive_jax.weights import tying
 from recursive_jax.weights.source import open_source
+from recursive_jax.weights.tie_config import TieConfig
 
 pytestmark = pytest.mark.slow
 CONTEXT, PROMPTS = 64, ("assert", "class", "exprlists", "import", "lambda", "while")
@@ -23,7 +24,7 @@ CONTEXT, PROMPTS = 64, ("assert", "class", "exprlists", "import", "lambda", "whi
 @functools.cache
 def folded(path):
     source = open_source(path)
-    params, cfg = tying.tie(source.params, source.cfg, 2, "average", "svd", "full")
+    params, cfg = tying.tie(source.params, source.cfg, TieConfig(2, "average", "svd", "full"))
     return jax.device_put(params), cfg, source.load_tokenizer()
 
 

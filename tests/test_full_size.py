@@ -1,18 +1,18 @@
 """Models of real size by shapes only: parameter table, and the train step traced and sharded."""
 
-import jax
 import jax.numpy as jnp
 import pytest
-from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from recursive_jax import sharding
 from recursive_jax.models.decoder import Decoder
-from recursive_jax.models.parameters import abstract_params, logical_axes, parameter_counts
-from recursive_jax.training.data import Batch
+from recursive_jax.models.parameters import abstract_params, parameter_counts
+from recursive_jax.trainer import Trainer
 from recursive_jax.training.losses import Objective
 from recursive_jax.training.optimizer import OptimizerConfig, make_optimizer
-from recursive_jax.training.step import init_state, make_train_step
-from recursive_jax.weights import hf_config, tying
+from recursive_jax.training.setup import TrainSetup
+from recursive_jax.weights import hf_config
+from recursive_jax.weights.tie_config import TieConfig, tied_config
 
 MODELS = {"gemma_2b": "1.07", "tinyllama_1_1b": "0.53", "pythia_1b": "0.44"}
 
@@ -20,40 +20,17 @@ MODELS = {"gemma_2b": "1.07", "tinyllama_1_1b": "0.53", "pythia_1b": "0.44"}
 @pytest.mark.parametrize("name", MODELS)
 def test_train_step_of_full_size_models_traces_with_shardings(name):
     source = hf_config.preset(name)
-    cfg = tying.tied_config(source, num_loops=2, lora_ranks=64)
+    cfg = tied_config(source, TieConfig(2, lora_rank=64))
     counts = parameter_counts(abstract_params(cfg))
     # the relaxed sizes the paper prints, rank 64 (Table G.2), layers only
     assert f"{(counts['shared'] + counts['lora']) / 1e9:.2f}" == MODELS[name]
 
     mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
-    rules = sharding.rules_for(mesh, cfg)
-    tx = make_optimizer(OptimizerConfig(), 100)
-    abstract = jax.eval_shape(lambda p: init_state(p, tx), abstract_params(cfg))
-    params = sharding.shardings(logical_axes(cfg), mesh, rules)
-    state = sharding.state_shardings(abstract, params, mesh)
-    batch = jax.tree.map(
-        lambda dtype: jax.ShapeDtypeStruct((8, 256), dtype, sharding=sharding.batch_sharding(mesh)),
-        Batch(jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32),
-    )
     options = dict(dtype=jnp.bfloat16, remat_policy="dots", data_shards=4)
-    step = make_train_step(Decoder(cfg, **options), tx, Objective(), Decoder(source, **options))
-
-    def sharded(state, batch, teacher):
-        with nn.logical_axis_rules(rules):
-            return step(state, batch, teacher)
-
-    teacher = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=s),
-        abstract_params(source),
-        sharding.shardings(logical_axes(source), mesh, sharding.rules_for(mesh, source)),
-    )
-    arguments = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, state
-    )
-    with jax.set_mesh(mesh):
-        lowered = jax.jit(sharded, donate_argnums=0, out_shardings=(state, None)).lower(
-            arguments, batch, teacher
-        )
+    student, teacher = Decoder(cfg, **options), Decoder(source, **options)
+    tx = make_optimizer(OptimizerConfig(), 100)
+    trainer = Trainer(TrainSetup(student, tx, Objective(), teacher), mesh)
+    lowered = trainer.lower(8, 256)
     # the constraints on activations reached the program: heads and mlp over tensor, rows over fsdp
     constraints = [line for line in lowered.as_text().splitlines() if "sharding_constraint" in line]
     rows = [line for line in constraints if '"data", "fsdp"' in line]
@@ -63,6 +40,6 @@ def test_train_step_of_full_size_models_traces_with_shardings(name):
     def gate(tree):
         return tree["block"]["mlp"]["up"]["w"]
 
-    moments = next(s for s in state.opt_state if hasattr(s, "mu"))
-    assert gate(moments.mu) == gate(params) == gate(state.params)
-    assert gate(params).spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
+    moments = next(s for s in trainer.shardings.opt_state if hasattr(s, "mu"))
+    assert gate(moments.mu) == gate(trainer.param_shardings) == gate(trainer.shardings.params)
+    assert gate(trainer.param_shardings).spec == PartitionSpec(None, "fsdp", "tensor")

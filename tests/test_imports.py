@@ -22,7 +22,7 @@ PACKAGES = {
 }
 FOUNDATION = f"{PACKAGE}.files"  # whole files and their errors: everything may import it
 SHARED = ("files", "sharding", "metrics")  # single files that import nothing else of this package
-CHOOSES = "recursive_jax/model.py"  # the only file that imports both implementations of a model
+CHOOSES = "recursive_jax/decode_model.py"  # alone imports both implementations
 FLAGS = ("absl.app", "absl.flags", "ml_collections")
 HTTP = ("http", "socketserver", "aiohttp", "fastapi", "flask", "starlette", "uvicorn", "requests")
 ONLY_IN = {  # library -> files that may import it at all
@@ -137,16 +137,16 @@ def test_files_were_found():
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("recursive_jax/training/step.py", "from recursive_jax.weights import tying"),
+        ("recursive_jax/training/setup.py", "from recursive_jax.weights import tying"),
         ("recursive_jax/models/layers.py", "from recursive_jax.cpu.matmul import matmul"),
         ("recursive_jax/decoding/engine.py", "from recursive_jax.cpu import build"),
         ("recursive_jax/decoding/engine.py", "from recursive_jax.console import tables"),
         ("recursive_jax/generate.py", "from recursive_jax.cpu.decoder import CpuModel"),
         ("recursive_jax/cpu/decoder.py", "from recursive_jax.decoding import engine"),
         ("recursive_jax/weights/hf.py", "import chex"),
-        ("recursive_jax/training/step.py", "from recursive_jax import sharding"),
-        ("recursive_jax/training/step.py", "from ..weights.tying import tie"),
-        ("recursive_jax/training/step.py", "import recursive_jax.decoding.engine"),
+        ("recursive_jax/training/setup.py", "from recursive_jax import sharding"),
+        ("recursive_jax/training/setup.py", "from ..weights.tying import tie"),
+        ("recursive_jax/training/setup.py", "import recursive_jax.decoding.engine"),
         ("recursive_jax/models/layers.py", "def f():\n    from recursive_jax.training import data"),
         ("recursive_jax/models/layers.py", "from absl import flags"),
         ("recursive_jax/weights/hf.py", "from ml_collections import ConfigDict"),
@@ -166,11 +166,11 @@ def test_a_forbidden_import_is_noticed(file, source):
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("recursive_jax/training/step.py", "from recursive_jax.training.losses import Objective"),
-        ("recursive_jax/training/step.py", "from recursive_jax.models.decoder import Decoder"),
+        ("recursive_jax/training/setup.py", "from recursive_jax.training.losses import Objective"),
+        ("recursive_jax/training/setup.py", "from recursive_jax.models.decoder import Decoder"),
         ("recursive_jax/weights/hf.py", "def f():\n    import transformers"),
         ("recursive_jax/cpu/decoder.py", "from recursive_jax.models.interface import Rows"),
-        ("recursive_jax/model.py", "from recursive_jax.cpu.decoder import CpuModel"),
+        ("recursive_jax/decode_model.py", "from recursive_jax.cpu.decoder import CpuModel"),
         ("recursive_jax/analysis/timing.py", "from recursive_jax.decoding.engine import Engine"),
         ("recursive_jax/serve.py", "import http.server\nfrom absl import flags"),
         ("recursive_jax/decoding/scheduler.py", "import collections\nimport dataclasses"),

@@ -1,64 +1,202 @@
-"""Which implementation decodes a model on which devices."""
+"""The Python API: a model from its source to its checkpoint, and docs/api.md."""
 
-import types
+import dataclasses
+import os
+import pathlib
+import re
+import subprocess
+import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from recursive_jax import model as model_lib
-from recursive_jax import sharding
-from recursive_jax.cpu.cache import CpuCache, cache_class
-from recursive_jax.cpu.decoder import CpuModel
+import recursive_jax as rj
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.kv_cache import KVCache
-from recursive_jax.models.scanned import ScannedModel
+from recursive_jax.models.decoder import Decoder
+from recursive_jax.models.parameters import init_params
+from recursive_jax.weights import hf
+from recursive_jax.weights.source import ASSETS
+from recursive_jax.weights.stored import ArrayWeights
 
-SMALL = DecoderConfig(
-    "llama", 32, 64, 32, num_heads=4, num_kv_heads=2, head_dim=16, num_layers=2, num_loops=2
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+LLAMA = DecoderConfig(
+    "llama", 4096, 32, 64, num_heads=4, num_kv_heads=2, head_dim=8, num_layers=4, tied_head=True
 )
-LARGE = SMALL.replace(embed_dim=1024, mlp_dim=8192)
+SMALL = {"context_length": 32, "batch_size": 8, "eval_tokens": 200, "warmup_steps": 0}
 
 
-def choose(cfg, mesh=None, passes=0, dtype=jnp.float32):
-    mesh = mesh or sharding.make_mesh(1, 1, 1, devices=[model_lib.jax.devices()[0]])
-    return model_lib.decode_model(cfg, dtype, mesh, 1024, passes)
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A random Llama with the embedded tokenizer, as a Hugging Face directory."""
+    directory = tmp_path_factory.mktemp("api") / "llama"
+    params = jax.tree.map(
+        lambda x: np.asarray(x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)),
+        init_params(LLAMA, jax.random.key(0)),
+    )
+    hf.save_params(params, LLAMA, directory, dtype=np.float32)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (directory / name).write_bytes((ASSETS / "tiny" / name).read_bytes())
+    return rj.load(directory)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    file = tmp_path_factory.mktemp("words") / "text.jsonl"
+    rng = np.random.default_rng(0)
+    vocabulary = "the loop runs a block of layers again and keeps what it learned".split()
+    lines = (" ".join(rng.choice(vocabulary, 40)) for _ in range(60))
+    file.write_text("".join(f'{{"text": "{line}"}}\n' for line in lines))
+    return str(file)
+
+
+def logits(model, length=9):
+    tokens = np.random.default_rng(1).integers(0, 4096, (2, length))
+    positions = np.broadcast_to(np.arange(length), tokens.shape)
+    decoder, params = Decoder(model.cfg), {"params": model.params}
+    hidden = decoder.apply(params, tokens, positions)
+    return np.asarray(decoder.apply(params, hidden, method="unembed"))
+
+
+def test_importing_is_cheap():
+    """No JAX, no flags; every public name is there."""
+    program = (
+        "import sys, recursive_jax as rj\n"
+        "assert 'jax' not in sys.modules and 'absl' not in sys.modules, 'slow import'\n"
+        "print(*dir(rj))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for name in done.stdout.split():
+        assert getattr(rj, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        rj.lode  # noqa: B018
+
+
+def test_jobs_can_be_imported_together():
+    """Their flags are defined when they run, so that one process may import all of them."""
+    program = (
+        "from absl import flags\n"
+        "from recursive_jax import convert, generate, train\n"
+        "assert 'source' not in flags.FLAGS and 'workdir' not in flags.FLAGS\n"
+        "for job in (convert, generate, train):\n"
+        "    values = flags.FlagValues()\n"
+        "    job.define_flags(values)\n"
+        "    assert len(list(values)) >= 3\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_package_lists_its_jobs():
+    done = subprocess.run(
+        [sys.executable, "-m", "recursive_jax"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    for job in ("convert", "train", "generate"):
+        assert re.search(rf"python -m recursive_jax\.{job}  +\w", done.stdout)
+
+
+def test_from_a_source_to_a_checkpoint_and_back(source, words, tmp_path):
+    assert source.certificate is None
+    model = source.convert(num_loops=2, lora_rank="full", quiet=True)
+    assert (model.cfg.num_loops, model.cfg.num_layers) == (2, 2)
+    assert model.certificate["recipe"]["lora_rank"] == "full"
+    np.testing.assert_allclose(logits(model), logits(source), atol=1e-4)  # full rank: the source
+
+    trained = model.train(
+        words, teacher=source, tokens=20 * 256, learning_rate=1e-2, quiet=True, **SMALL
+    )
+    before, after = (m.perplexity(words, tokens=300, context_length=32) for m in (model, trained))
+    assert after["nll"] < before["nll"] - 0.3
+    assert len(after["nll_exits"]) == 2
+    assert trained.certificate == model.certificate
+
+    trained.save(tmp_path / "ckpt")
+    again = rj.load(tmp_path / "ckpt")
+    np.testing.assert_array_equal(logits(again), logits(trained))
+    assert again.certificate == model.certificate
+    vanilla = again.untie()
+    assert (vanilla.cfg.num_loops, vanilla.cfg.num_layers) == (1, 4)
+    np.testing.assert_allclose(logits(vanilla), logits(trained), atol=1e-4)
+    with pytest.raises(ValueError, match="ckpt is not empty"):
+        trained.save(tmp_path / "ckpt")
+    with pytest.raises(ValueError, match="untie it first"):
+        again.convert(num_loops=2)
+    folded = vanilla.convert(num_loops=2, lora_rank="full", quiet=True)  # a model in memory
+    np.testing.assert_allclose(logits(folded), logits(trained), atol=1e-3)
+
+
+def test_nothing_that_the_caller_holds_is_changed(source, words):
+    """Neither arrays nor settings of JAX: training and decoding donate copies."""
+    settings = dict(jax.config.values)
+    params = jax.tree.map(jnp.array, source.params)
+    mine = dataclasses.replace(source, weights=ArrayWeights(params, "mine"))
+    kept = jax.tree.map(np.array, params)
+    mine.train(words, tokens=2 * 256, kd=0.0, quiet=True, **SMALL)
+    mine.generate("the loop", max_new_tokens=3, dtype="float32")
+    mine.generate("the loop", max_new_tokens=3, dtype="bfloat16")
+    for got, want in zip(jax.tree.leaves(params), jax.tree.leaves(kept), strict=True):
+        assert not got.is_deleted()
+        np.testing.assert_array_equal(got, want)
+    assert dict(jax.config.values) == settings
+
+
+def test_generate_and_stream_agree(source):
+    model = source.convert(num_loops=2, lora_rank=4, quiet=True)
+    prompts = ["the loop runs", "a block", [{"role": "user", "content": "again"}]]
+    with pytest.raises(ValueError, match="prompt 2: .*chat template"):
+        model.generate(prompts, max_new_tokens=4)
+    answers = model.generate(prompts[:2], max_new_tokens=6, logprobs=True)
+    assert [len(a.tokens) for a in answers] == [6, 6] and len(answers[0].logprobs) == 6
+    assert all(set(a.exit_loops) == {2} for a in answers)
+    events = list(model.stream(prompts[0], max_new_tokens=6))
+    assert len(events) > 1 and "".join(e.piece for e in events) == answers[0].text
+    early = model.generate(prompts[0], max_new_tokens=6, exits=rj.TopProbability(0.0))
+    assert 1 in early[0].exit_loops[1:]
+    strict = model.generate(prompts[0], max_new_tokens=6, exits=rj.TopProbability(1.0))
+    assert strict[0].tokens == answers[0].tokens
+    lossless = rj.EngineConfig(lossless=True, measure=rj.Static(1))
+    assert model.generate(prompts[0], max_new_tokens=6, engine=lossless)[0].tokens == (
+        answers[0].tokens
+    )
+    request = rj.Request("mine", (5, 6, 7), 3)
+    assert model.generate([request])[0].id == "mine"
 
 
 @pytest.mark.parametrize(
-    ("cfg", "passes", "expected"),
-    [(SMALL, 10_000, ScannedModel), (LARGE, 100, ScannedModel), (LARGE, 10_000, CpuModel)],
+    ("call", "message"),
+    [
+        (lambda m: m.convert(num_loop=2), r"unknown options \['num_loop'\]; expected some of num_"),
+        (lambda m: m.convert(rj.TieConfig(), lora_rank=3), "how beside lora_rank"),
+        (lambda m: m.convert(num_loops=3), "num_loops=3 does not divide the model's 4 layers"),
+        (
+            lambda m: m.train("docstrings", learningrate=1),
+            "unknown training setting 'learn",
+        ),
+        (lambda m: m.train("docstrings", tokens=0), "tokens must be at least 1"),
+        (lambda m: m.train("docstrings", accumulate=3), "accumulate=3 does not divide data.batch"),
+        (lambda m: m.train("docstrings", kd=1.0, quiet=True), "teacher=MODEL in Python"),
+        (lambda m: m.generate("x", max_tokens=3), r"unknown options \['max_tokens'\]"),
+        (lambda m: m.generate([]), "no prompts"),
+        (lambda m: m.generate("x", exits=rj.TopProbability(0.5)), "needs a model of at least 2"),
+        (lambda m: rj.load("/no/such/model"), "/no/such/model does not exist"),
+    ],
 )
-def test_one_cpu_unstacks_large_blocks_for_many_passes(cfg, passes, expected):
-    chosen = choose(cfg, passes=passes)
-    assert type(chosen) is expected
-    kernel_or_not, words = cache_class(cfg, jnp.float32)
-    assert type(chosen.new_cache(2, 64)) is kernel_or_not and chosen.attention == words
+def test_mistakes_are_named(source, call, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        call(source)
 
 
-def test_the_cache_is_plain_where_the_kernel_cannot_serve():
-    assert CpuCache.unsupported(SMALL, jnp.bfloat16, 64) == "it does not take bfloat16"
-    chosen = choose(SMALL, dtype=jnp.dtype("bfloat16"))
-    assert type(chosen.new_cache(2, 64)) is KVCache
-    assert chosen.attention == "XLA (decode_attention.cc: it does not take bfloat16)"
-
-
-def test_several_cpu_devices_have_no_kernels():
-    chosen = choose(LARGE, sharding.make_mesh(4, 1, 2), passes=10_000)
-    assert type(chosen) is ScannedModel and type(chosen.new_cache(8, 64)) is KVCache
-    assert "one device" in chosen.attention
-
-
-@pytest.mark.parametrize(
-    ("length", "block_length"), [(128, 128), (512, 512), (1024, 512), (1100, 368)]
-)
-def test_a_gpu_reads_long_blocks_and_short_caches_whole(length, block_length):
-    """A CPU reads 32 rows at once."""
-    device = types.SimpleNamespace(platform="gpu")
-    mesh = types.SimpleNamespace(devices=np.array([device]), size=1)
-    chosen = choose(SMALL, mesh)
-    cache = chosen.new_cache(2, length)
-    assert type(cache) is KVCache and cache.block_length == block_length
-    assert length <= cache.length < length + 8 * 3
-    assert choose(SMALL).new_cache(2, length).block_length == 32
-    assert chosen.attention == "XLA (our kernels are for TPUs and CPUs, not gpu)"
+def test_the_code_of_the_documentation_runs(tmp_path):
+    """docs/api.md from top to bottom, in one fresh process."""
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    assert code.count("model.") >= 8
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "perplexity" in done.stdout and done.stdout.rstrip().endswith("1 12")

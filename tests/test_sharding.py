@@ -15,10 +15,11 @@ from recursive_jax.evaluation.perplexity import perplexity
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import Decoder
 from recursive_jax.models.parameters import abstract_params, logical_axes
+from recursive_jax.trainer import Trainer, teacher_shardings
 from recursive_jax.training.data import Batch
 from recursive_jax.training.losses import Objective
 from recursive_jax.training.optimizer import OptimizerConfig, make_optimizer
-from recursive_jax.training.step import init_state, make_train_step
+from recursive_jax.training.setup import TrainSetup
 
 TEACHER = DecoderConfig(
     "llama", 64, 32, 48, num_heads=8, num_kv_heads=2, head_dim=8, num_layers=4, tied_head=False,
@@ -133,36 +134,26 @@ def train(mesh):
     options = dict(remat_policy="full", data_shards=sharding.data_shards(mesh))
     student, teacher = Decoder(STUDENT, **options), Decoder(TEACHER, **options)
     tx = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=1), 10)
-    rules = sharding.rules_for(mesh, STUDENT)
-    places = sharding.shardings(logical_axes(STUDENT), mesh, rules)
-    abstract = jax.eval_shape(lambda p: init_state(p, tx), abstract_params(STUDENT))
-    state_places = sharding.state_shardings(abstract, places, mesh)
-    params = sharding.put_global(host_params(STUDENT), places)
-    state = jax.jit(lambda p: init_state(p, tx), out_shardings=state_places)(params)
-    teacher_places = sharding.shardings(logical_axes(TEACHER), mesh, rules)
-    teacher_params = sharding.put_global(host_params(TEACHER), teacher_places)
     objective = Objective(exit_coefficient=0.1)
     # room for the logits of three positions: the head works in chunks
-    step = jax.jit(
-        make_train_step(student, tx, objective, teacher, logits_bytes=3 * 4 * BATCH * 64 * 3),
-        donate_argnums=0,
-        out_shardings=(state_places, None),
-    )
-    losses = []
-    with sharding.use(mesh, rules):
-        batches = [sharding.put_local_batch(host_batch(n), mesh) for n in range(STEPS)]
-        step = step.lower(state, batches[0], teacher_params).compile()
-        for batch in batches:
-            state, metrics = step(state, batch, teacher_params)
-            losses.append([float(metrics[k]) for k in ("loss", "kd", "ce_exit_1", "grad_norm")])
+    setup = TrainSetup(student, tx, objective, teacher, logits_bytes=3 * 4 * BATCH * 64 * 3)
+    places = teacher_shardings(TEACHER, mesh)
+    trainer = Trainer(setup, mesh, sharding.put_global(host_params(TEACHER), places))
+    trainer.start(sharding.put_global(host_params(STUDENT), trainer.param_shardings))
+    text, losses = trainer.lower(BATCH, LENGTH).compile().as_text(), []
+    for n in range(STEPS):
+        metrics = trainer.step(host_batch(n))
+        losses.append([float(metrics[k]) for k in ("loss", "kd", "ce_exit_1", "grad_norm")])
+    with trainer.use():
         tokens = np.random.default_rng(9).integers(0, 64, (12, LENGTH)).astype(np.int32)
 
         def put(batch):
             return sharding.put_global(batch, sharding.batch_sharding(mesh))
 
         scored = np.ones(tokens.shape, bool)
-        measured = perplexity(student, state.params, tokens, scored, BATCH, all_loops=True, put=put)
-    return np.asarray(losses), measured["nll_exits"], state, state_places, step.as_text()
+        params = trainer.state.params
+        measured = perplexity(student, params, tokens, scored, BATCH, all_loops=True, put=put)
+    return np.asarray(losses), measured["nll_exits"], trainer.state, trainer.shardings, text
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from recursive_jax.models.parameters import abstract_params, head_params
 from recursive_jax.training.data import Batch
 from recursive_jax.training.losses import Objective
 from recursive_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
-from recursive_jax.training.step import init_state, make_loss, make_train_step
+from recursive_jax.training.setup import TrainSetup
 
 TEACHER = DecoderConfig(
     "llama", 41, 16, 24, num_heads=4, num_kv_heads=2, head_dim=4, num_layers=6, tied_head=False
@@ -76,6 +76,16 @@ def all_logits(cfg):
     return np.asarray(run(make_params(cfg)), np.float64)
 
 
+def mean_of(setup):
+    """`(params, batch, teacher_params) -> (mean loss per scored token, metrics)`."""
+
+    def loss(params, batch, teacher_params):
+        metrics = setup.metrics(setup.loss_sum(params, batch, teacher_params)[1])
+        return metrics["loss"], metrics
+
+    return loss
+
+
 def mean_loss(objective, logits, teacher, batch):
     """The objective over the scored tokens, in float64, token by token."""
     total, count, agreed = 0.0, 0, 0
@@ -111,9 +121,8 @@ def test_loss_and_metrics_by_a_slow_reference(objective):
     # room for five positions' logits: twelve are three uneven chunks
     copies = (3 if objective.exit_coefficient else 1) + (teacher is not None)
     options = dict(logits_bytes=4 * BATCH * 5 * STUDENT.vocab_size * copies)
-    loss, metrics = quick(make_loss(Decoder(STUDENT), objective, teacher, **options))(
-        params, batch, teacher_params
-    )
+    setup = TrainSetup(Decoder(STUDENT), None, objective, teacher, **options)
+    loss, metrics = quick(mean_of(setup))(params, batch, teacher_params)
     logits = all_logits(STUDENT)
     expected, accuracy, count = mean_loss(objective, logits, all_logits(TEACHER)[-1], batch)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
@@ -134,7 +143,7 @@ def test_loss_and_metrics_by_a_slow_reference(objective):
 def test_distillation_leaves_the_teacher_alone_and_vanishes_for_equals():
     objective = Objective(ce=0.0, kd=1.0)
     params, batch = make_params(TEACHER), make_batch()
-    loss = make_loss(Decoder(TEACHER), objective, Decoder(TEACHER))
+    loss = mean_of(TrainSetup(Decoder(TEACHER), None, objective, Decoder(TEACHER)))
     value, to_teacher = quick(jax.value_and_grad(lambda p, t: loss(p, batch, t)[0], argnums=1))(
         params, params
     )
@@ -145,7 +154,7 @@ def test_distillation_leaves_the_teacher_alone_and_vanishes_for_equals():
 def test_a_batch_without_a_scored_token_changes_nothing():
     batch = make_batch()
     batch = batch.replace(weights=np.zeros_like(batch.weights))
-    loss = make_loss(Decoder(STUDENT), Objective(kd=0.0))
+    loss = mean_of(TrainSetup(Decoder(STUDENT), None, Objective(kd=0.0)))
     (value, _), gradients = quick(jax.value_and_grad(loss, has_aux=True))(
         make_params(STUDENT), batch, None
     )
@@ -155,7 +164,7 @@ def test_a_batch_without_a_scored_token_changes_nothing():
 
 def student_gradients(**options):
     """Value and gradients of cross-entropy."""
-    loss = make_loss(Decoder(STUDENT, **options), Objective(kd=0.0))
+    loss = mean_of(TrainSetup(Decoder(STUDENT, **options), None, Objective(kd=0.0)))
     return quick(jax.value_and_grad(loss, has_aux=True))(make_params(STUDENT), make_batch(), None)
 
 
@@ -185,7 +194,9 @@ def test_bf16_computes_coarsely_and_keeps_float32_where_it_counts():
     objective = Objective(kd=1.0, exit_coefficient=0.1)
 
     def run(dtype):
-        loss = make_loss(Decoder(STUDENT, dtype), objective, Decoder(TEACHER, dtype))
+        loss = mean_of(
+            TrainSetup(Decoder(STUDENT, dtype), None, objective, Decoder(TEACHER, dtype))
+        )
         (value, _), grads = quick(jax.value_and_grad(loss, has_aux=True))(
             params, batch, teacher_params
         )
@@ -202,7 +213,7 @@ def test_kept_products_are_not_the_size_of_a_weight_per_loop():
     """Under 'dots' a merged LoRA is made again: kept, it would be as large as the untied model."""
     cfg = STUDENT.replace(mlp_dim=32)
     params = make_params(cfg)
-    loss = make_loss(Decoder(cfg, remat_policy="dots"), Objective(kd=0.0))
+    loss = mean_of(TrainSetup(Decoder(cfg, remat_policy="dots"), None, Objective(kd=0.0)))
     kept = jax.eval_shape(
         lambda p: jax.tree.leaves(jax.vjp(lambda q: loss(q, make_batch(), None)[0], p)[1]), params
     )
@@ -328,6 +339,70 @@ def test_updates_are_adamw_by_hand():
         np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-6, err_msg=str(path))
 
 
+def uneven_batch():
+    """Eight rows, of which the second half has far fewer scored tokens."""
+    parts = make_batch(0), make_batch(1)
+    sparse = parts[1].replace(weights=parts[1].weights * (np.arange(LENGTH) < 2))
+    return jax.tree.map(lambda a, b: np.concatenate([a, b]), parts[0], sparse)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_micro_batches_are_the_large_batch(parts):
+    """Of different counts of scored tokens: a mean of means would weigh them wrongly."""
+    objective = Objective(kd=1.0, exit_coefficient=0.3, exit_kd=0.5)
+    tx = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=0), num_steps=9)
+    results = []
+    for accumulate in (1, parts):
+        setup = TrainSetup(Decoder(STUDENT), tx, objective, Decoder(TEACHER), accumulate=accumulate)
+        state = setup.init(jax.tree.map(jnp.array, make_params(STUDENT)))
+        grads, sums = quick(setup.gradient_sum)(state.params, uneven_batch(), make_params(TEACHER))
+        _, stepped = quick(setup.step)(state, uneven_batch(), make_params(TEACHER))
+        results.append((grads, setup.metrics(sums), stepped))
+    (grads, metrics, stepped), (grads_parts, metrics_parts, stepped_parts) = results
+    for name, value in metrics.items():
+        np.testing.assert_allclose(metrics_parts[name], value, rtol=1e-6, err_msg=name)
+    np.testing.assert_allclose(stepped_parts["grad_norm"], stepped["grad_norm"], rtol=1e-6)
+    whole, by_parts = (
+        np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]) for g in (grads, grads_parts)
+    )
+    assert np.linalg.norm(by_parts - whole) < 1e-6 * np.linalg.norm(whole)
+
+
+def test_averaged_weights_follow_the_params():
+    """`ema ← d·ema + (1 - d)·params` after every step, in float64."""
+    tx = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=0), num_steps=9)
+    setup = TrainSetup(Decoder(TEACHER), tx, Objective(kd=0.0), ema_decay=0.75)
+    start = make_params(TEACHER)
+    state, step = setup.init(jax.tree.map(jnp.array, start)), quick(setup.step)
+    want = jax.tree.map(np.float64, start)
+    for _ in range(3):
+        state, _ = step(state, make_batch())
+        want = jax.tree.map(lambda w, p: 0.75 * w + 0.25 * np.float64(p), want, state.params)
+    assert state.weights is state.ema
+    for got, expected, began in zip(*map(jax.tree.leaves, (state.ema, want, start)), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-7)
+        assert np.abs(expected - began).max() > 1e-4
+
+
+def test_padding_of_the_vocabularies_is_not_distilled():
+    """Teacher and student of one tokenizer with 38 ids, padded to 41 and 47 rows."""
+    objective, batch = Objective(ce=0.0, kd=1.0), make_batch()
+    batch = batch.replace(tokens=batch.tokens % 38, targets=batch.targets % 38)
+    padded = TEACHER.replace(vocab_size=47)
+    teacher_params = dict(make_params(TEACHER))
+    for name, ids in (("embedding", np.s_[:38]), ("head", np.s_[:, :38])):
+        teacher_params[name] = make_params(padded)[name].copy()
+        teacher_params[name][ids] = make_params(TEACHER)[name][ids]
+    setup = TrainSetup(Decoder(TEACHER), None, objective, Decoder(padded), num_ids=38)
+    loss, _ = quick(mean_of(setup))(make_params(TEACHER), batch, teacher_params)
+    assert abs(loss) < 1e-6, "equal but for the padding"
+    whole = TrainSetup(Decoder(TEACHER), None, objective, Decoder(TEACHER))
+    student = jax.tree.map(lambda x: 1.1 * x, make_params(TEACHER))
+    cut = TrainSetup(Decoder(TEACHER), None, objective, Decoder(padded), num_ids=38)
+    assert quick(mean_of(cut))(student, batch, teacher_params)[0] > 1e-4
+    assert quick(mean_of(whole))(student, batch, make_params(TEACHER))[0] > 1e-4
+
+
 def test_learning_rate_schedule():
     cfg = OptimizerConfig(learning_rate=1.0, warmup_steps=4, final_fraction=0.1)
     rate = learning_rate_schedule(cfg, num_steps=24)
@@ -341,11 +416,9 @@ def test_a_recursive_model_learns():
     """Twenty steps on one batch: it comes nearer to the teacher, its exits to the text."""
     teacher, objective = Decoder(TEACHER), Objective(ce=0.0, exit_coefficient=0.1)
     tx = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=3), num_steps=20)
-    step = quick(
-        make_train_step(Decoder(STUDENT), tx, objective, teacher),
-        donate_argnums=0,
-    )
-    state, history = init_state(jax.tree.map(jnp.asarray, make_params(STUDENT)), tx), []
+    setup = TrainSetup(Decoder(STUDENT), tx, objective, teacher)
+    step = quick(setup.step, donate_argnums=0)
+    state, history = setup.init(jax.tree.map(jnp.array, make_params(STUDENT))), []
     for _ in range(20):
         state, metrics = step(state, make_batch(), make_params(TEACHER))
         history.append(jax.device_get(metrics))
@@ -358,14 +431,17 @@ def test_a_recursive_model_learns():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: make_loss(Decoder(STUDENT), Objective(kd=1.0)), "distillation needs a teacher"),
         (
-            lambda: make_loss(Decoder(STUDENT), Objective(kd=0.0), Decoder(TEACHER)),
+            lambda: TrainSetup(Decoder(STUDENT), None, Objective(kd=1.0)),
+            "distillation needs a teacher",
+        ),
+        (
+            lambda: TrainSetup(Decoder(STUDENT), None, Objective(kd=0.0), Decoder(TEACHER)),
             "a teacher needs objective.kd > 0",
         ),
         (
-            lambda: make_loss(
-                Decoder(STUDENT), Objective(), Decoder(TEACHER.replace(vocab_size=40))
+            lambda: TrainSetup(
+                Decoder(STUDENT), None, Objective(), Decoder(TEACHER.replace(vocab_size=40))
             ),
             "teacher vocabulary 40 differs from the student's 41",
         ),

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from recursive_jax.models.config import DecoderConfig, Rope
 from recursive_jax.models.decoder import Decoder
 from recursive_jax.models.parameters import abstract_params, parameter_counts
-from recursive_jax.weights import low_rank, names, tying
+from recursive_jax.weights import low_rank, names, tie_config, tying
+from recursive_jax.weights.tie_config import TieConfig
 
 SMALL = dict(
     vocab_size=53, embed_dim=24, mlp_dim=40, num_heads=4, num_kv_heads=2, head_dim=8, num_layers=6
@@ -60,6 +61,11 @@ FAMILIES = {
 # Models here are compiled to be run once or twice, so XLA's backend need not optimise them.
 QUICK = {"xla_backend_optimization_level": 0}
 TOKENS = np.random.default_rng(0).integers(0, 53, (2, 12)).astype(np.int32)
+
+
+def tie_by(params, cfg, *how, on_projection=None, **options):
+    """`tying.tie` with the fields of `TieConfig` as arguments."""
+    return tying.tie(params, cfg, TieConfig(*how, **options), on_projection)
 
 
 def make_params(cfg, seed=0):
@@ -134,7 +140,7 @@ def test_check_1_one_loop_is_the_vanilla_model(family, norms):
     params, cfg = vanilla(family)
     reference = logits(params, cfg)
     for method in ("stepwise", "average", "lower", "upper"):
-        tied, tied_cfg = tying.tie(params, cfg, 1, method, norms=norms)
+        tied, tied_cfg = tie_by(params, cfg, 1, method, norms=norms)
         assert tied_cfg.num_loops == 1 and tied_cfg.num_layers == cfg.depth
         assert distance(logits(tied, tied_cfg), reference) < 1e-5
 
@@ -145,7 +151,7 @@ def test_check_2_cycle_sharing():
     params = {**params, "block": {**params["block"]}}
     params["block"]["attention"] = {**params["block"]["attention"], "q": {"w": stack}}
     for loops, cycle in ((2, "012012"), (3, "010101"), (6, "000000")):
-        tied, tied_cfg = tying.tie(params, cfg, loops, "lower")
+        tied, tied_cfg = tie_by(params, cfg, loops, "lower")
         unrolled, _ = tying.untie(tied, tied_cfg)
         used = weight(unrolled, "block/attention/q/w")[:, 0, 0].astype(int)
         assert "".join(map(str, used)) == cycle  # SEQUENCE: 001122, CYCLE(REV): 012210
@@ -154,7 +160,7 @@ def test_check_2_cycle_sharing():
 @pytest.mark.parametrize("loops", [0, -1, 4, 7])
 def test_check_2_loop_counts_must_divide_the_depth(loops):
     with pytest.raises(ValueError, match="6 layers; possible: 1, 2, 3, 6"):
-        tying.tie(*vanilla("llama"), loops)
+        tie_by(*vanilla("llama"), loops)
 
 
 @pytest.mark.parametrize(
@@ -170,26 +176,26 @@ def test_check_2_loop_counts_must_divide_the_depth(loops):
     ],
 )
 def test_check_3_stepwise_golden_table(depth, loops, expected):
-    selected = tying.selected_depths("stepwise", depth, depth // loops)
+    selected = tie_config.selected_depths("stepwise", depth, depth // loops)
     assert " ".join(map(str, selected)) == expected
 
 
 def test_check_3_rounding_is_a_parameter():
     def table(*args):
-        return " ".join(map(str, tying.selected_depths("stepwise", *args)))
+        return " ".join(map(str, tie_config.selected_depths("stepwise", *args)))
 
     assert table(18, 9, "floor") == "0 2 4 6 8 10 12 14 17"
     assert table(6, 3, "half_up") == "0 3 5"
     params, cfg = vanilla("llama")
     q = weight(params, "block/attention/q/w")
     for rounding, source in (("even", 2), ("half_up", 3)):
-        tied, _ = tying.tie(params, cfg, 2, "stepwise", rounding=rounding)
+        tied, _ = tie_by(params, cfg, 2, "stepwise", rounding=rounding)
         np.testing.assert_array_equal(weight(tied, "block/attention/q/w")[1], q[source])
 
 
-@given(st.integers(1, 12), st.integers(2, 40), st.sampled_from(sorted(tying.ROUNDINGS)))
+@given(st.integers(1, 12), st.integers(2, 40), st.sampled_from(sorted(tie_config.ROUNDINGS)))
 def test_check_3_stepwise_keeps_first_and_last(loops, layers, rounding):
-    selected = tying.selected_depths("stepwise", loops * layers, layers, rounding)
+    selected = tie_config.selected_depths("stepwise", loops * layers, layers, rounding)
     assert len(selected) == layers
     assert selected[0] == 0 and selected[-1] == loops * layers - 1
     assert (np.diff(selected) > 0).all()
@@ -198,7 +204,7 @@ def test_check_3_stepwise_keeps_first_and_last(loops, layers, rounding):
 def test_lower_and_upper_copy_their_layers():
     params, cfg = vanilla("gemma")
     for method, part in (("lower", slice(0, 2)), ("upper", slice(4, 6))):
-        tied, tied_cfg = tying.tie(params, cfg, 3, method, norms="tied")
+        tied, tied_cfg = tie_by(params, cfg, 3, method, norms="tied")
         assert tied_cfg.windows == cfg.windows and tied_cfg.rope_of_depth == cfg.rope_of_depth
         for path, leaf in names.flat(tied).items():
             original = weight(params, path)
@@ -213,7 +219,7 @@ def test_lower_and_upper_copy_their_layers():
 @pytest.mark.parametrize("loops", [2, 3])
 def test_check_4_average(family, loops):
     params, cfg = vanilla(family)
-    tied, tied_cfg = tying.tie(params, cfg, loops, "average", "svd", 5, norms="tied")
+    tied, tied_cfg = tie_by(params, cfg, loops, "average", "svd", 5, norms="tied")
     for path, leaf in names.flat(tied).items():
         if path.startswith("block/") and "lora" not in path:
             original = weight(params, path)
@@ -231,7 +237,7 @@ def test_check_4_average(family, loops):
 @pytest.mark.parametrize("family", ["gemma", "neox"])
 def test_check_5_lower_prefix(family):
     params, cfg = vanilla(family)
-    tied, tied_cfg = tying.tie(params, cfg, 2, "lower", "svd", 4)
+    tied, tied_cfg = tie_by(params, cfg, 2, "lower", "svd", 4)
     first = cfg.replace(num_layers=3, windows=cfg.windows[:3], rope_of_depth=cfg.rope_of_depth[:3])
     prefix = {**params, "block": jax.tree.map(lambda x: x[:3], params["block"])}
     reference = forward(first)(prefix)[0][0]
@@ -244,7 +250,7 @@ def test_check_5_lower_prefix(family):
 def test_check_6_zero_lora_is_the_recursive_model():
     params, cfg = vanilla("llama")
     for method in ("stepwise", "average"):
-        tie = functools.partial(tying.tie, params, cfg, 2, method, norm_start="choice")
+        tie = functools.partial(tie_by, params, cfg, 2, method, norm_start="choice")
         plain = logits(*tie("none"))
         for rank in (0, 4, "full"):
             relaxed = tie("zero", rank)
@@ -278,7 +284,7 @@ def test_check_7_full_rank_is_the_original_model(family, loops, norms):
         ("upper", "svd"),
         ("average", "split"),
     ):
-        tied, tied_cfg = tying.tie(params, cfg, loops, method, lora, "full", norms)
+        tied, tied_cfg = tie_by(params, cfg, loops, method, lora, "full", norms)
         assert distance(logits(tied, tied_cfg), reference) < 1e-5, (method, lora)
         # not by luck: the LoRAs carry it
         without = jax.tree.map(np.copy, tied)
@@ -290,7 +296,7 @@ def test_check_7_full_rank_is_the_original_model(family, loops, norms):
 def test_check_7_negative_control_tied_norms_are_not_exact(family):
     params, cfg = vanilla(family)
     for start in ("average", "choice"):
-        tied = tying.tie(params, cfg, 2, "average", "svd", "full", "tied", norm_start=start)
+        tied = tie_by(params, cfg, 2, "average", "svd", "full", "tied", norm_start=start)
         assert distance(logits(*tied), logits(params, cfg)) > 1e-2
 
 
@@ -391,7 +397,7 @@ def test_check_9_split_spectrum_of_three_loops():
 
 def test_check_10_lora_has_no_scale():
     params, cfg = vanilla("llama")
-    tied, tied_cfg = tying.tie(params, cfg, 2, "average", "svd", "full")
+    tied, tied_cfg = tie_by(params, cfg, 2, "average", "svd", "full")
     doubled = jax.tree_util.tree_map_with_path(
         lambda path, x: 2 * x if path[-1].key == "lora_b" else x, tied
     )
@@ -407,7 +413,7 @@ def test_check_10_lora_has_no_scale():
 def test_check_11_zero_residual_modules(method, zero):
     """(loop, layer) of the modules whose B matrices are white in the paper's Figure C.1."""
     params, cfg = vanilla("llama")
-    tied, tied_cfg = tying.tie(params, cfg, 2, method, "svd", 4, "tied")
+    tied, tied_cfg = tie_by(params, cfg, 2, method, "svd", 4, "tied")
     grads = gradients(tied_cfg)(tied)
     for path in (p for p in names.flat(tied) if p.endswith("lora_b")):
         a, b = weight(tied, path[:-1] + "a"), weight(tied, path)
@@ -430,7 +436,7 @@ PYTHIA_1B = DecoderConfig(
 
 
 def counts(cfg, loops=1, ranks=0):
-    ranks = tying.resolve_ranks(cfg, ranks)
+    ranks = tie_config.resolve_ranks(cfg, ranks)
     tied = cfg.replace(num_layers=cfg.depth // loops, num_loops=loops, lora_ranks=ranks)
     return parameter_counts(abstract_params(tied))
 
@@ -478,7 +484,7 @@ def test_check_12_sizes_by_component():
 def test_check_15_break_even(in_dim, out_dim, loops, rank):
     shared, untied = in_dim * out_dim, loops * in_dim * out_dim
     costs_more = shared + loops * rank * (in_dim + out_dim) > untied
-    assert costs_more == (rank > tying.break_even_rank(in_dim, out_dim, loops))
+    assert costs_more == (rank > tie_config.break_even_rank(in_dim, out_dim, loops))
 
 
 def test_check_15_table_and_costly_projections():
@@ -487,14 +493,14 @@ def test_check_15_table_and_costly_projections():
         (GEMMA_2B, "o", 3, 683), (TINYLLAMA, "up", 2, 751), (TINYLLAMA, "down", 3, 1001),
         (GEMMA_2B, "gate", 2, 910), (GEMMA_2B, "down", 3, 1214),
     ):  # fmt: skip
-        assert round(tying.break_even_rank(*cfg.projections[name], loops)) == expected
+        assert round(tie_config.break_even_rank(*cfg.projections[name], loops)) == expected
     tied = GEMMA_2B.replace(num_layers=9, num_loops=2)
 
     def rank(r):
-        return tied.replace(lora_ranks=tying.resolve_ranks(GEMMA_2B, r))
+        return tied.replace(lora_ranks=tie_config.resolve_ranks(GEMMA_2B, r))
 
-    assert tying.costly_projections(rank(64)) == {}
-    costly = tying.costly_projections(rank(128))
+    assert tie_config.costly_projections(rank(64)) == {}
+    costly = tie_config.costly_projections(rank(128))
     assert {n: (r, round(limit)) for n, (r, limit) in costly.items()} == {
         "k": (128, 114), "v": (128, 114)
     }  # fmt: skip
@@ -528,7 +534,7 @@ def test_check_13_one_array_per_shared_weight():
 
 def test_check_14_gradient_of_a_tied_weight_is_the_sum_over_loops():
     params, cfg = vanilla("llama")
-    tied, tied_cfg = tying.tie(params, cfg, 2, "average", "svd", 4, "tied")
+    tied, tied_cfg = tie_by(params, cfg, 2, "average", "svd", 4, "tied")
     tied = perturbed(tied)
     untied, untied_cfg = tying.untie(tied, tied_cfg)  # a separate copy for every loop
     separate = names.flat(gradients(untied_cfg)(untied))
@@ -557,7 +563,7 @@ def test_check_14_gradient_of_a_tied_weight_is_the_sum_over_loops():
 def test_check_27_untied_model_has_the_same_logits(family, norms):
     params, cfg = vanilla(family)
     ranks = {"q": 3, "v": "full", "up": 2, "down": 5}
-    tied, tied_cfg = tying.tie(params, cfg, 2, "average", "svd", ranks, norms)
+    tied, tied_cfg = tie_by(params, cfg, 2, "average", "svd", ranks, norms)
     tied = perturbed(tied)
     back, back_cfg = tying.untie(tied, tied_cfg)
     assert (back_cfg.num_loops, back_cfg.num_layers, back_cfg.lora_ranks) == (1, 6, ())
@@ -571,7 +577,7 @@ def test_check_27_untied_model_has_the_same_logits(family, norms):
 
 def test_check_28_zero_norms():
     params, cfg = vanilla("gemma")  # (1 + w) norms: zero is unit scale
-    tied, tied_cfg = tying.tie(params, cfg, 2, "average", norms="tied", norm_start="zero")
+    tied, tied_cfg = tie_by(params, cfg, 2, "average", norms="tied", norm_start="zero")
     unit = jax.tree_util.tree_map_with_path(
         lambda path, x: np.ones_like(x) if path[-1].key == "scale" and len(path) > 2 else x, tied
     )
@@ -580,12 +586,12 @@ def test_check_28_zero_norms():
     assert distance(logits(unit, tied_cfg.replace(norm_offset=0.0)), logits(tied, tied_cfg)) < 1e-6
 
     params, cfg = vanilla("llama")  # plain norms: a bias-free block becomes the identity
-    tied, tied_cfg = tying.tie(params, cfg, 2, "average", norms="tied", norm_start="zero")
+    tied, tied_cfg = tie_by(params, cfg, 2, "average", norms="tied", norm_start="zero")
     hidden, _ = forward(tied_cfg)(tied)
     np.testing.assert_array_equal(hidden[-1], np.asarray(params["embedding"])[TOKENS])
 
     params, cfg = vanilla("neox")  # LayerNorm's bias goes too, linear biases stay
-    tied, _ = tying.tie(params, cfg, 2, "average", norms="tied", norm_start="zero")
+    tied, _ = tie_by(params, cfg, 2, "average", norms="tied", norm_start="zero")
     assert not tied["block"]["pre_mlp_norm"]["bias"].any()
     assert tied["block"]["mlp"]["up"]["b"].any()
 
@@ -593,7 +599,7 @@ def test_check_28_zero_norms():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_check_28_folded_norms_are_identities(family):
     params, cfg = vanilla(family)
-    tied, tied_cfg = tying.tie(params, cfg, 1, norms="folded")
+    tied, tied_cfg = tie_by(params, cfg, 1, norms="folded")
     for norm in ("pre_attention_norm", "pre_mlp_norm"):
         scale = tied["block"][norm]["scale"]
         np.testing.assert_array_equal(scale, np.full((6, 24), 1 - cfg.norm_offset, np.float32))
@@ -604,7 +610,7 @@ def test_check_28_folded_norms_are_identities(family):
 def test_folding_a_layer_norm_makes_the_biases_it_needs():
     cfg = FAMILIES["neox"].replace(qkv_bias=False, o_bias=False, mlp_bias=False)
     params = make_params(cfg)
-    tied, tied_cfg = tying.tie(params, cfg, 2, lora_ranks="full", norms="folded")
+    tied, tied_cfg = tie_by(params, cfg, 2, lora_rank="full", norms="folded")
     assert tied_cfg.qkv_bias and tied_cfg.mlp_bias and not tied_cfg.o_bias
     assert (
         tied["block"]["attention"]["q"]["b"].any() and not tied["block"]["mlp"]["down"]["b"].any()
@@ -621,15 +627,15 @@ def test_defaults_follow_the_paper():
     def same(x, y):
         return jax.tree.all(jax.tree.map(np.array_equal, x[0], y[0]))
 
-    tie = functools.partial(tying.tie, params, cfg, 2)
+    tie = functools.partial(tie_by, params, cfg, 2)
     assert same(tie(), tie("stepwise", "none"))
-    assert same(tie(lora_ranks=3), tie("average", "svd", 3))
-    assert same(tie("stepwise", lora_ranks=3), tie("stepwise", "zero", 3))
-    assert same(tie("lower", lora_ranks=3), tie("lower", "svd", 3))
-    assert same(tie(lora="svd", lora_ranks=0), tie())
-    assert not same(tie(lora_ranks=3), tie(lora_ranks=3, seed=0, norm_start="average"))
-    a = tie("stepwise", lora_ranks=3)[0]["block"]["mlp"]["up"]["lora_a"]
-    other = tie("stepwise", lora_ranks=3, seed=1)[0]["block"]["mlp"]["up"]["lora_a"]
+    assert same(tie(lora_rank=3), tie("average", "svd", 3))
+    assert same(tie("stepwise", lora_rank=3), tie("stepwise", "zero", 3))
+    assert same(tie("lower", lora_rank=3), tie("lower", "svd", 3))
+    assert same(tie(lora_init="svd", lora_rank=0), tie())
+    assert not same(tie(lora_rank=3), tie(lora_rank=3, seed=0, norm_start="average"))
+    a = tie("stepwise", lora_rank=3)[0]["block"]["mlp"]["up"]["lora_a"]
+    other = tie("stepwise", lora_rank=3, seed=1)[0]["block"]["mlp"]["up"]["lora_a"]
     assert not np.array_equal(a, other) and not np.array_equal(a[0, 0], a[0, 1])
     assert a.std() == pytest.approx(24**-0.5, rel=0.2)
 
@@ -641,7 +647,7 @@ def test_norms_start_with_the_weights_that_a_loop_uses():
     own = source.reshape(2, 3, -1).swapaxes(0, 1)
 
     def start(*args, **kwargs):
-        return weight(tying.tie(params, cfg, 2, *args, **kwargs)[0], path)
+        return weight(tie_by(params, cfg, 2, *args, **kwargs)[0], path)
 
     def both(table):
         return np.repeat(table[:, None], 2, axis=1)
@@ -659,7 +665,7 @@ def test_norms_start_with_the_weights_that_a_loop_uses():
 
 def test_random_keeps_no_layer_of_the_source():
     params, cfg = vanilla("neox")
-    fresh, fresh_cfg = tying.tie(params, cfg, 2, "random", lora_ranks={"up": 4}, seed=3)
+    fresh, fresh_cfg = tie_by(params, cfg, 2, "random", lora_rank={"up": 4}, seed=3)
     assert fresh_cfg.num_loops == 2 and fresh_cfg.rank("up") == 4
     assert jax.tree.map(lambda x: x.shape, fresh) == jax.tree.map(
         lambda x: x.shape, abstract_params(fresh_cfg)
@@ -675,8 +681,8 @@ def test_random_keeps_no_layer_of_the_source():
     up = weight(fresh, "block/mlp/up/w")
     assert up.std() == pytest.approx(0.02, rel=0.1)
     assert weight(fresh, "block/mlp/down/w").std() == pytest.approx(0.02 / 12**0.5, rel=0.1)
-    again, _ = tying.tie(params, cfg, 2, "random", lora_ranks={"up": 4}, seed=3)
-    other, _ = tying.tie(params, cfg, 2, "random", lora_ranks={"up": 4}, seed=4)
+    again, _ = tie_by(params, cfg, 2, "random", lora_rank={"up": 4}, seed=3)
+    other, _ = tie_by(params, cfg, 2, "random", lora_rank={"up": 4}, seed=4)
     np.testing.assert_array_equal(up, weight(again, "block/mlp/up/w"))
     assert not np.array_equal(up, weight(other, "block/mlp/up/w"))
 
@@ -689,12 +695,12 @@ def test_energy_kept_is_the_share_of_the_squared_residual(loops):
         squares = np.square(np.linalg.svd(stack - base, compute_uv=False))
         for rank in (0, 3, 24):
             energy = {}
-            tying.tie(params, cfg, loops, method, "svd", rank, on_projection=energy.__setitem__)
+            tie_by(params, cfg, loops, method, "svd", rank, on_projection=energy.__setitem__)
             expected = squares[..., :rank].sum() / squares.sum()
             assert energy["down"] == pytest.approx(expected, abs=1e-5)
             assert sorted(energy) == ["down", "gate", "k", "o", "q", "up", "v"]
     kept = {}
-    tying.tie(params, cfg, loops, "average", "split", 3, on_projection=kept.__setitem__)
+    tie_by(params, cfg, loops, "average", "split", 3, on_projection=kept.__setitem__)
     squares = np.square(np.linalg.svd(stack - stack.mean(axis=0), compute_uv=False))
     assert kept["down"] > squares[..., :3].sum() / squares.sum() + 0.05
     if loops == 2:
@@ -731,11 +737,11 @@ class LazyParams(Mapping):
 def test_a_lazy_source_is_read_once_and_one_stack_at_a_time(norms):
     params, cfg = vanilla("neox")
     lazy = LazyParams(names.flat(params))
-    tied, _ = tying.tie(lazy, cfg, 2, lora_ranks=3, norms=norms)
+    tied, _ = tie_by(lazy, cfg, 2, lora_rank=3, norms=norms)
     assert sorted(lazy.reads) == sorted(names.flat(params))
     assert {leaf.dtype for leaf in jax.tree.leaves(tied)} == {np.dtype(np.float32)}
     rounded = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), params)
-    expected, _ = tying.tie(rounded, cfg, 2, lora_ranks=3, norms=norms)
+    expected, _ = tie_by(rounded, cfg, 2, lora_rank=3, norms=norms)
     jax.tree.map(np.testing.assert_array_equal, tied, expected)
 
 
@@ -746,9 +752,9 @@ def test_no_stack_is_read_where_single_layers_can_be():
 
     params, cfg = vanilla("neox")
     lazy = ByLayer(names.flat(params))
-    tied, _ = tying.tie(lazy, cfg, 2, lora_ranks=3)
+    tied, _ = tie_by(lazy, cfg, 2, lora_rank=3)
     assert not [p for p in lazy.reads if p.startswith("block/") and p.endswith("/w")]
-    expected, _ = tying.tie(params, cfg, 2, lora_ranks=3)
+    expected, _ = tie_by(params, cfg, 2, lora_rank=3)
     for path, leaf in names.flat(tied).items():
         if path.endswith(("/w", "/lora_a", "/lora_b")):
             np.testing.assert_array_equal(leaf, names.flat(expected)[path])
@@ -764,7 +770,7 @@ def test_memory_is_the_result_and_one_stack():
 
     tracemalloc.start()
     try:
-        tied, _ = tying.tie(Source(shapes), cfg, 2, lora_ranks=8)
+        tied, _ = tie_by(Source(shapes), cfg, 2, lora_rank=8)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -780,41 +786,41 @@ def test_memory_is_the_result_and_one_stack():
     "arguments, message",
     [
         (dict(method="middle"), "method='middle'; expected one of"),
-        (dict(lora="qr"), "lora='qr'; expected one of"),
+        (dict(lora_init="qr"), "lora_init='qr'; expected one of"),
         (dict(norms="shared"), "norms='shared'; expected one of"),
         (dict(norm_start="one"), "norm_start='one'; expected one of"),
         (dict(rounding="up"), "rounding='up'; expected one of"),
-        (dict(lora_ranks=-1), "rank -1 of projection 'q' is impossible"),
-        (dict(lora_ranks=2.5), "rank 2.5 of projection"),
-        (dict(lora_ranks="half"), "rank 'half' of projection"),
-        (dict(lora_ranks={"qkv": 4}), r"unknown projections \['qkv'\].*'q', 'k'"),
-        (dict(lora="none", lora_ranks=4), "contradicts"),
-        (dict(method="random", lora="svd", lora_ranks=4), "keeps nothing of the layers"),
+        (dict(lora_rank=-1), "rank -1 of projection 'q' is impossible"),
+        (dict(lora_rank=2.5), "rank 2.5 of projection"),
+        (dict(lora_rank="half"), "rank 'half' of projection"),
+        (dict(lora_rank={"qkv": 4}), r"unknown projections \['qkv'\].*'q', 'k'"),
+        (dict(lora_init="none", lora_rank=4), "contradicts"),
+        (dict(method="random", lora_init="svd", lora_rank=4), "keeps nothing of the layers"),
         (dict(method="random", norm_start="zero"), "keeps nothing of the layers"),
-        (dict(method="lower", lora="split", lora_ranks=4), "starts from method='average'"),
+        (dict(method="lower", lora_init="split", lora_rank=4), "starts from method='average'"),
         (dict(norms="tied", norm_start="own"), "impossible with norms='tied'"),
         (dict(norms="folded", norm_start="zero"), "impossible with norms='folded'"),
     ],
 )
 def test_impossible_requests(arguments, message):
     with pytest.raises(ValueError, match=message):
-        tying.tie(*vanilla("llama"), 2, **arguments)
+        tie_by(*vanilla("llama"), 2, **arguments)
 
 
 def test_ranks_are_clamped_by_projection():
     cfg = FAMILIES["gemma"]
-    assert tying.resolve_ranks(cfg, 30) == dict(q=24, k=8, v=8, o=24, gate=24, up=24, down=24)
-    assert tying.resolve_ranks(cfg, {"k": "full", "up": 3, "q": 0}) == {"k": 8, "up": 3}
-    assert tying.resolve_ranks(cfg, None) == {}
+    assert tie_config.resolve_ranks(cfg, 30) == dict(q=24, k=8, v=8, o=24, gate=24, up=24, down=24)
+    assert tie_config.resolve_ranks(cfg, {"k": "full", "up": 3, "q": 0}) == {"k": 8, "up": 3}
+    assert tie_config.resolve_ranks(cfg, None) == {}
 
 
 def test_params_that_do_not_fit_the_config():
     params, cfg = vanilla("llama")
     flat = dict(names.flat(params))
     with pytest.raises(ValueError, match=r"missing \['head'\], left over \['tail'\]"):
-        tying.tie({**{k: v for k, v in flat.items() if k != "head"}, "tail": 0}, cfg, 2)
+        tie_by({**{k: v for k, v in flat.items() if k != "head"}, "tail": 0}, cfg, 2)
     with pytest.raises(ValueError, match=r"block/mlp/up/w has shape \(6, 24, 39\).*\(6, 24, 40\)"):
-        tying.tie({**flat, "block/mlp/up/w": flat["block/mlp/up/w"][..., 1:]}, cfg, 2)
-    tied, tied_cfg = tying.tie(params, cfg, 2, lora_ranks=2)
+        tie_by({**flat, "block/mlp/up/w": flat["block/mlp/up/w"][..., 1:]}, cfg, 2)
+    tied, tied_cfg = tie_by(params, cfg, 2, lora_rank=2)
     with pytest.raises(ValueError, match="num_loops=2.*untie it first"):
-        tying.tie(tied, tied_cfg, 2)
+        tie_by(tied, tied_cfg, 2)

@@ -5,20 +5,17 @@ from __future__ import annotations
 import os
 import re
 import runpy
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from absl import app, flags, logging
 
-from recursive_jax.console import output
+from recursive_jax.console import config_files, output
 
 MISTAKES = (ValueError, OSError, FloatingPointError)  # raised for callers' mistakes
 
 
-def run(main: Callable[[], None], required: Sequence[str] = ()) -> None:
+def run(main: Callable[[], None]) -> None:
     """Parse the command line and call `main()`; --verbosity=1 shows the traceback of an error."""
-    flags.mark_flags_as_required(list(required))
     # Otherwise transformers prints that torch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
@@ -38,6 +35,7 @@ def run(main: Callable[[], None], required: Sequence[str] = ()) -> None:
 
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
+        argv = [config_files.resolve(argument) for argument in argv]
         _check_config(argv)
         return flags.FLAGS(argv)
     except ImportError as error:
@@ -56,9 +54,7 @@ def _check_config(argv: Sequence[str]) -> None:
     if given is None:
         return
     file, arg = given.groups()
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"no config file {file}; expected one such as configs/common.py")
-    sys.path.append(str(Path(file).resolve().parents[1]))  # its `from configs import common`
+    config_files.make_importable(file)
     keys = [m[1] for m in (re.match(r"--?(?:no)?config\.([\w.]+)", a) for a in argv[1:]) if m]
     if not keys:
         return

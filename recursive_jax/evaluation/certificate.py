@@ -6,6 +6,7 @@ read, and its log-probabilities are stored on disk.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
@@ -19,11 +20,13 @@ import numpy as np
 from tqdm import tqdm, trange
 
 from recursive_jax import text
+from recursive_jax.evaluation.perplexity import exp
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import Decoder
 from recursive_jax.models.parameters import abstract_params, head_params, parameter_counts
-from recursive_jax.weights import names, tying
+from recursive_jax.weights import names, tie_config, tying
 from recursive_jax.weights.source import Source
+from recursive_jax.weights.tie_config import TieConfig
 
 
 def sizes(source: DecoderConfig, cfg: DecoderConfig) -> dict[str, Any]:
@@ -40,14 +43,14 @@ def sizes(source: DecoderConfig, cfg: DecoderConfig) -> dict[str, Any]:
 
 
 def tie_with_certificate(
-    source: Source, recipe: Mapping[str, Any]
+    source: Source, how: TieConfig, progress: bool = True
 ) -> tuple[Any, DecoderConfig, dict[str, Any]]:
     """Params and config of `tying.tie`, and a certificate without measurements on text.
 
-    Shows a progress bar.
+    Shows a progress bar, on process 0 and if `progress`.
     """
     energy: dict[str, float] = {}
-    projections, hidden = len(source.cfg.projections), jax.process_index() != 0
+    projections, hidden = len(source.cfg.projections), not progress or jax.process_index() != 0
     with tqdm(total=projections, desc="tying", unit="projection", disable=hidden) as bar:
 
         def on_projection(name, kept):
@@ -61,12 +64,12 @@ def tie_with_certificate(
             bar.update()
 
         params, cfg = tying.tie(
-            source.params, source.cfg, on_projection=on_projection, place=on_device, **recipe
+            source.params, source.cfg, how, on_projection=on_projection, place=on_device
         )
     certificate = {
         "source": str(source.path),
         "family": cfg.family,
-        "recipe": dict(recipe),
+        "recipe": how.to_json(),
         "tensors": source.params.num_tensors,
         "parameters": sizes(source.cfg, cfg),
         "energy_kept": energy,
@@ -76,9 +79,9 @@ def tie_with_certificate(
 
 
 def warnings(source: DecoderConfig, cfg: DecoderConfig) -> list[str]:
-    """A line for every LoRA that is larger than the saving by sharing (`tying.break_even_rank`)."""
+    """A line for every LoRA that is larger than the saving by sharing (`break_even_rank`)."""
     out = []
-    for name, (rank, limit) in tying.costly_projections(cfg).items():
+    for name, (rank, limit) in tie_config.costly_projections(cfg).items():
         out.append(
             f"{name}: rank {rank} stores more than untying the matrix would, which is exact "
             f"(break-even {limit:.0f}); a rank below saves memory"
@@ -102,7 +105,7 @@ exact = jax.default_matmul_precision("highest")
 
 
 @exact
-def full_rank_identity(source: Source, recipe, windows: text.Windows) -> dict[str, Any]:
+def full_rank_identity(source: Source, how: TieConfig, windows: text.Windows) -> dict[str, Any]:
     """The largest logit error of a full-rank conversion, which must give the source's logits.
 
     It proves the code path on the source's real weights. A small model is made of the block's first
@@ -113,17 +116,18 @@ def full_rank_identity(source: Source, recipe, windows: text.Windows) -> dict[st
     Raises:
       ValueError: the logits differ by more than 1e-4 of their scale.
     """
-    if recipe["method"] == "random":
+    if how.method == "random":
         return {"skipped": "a random start keeps no layer of the source"}
-    loops = recipe["num_loops"]
+    loops = how.num_loops
     layers = source.cfg.depth // loops
     depths = [loop * layers + layer for loop in range(loops) for layer in sorted({0, layers - 1})]
     cfg, block = source.layers(depths)
     outer, tokens = jax.tree.map(on_device, source.outer_params()), windows.tokens[:1]
     want = next(hidden_states(Decoder(cfg), outer | jax.tree.map(jnp.asarray, block), tokens))
-    tied = dict(recipe, lora="svd", lora_ranks="full")
-    tied["norms"] = "folded" if recipe["norms"] == "folded" else "per_loop"
-    recursive, cfg = tying.tie(names.flat(block | outer), cfg, place=on_device, **tied)
+    norms = "folded" if how.norms == "folded" else "per_loop"
+    full = {"lora_init": "svd", "lora_rank": "full", "norm_start": None}
+    exact_how = dataclasses.replace(how, norms=norms, **full)
+    recursive, cfg = tying.tie(names.flat(block | outer), cfg, exact_how, place=on_device)
     recursive = outer | {"block": recursive["block"]}  # both models use one embedding
     del block
     got = next(hidden_states(Decoder(cfg), recursive, tokens))
@@ -185,8 +189,8 @@ class Reference:
             raise ValueError(_OVERFLOW.format("the source or the result gives"))
         nll_source, nll, kl, agreement = sums / len(self._rows)
         return {
-            "source_perplexity": math.exp(min(nll_source, 700)),
-            "perplexity": math.exp(min(nll, 700)),
+            "source_perplexity": exp(nll_source),
+            "perplexity": exp(nll),
             "source_nll": nll_source,
             "nll": nll,
             "kl": kl,

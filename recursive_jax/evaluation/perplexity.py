@@ -47,15 +47,16 @@ def perplexity(
     for batch in _batches(tokens, scored, batch_size):
         totals = totals + np.asarray(score(params, *put(batch)), np.float64)
     nll = totals / count
-    out = {"nll": float(nll[-1]), "perplexity": _exp(nll[-1]), "tokens": count}
+    out = {"nll": float(nll[-1]), "perplexity": exp(nll[-1]), "tokens": count}
     if all_loops:
         out["nll_exits"] = [float(x) for x in nll]
-        out["perplexity_exits"] = [_exp(x) for x in nll]
+        out["perplexity_exits"] = [exp(x) for x in nll]
     return out
 
 
-def _exp(nll: float) -> float:
-    return math.inf if nll > 700 else math.exp(nll)  # exp overflows above 709; NaN stays NaN
+def exp(nll: float) -> float:
+    """The perplexity of a mean nll in nats: at most exp(700), which JSON can express."""
+    return math.exp(min(nll, 700))  # exp overflows above 709; NaN stays NaN
 
 
 def _batches(tokens, scored, batch_size) -> Iterator[tuple[np.ndarray, np.ndarray]]:

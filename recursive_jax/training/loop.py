@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
+import os
 import signal
-from collections.abc import Callable, Iterator
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import jax
 
-from recursive_jax.training.step import TrainState
+from recursive_jax.training.callbacks import Callback
+from recursive_jax.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,54 +27,51 @@ class Schedule:
     eval_every: int
     checkpoint_every: int
 
-    def __post_init__(self):
-        for name in ("log_every", "eval_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1 step, got {getattr(self, name)}")
 
-
-@dataclasses.dataclass(frozen=True)
-class Hooks:
-    """Functions that the loop calls.
-
-    Attributes:
-      on_step: (step), after every step has been dispatched.
-      on_log: (step, metrics as floats).
-      on_eval: (step, state).
-      on_save: (step, state). The next step donates the arrays: it must not read them after return.
-    """
-
-    on_step: Callable[[int], None]
-    on_log: Callable[[int, dict[str, float]], None]
-    on_eval: Callable[[int, TrainState], None]
-    on_save: Callable[[int, TrainState], None]
+class Stopped(Exception):
+    """A signal arrived before the first step, so that there is nothing to save."""
 
 
 class Stop:
     """Whether the run has to stop: SIGTERM (the machine is preempted) or Ctrl-C has arrived.
 
-    A context manager; on exit the previous signal handlers are restored. With several processes
-    JAX's preemption service handles SIGTERM and informs all of them.
+    A context manager, to be entered after `jax.distributed.initialize`. On exit the previous signal
+    handlers are restored. Before `begin_steps`, a signal raises `Stopped`. Afterwards, it stops the
+    run behind the step that is running. With several processes JAX's preemption service handles
+    SIGTERM and informs all of them; Ctrl-C at one of them becomes a SIGTERM.
 
     Args:
       say: shows a line to the user.
+      handles: False leaves the signals to the caller, as a notebook's kernel expects.
     """
 
-    def __init__(self, say: Callable[[str], None] = logging.info):
-        self._say, self._requested = say, False
+    def __init__(self, say: Callable[[str], None] = logging.info, handles: bool = True):
+        self._say, self._handles = say, handles
+        self._stepping = self._requested = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
-        if jax.process_count() == 1:
-            for number in (signal.SIGTERM, signal.SIGINT):
+        if self._handles and threading.current_thread() is threading.main_thread():
+            alone = jax.process_count() == 1
+            for number in (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,):
                 self._before[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(self, *error) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self._before.clear()
+
+    def begin_steps(self) -> None:
+        """From now on a signal stops behind a step."""
+        self._stepping = True
 
     def _request(self, number, frame):
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # JAX tells all processes of it
+            return
+        if not self._stepping:
+            raise Stopped(signal.Signals(number).name)
         if self._requested:  # the second signal stops at once
             raise KeyboardInterrupt
         self._requested = True
@@ -85,16 +86,33 @@ class Stop:
         return multihost_utils.reached_preemption_sync_point(step)
 
 
+class Steps(Protocol):
+    """A `trainer.Trainer`."""
+
+    state: TrainState
+
+    def step(self, batch: Any) -> dict[str, jax.Array]: ...
+
+
 def run(
-    step_fn: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
-    state: TrainState,
+    trainer: Steps,
     batches: Iterator[Any],
     first_step: int,
     schedule: Schedule,
-    hooks: Hooks,
+    callbacks: Sequence[Callback],
     stop: Stop,
-) -> tuple[TrainState, int]:
-    """State and number of the last step, after steps `first_step + 1 … num_steps` or until `stop`.
+    pause: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> int:
+    """The number of the last step, after steps `first_step + 1 … num_steps` or until `stop`.
+
+    Args:
+      trainer: holds the state.
+      batches: batches of this process.
+      first_step: steps that the state has done.
+      schedule: when to log, evaluate and save.
+      callbacks: called in order.
+      stop: asked after every step.
+      pause: a context around evaluations and saves, which are no training time.
 
     Raises:
       FloatingPointError: a loss or gradient is not finite; no such state has been saved.
@@ -102,7 +120,7 @@ def run(
     unread = None  # metrics of the previous step: read while the next one runs
     step = first_step
     for step in range(first_step + 1, schedule.num_steps + 1):
-        state, metrics = step_fn(state, next(batches))
+        metrics = trainer.step(next(batches))
         if unread is not None:
             finite(unread, step - 1)
         unread = metrics
@@ -113,16 +131,20 @@ def run(
         save = last or stopped or step % schedule.checkpoint_every == 0
         if log or evaluate or save:
             values, unread = finite(unread, step), None
-        hooks.on_step(step)
-        if log:
-            hooks.on_log(step, values)
-        if evaluate:
-            hooks.on_eval(step, state)
-        if save:
-            hooks.on_save(step, state)
+        for callback in callbacks:
+            callback.on_step(step)
+            if log:
+                callback.on_log(step, values)
+        with pause():
+            for callback in callbacks:
+                if evaluate:
+                    callback.on_evaluate(step, trainer.state)
+            for callback in callbacks:
+                if save:
+                    callback.on_save(step, trainer.state)
         if stopped:
             break
-    return state, step
+    return step
 
 
 def finite(metrics: dict[str, jax.Array], step: int) -> dict[str, float]:

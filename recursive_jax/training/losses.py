@@ -95,6 +95,7 @@ def token_losses(
     targets: jax.Array,
     weights: jax.Array,
     teacher_logits: jax.Array | None,
+    num_ids: int | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss summed over tokens, and the sums of its parts.
 
@@ -103,6 +104,8 @@ def token_losses(
       logits: f32 `[B, T, V]` of every exit E in order of depth, the last loop's last.
       targets, weights: `[B, T]`.
       teacher_logits: `[B, T, V]` or None.
+      num_ids: the teacher is compared over the first so many ids only; the others are padding of
+        the embedding tables. None: over all.
 
     Returns:
       loss sum (scalar) and sums of its parts: `ce [E]`, `kd []`, `exit_kd []`, `correct [E]`.
@@ -113,7 +116,8 @@ def token_losses(
     kd, exit_kd = zero, zero
     kd_of = functools.partial(divergence, kind=objective.kd_loss, temperature=objective.temperature)
     if teacher_logits is not None:
-        kd = (weights * kd_of(logits[-1], teacher_logits)).sum()
+        ours, theirs = logits[-1][..., :num_ids], teacher_logits[..., :num_ids]
+        kd = (weights * kd_of(ours, theirs)).sum()
     loss = objective.ce * ce[-1] + objective.kd * kd
     if len(logits) > 1:
         if objective.exit_kd:

@@ -11,6 +11,8 @@ import optax
 
 from recursive_jax.models.parameters import LORA, MATRICES, kinds
 
+DECAYED = {"matrices": MATRICES, "weights": ("weight", "head")}  # kinds of parameters
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -21,7 +23,9 @@ class OptimizerConfig:
       warmup_steps: steps of the linear rise from 0.
       final_fraction*: learning rate of the last step, as a share of the peak.
       b1*, b2*, eps*: Adam moments.
-      weight_decay*: decoupled; applied to matrices only, never to norms and biases.
+      weight_decay*: decoupled; never applied to norms and biases. The paper does not say which
+        value it used, or on what.
+      decay_on: 'matrices': all of them. 'weights': not LoRA factors and embeddings.
       clip_norm*: largest global norm of the gradient; 0 = no clipping. The gradient of a looped
         weight is a sum over loops, so its norm is up to num_loops times that of a vanilla layer.
       lora_lr_scale: learning rate of LoRA matrices relative to the rest (the paper: one for all).
@@ -34,6 +38,7 @@ class OptimizerConfig:
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
+    decay_on: str = "matrices"
     clip_norm: float = 1.0
     lora_lr_scale: float = 1.0
 
@@ -45,6 +50,10 @@ class OptimizerConfig:
         for name in ("clip_norm", "weight_decay", "lora_lr_scale", "final_fraction"):
             if getattr(self, name) < 0:
                 raise ValueError(f"optimizer.{name} must be >= 0, got {getattr(self, name)}")
+        if self.decay_on not in DECAYED:
+            raise ValueError(
+                f"optimizer.decay_on={self.decay_on!r}; expected one of {', '.join(DECAYED)}"
+            )
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name} must be in [0, 1), got {getattr(self, name)}")
@@ -68,7 +77,7 @@ def make_optimizer(cfg: OptimizerConfig, num_steps: int) -> optax.GradientTransf
     parts = [optax.clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm else []
     parts += [
         optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
-        optax.add_decayed_weights(cfg.weight_decay, mask=_of_kind(*MATRICES)),
+        optax.add_decayed_weights(cfg.weight_decay, mask=_of_kind(*DECAYED[cfg.decay_on])),
         optax.scale_by_learning_rate(schedule),
     ]
     if cfg.lora_lr_scale != 1.0:

@@ -42,6 +42,7 @@ from recursive_jax.weights.steps import (
     params_checksum,
     restore,
     saved_steps,
+    weights_of,
 )
 from recursive_jax.weights.writer import Writer
 
@@ -56,6 +57,7 @@ __all__ = [
     "create",
     "is_checkpoint",
     "latest_step",
+    "load_certificate",
     "load_config",
     "load_params",
     "load_progress",
@@ -63,6 +65,7 @@ __all__ = [
     "params_checksum",
     "restore",
     "saved_steps",
+    "weights_of",
     "write_json",
 ]
 
@@ -242,9 +245,11 @@ def load_params(
 ) -> tuple[Any, DecoderConfig]:
     """Params and config of a checkpoint, on one device or in `shardings`; nothing else is read.
 
-    `step` and `say` are those of `restore`.
+    Of a run that averages its weights these are the averaged ones. `step` and `say` are those of
+    `restore`.
     """
     cfg, _ = load_config(directory)
+    _, part, _ = weights_of(directory, step, say)
     abstract = abstract_params(cfg)
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -252,8 +257,19 @@ def load_params(
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), abstract, shardings
     )
-    arrays, _, _ = restore(directory, {"params": abstract}, step, say)
-    return arrays["params"], cfg
+    arrays, _, _ = restore(directory, {part: abstract}, step, say)
+    return arrays[part], cfg
+
+
+def load_certificate(directory: str | os.PathLike) -> dict[str, Any] | None:
+    """The certificate of a converted model, None without one."""
+    path = pathlib.Path(directory) / CERTIFICATE
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, or convert again") from error
 
 
 def as_numpy(tree: Any) -> Any:

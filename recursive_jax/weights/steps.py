@@ -93,20 +93,30 @@ def load_progress(
     return _first_whole(directory, step, read, say)[0]
 
 
-def params_checksum(
+def weights_of(
     directory: str | os.PathLike, step: int | None = None, say: Say = logging.warning
-) -> tuple[int, int]:
-    """The number of a step and a checksum of its params; no array is read.
+) -> tuple[int, str, dict[str, int]]:
+    """A step, the part that holds its weights, and their checksums by path; no array is read.
+
+    The part is `ema` in a run that averages its weights, else `params`.
 
     Raises:
       FileNotFoundError, ValueError: as in `restore`.
     """
 
     def read(path):
-        sums = together(lambda: _metadata(path))[0]["checksums"]
-        return {name: value for name, value in sums.items() if name.startswith("['params']")}
+        return together(lambda: _metadata(path))[0]["checksums"]
 
     sums, step = _first_whole(directory, step, read, say)
+    part = "ema" if any(name.startswith("['ema']") for name in sums) else "params"
+    return step, part, {n: value for n, value in sums.items() if n.startswith(f"['{part}']")}
+
+
+def params_checksum(
+    directory: str | os.PathLike, step: int | None = None, say: Say = logging.warning
+) -> tuple[int, int]:
+    """The number of a step and a checksum of its weights; arguments and errors as `weights_of`."""
+    step, _, sums = weights_of(directory, step, say)
     return step, json_checksum(sums)
 
 

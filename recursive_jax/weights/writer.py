@@ -45,14 +45,23 @@ class Writer:
         opt_state: Any = None,
         progress: Mapping[str, Any] | None = None,
         wait: bool = False,
+        ema: Any = None,
     ) -> None:
-        """Write a step; the arrays may be donated when this returns. `progress` is JSON.
+        """Write a step; the arrays may be donated when this returns.
+
+        Args:
+          step: its number.
+          params, opt_state: trees of arrays.
+          progress: JSON.
+          wait: return when the step is on disk.
+          ema: averaged params; `load_params` then reads them in place of `params`.
 
         Raises:
           OSError: this step, or the one before it, could not be written.
         """
         self.wait()
-        arrays = {"params": params} | ({} if opt_state is None else {"opt_state": opt_state})
+        parts = {"params": params, "opt_state": opt_state, "ema": ema}
+        arrays = {name: part for name, part in parts.items() if part is not None}
         if jax.default_backend() == "cpu" and not wait:
             # A host "copy" may alias the device buffer, which the next step donates.
             arrays = jax.tree.map(jnp.copy, arrays)

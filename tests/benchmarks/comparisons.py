@@ -14,7 +14,7 @@ from configs import quickstart
 from recursive_jax.console import output, tables
 from recursive_jax.train import train
 from recursive_jax.weights.source import open_source
-from recursive_jax.weights.tying import tied_config
+from recursive_jax.weights.tie_config import TieConfig, tied_config
 
 ROWS = {
     "stepwise": {"model.method": "stepwise", "model.lora_rank": 0},
@@ -38,7 +38,7 @@ def run(name: str, workdir: pathlib.Path, tokens: int, rank: int) -> dict:
         config.update_from_flattened_dict(ROWS[name])
         if not config.source:
             vanilla = open_source("tiny").cfg
-            config.scratch = tied_config(vanilla, config.model.num_loops).to_json()
+            config.scratch = tied_config(vanilla, TieConfig(config.model.num_loops)).to_json()
         output.say(f"\n== {name}")
         train(config, directory)
     return json.loads(summary.read_text())

@@ -41,6 +41,7 @@ from recursive_jax.decoding.session import Session
 from recursive_jax.models.parameters import init_params
 from recursive_jax.weights import hf_config, tying
 from recursive_jax.weights.source import open_source
+from recursive_jax.weights.tie_config import TieConfig
 
 
 def recursive(model: str, num_loops: int, rank: int, depth: int | None = None):
@@ -56,7 +57,7 @@ def recursive(model: str, num_loops: int, rank: int, depth: int | None = None):
     if num_loops > 1:
         # a Gaussian LoRA: what it holds does not change the speed, and an SVD takes a minute
         lora = "zero" if rank else None
-        params, cfg = tying.tie(params, cfg, num_loops, "average", lora, rank)
+        params, cfg = tying.tie(params, cfg, TieConfig(num_loops, "average", lora, rank))
     else:
         params = source.load_params()
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)

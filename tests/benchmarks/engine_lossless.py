@@ -25,6 +25,7 @@ from recursive_jax.decoding.exit_measures import Static
 from recursive_jax.decoding.requests import Request, Sampling
 from recursive_jax.weights import checkpoint, tying
 from recursive_jax.weights.source import open_source
+from recursive_jax.weights.tie_config import TieConfig
 
 
 def lossless(args):
@@ -120,7 +121,7 @@ def agreeing(args, num_loops: int, wanted: float):
     """
     opened = open_source(args.model)
     full = {"o": "full", "down": "full"}
-    made, cfg = tying.tie(opened.params, opened.cfg, num_loops, "average", "zero", full)
+    made, cfg = tying.tie(opened.params, opened.cfg, TieConfig(num_loops, "average", "zero", full))
     made = jax.tree.map(jnp.asarray, made)
     model = CpuModel(cfg)
     settings = argparse.Namespace(**vars(args) | {"slots": 16})

@@ -27,7 +27,7 @@ from recursive_jax.models.parameters import init_params
 from recursive_jax.training.data import Batch
 from recursive_jax.training.losses import Objective
 from recursive_jax.training.optimizer import OptimizerConfig, make_optimizer
-from recursive_jax.training.step import init_state, make_train_step
+from recursive_jax.training.setup import TrainSetup
 from recursive_jax.weights import checkpoint, hf_config
 
 
@@ -44,8 +44,9 @@ def ours(cfg, params, tokens, dtype, remat, unroll):
     )
     tx = make_optimizer(OptimizerConfig(clip_norm=0.0), 1000)
     model = Decoder(cfg, dtype=jnp.dtype(dtype), remat_policy=remat, unroll_layers=unroll)
-    step = jax.jit(make_train_step(model, tx, Objective(kd=0.0)), donate_argnums=0)
-    state = init_state(jax.tree.map(jnp.asarray, params), tx)
+    setup = TrainSetup(model, tx, Objective(kd=0.0))
+    step = jax.jit(setup.step, donate_argnums=0)
+    state = setup.init(jax.tree.map(jnp.asarray, params))
     step = step.lower(state, batch, None).compile()
 
     def run():

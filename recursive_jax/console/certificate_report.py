@@ -1,0 +1,62 @@
+"""What a person sees of a conversion: the start-up table, and the certificate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from recursive_jax.console import tables
+
+
+def start(source: Any, cfg: Any, how: Any) -> str:
+    """The table of what is about to happen.
+
+    `source`: a `model.Model`; `cfg`: the config of the result; `how`: a `TieConfig`.
+    """
+    before = source.cfg
+    rows = [
+        ("source", f"{source.name} ({before.family}, {before.depth} layers, "
+                   f"width {before.embed_dim})"),
+        ("recursive", f"{cfg.num_loops} loops × {cfg.num_layers} layers, "
+                      f"LoRA rank {how.lora_rank}, norms {cfg.norms}"),
+    ]  # fmt: skip
+    return tables.table(rows)
+
+
+def table(certificate: Mapping[str, Any]) -> str:
+    """Sizes, and what was preserved, as text."""
+    sizes, kept = certificate["parameters"], certificate["energy_kept"]
+    source = {"shared": sizes["source"], "total": sizes["source_total"]}
+    rows = [
+        (group, f"{source[group]:,}" if group in source else "", f"{sizes[group]:,}")
+        for group in ("shared", "lora", "vectors", "embedding", "total")
+    ]
+    random = certificate["recipe"]["method"] == "random"
+    used = "those of the layers not kept" if random else "every one consumed"
+    lines = [
+        tables.table(rows, ("parameters", "source", "recursive")),
+        f"{sizes['ratio_to_source']:.1%} of the source's size "
+        f"(layers alone {sizes['block_ratio_to_source']:.1%}); "
+        f"{certificate['tensors']:,} tensors of the source's decoder, {used}",
+    ]
+    if kept:
+        shares = "  ".join(f"{name} {share:.1%}" for name, share in kept.items())
+        lines.append(f"energy of the residual kept: {shares}")
+    if "perplexity" in certificate:
+        lines += _measured(certificate)
+    lines += [f"warning: {warning}" for warning in certificate["warnings"]]
+    return "\n".join(lines)
+
+
+def _measured(c: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"on {c['text_tokens']:,} tokens of {c['text']}: perplexity "
+        f"{c['source_perplexity']:,.2f} -> {c['perplexity']:,.2f}, "
+        f"KL {max(c['kl'], 0):.3f} nats, top-1 agreement {c['top1_agreement']:.1%}"
+    ]
+    error = c["full_rank_identity"].get("max_logit_error")
+    if error is not None:
+        lines.append(f"full-rank identity holds: max |Δlogit| {error:.1e} of scale")
+    if c["kl"] > 0.1:
+        lines.append("expected: a converted model has to be uptrained before it is of use")
+    return lines

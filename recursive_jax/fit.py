@@ -1,0 +1,285 @@
+"""Train a model: everything between a model, its text and the trained weights."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import pathlib
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from recursive_jax import metrics, sharding
+from recursive_jax.console import output
+from recursive_jax.console.progress import StepProgress
+from recursive_jax.console.train_report import Report
+from recursive_jax.evaluation.perplexity import perplexity
+from recursive_jax.models.decoder import Decoder
+from recursive_jax.models.parameters import abstract_params, parameter_counts
+from recursive_jax.text import Windows
+from recursive_jax.trainer import Trainer, teacher_shardings
+from recursive_jax.training import data, loop
+from recursive_jax.training.callbacks import Callback, Evaluate, Record, Save
+from recursive_jax.training.config import TrainConfig
+from recursive_jax.training.contract import PROGRESS_KEY, RunContract
+from recursive_jax.training.corpus import Corpus
+from recursive_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from recursive_jax.training.setup import TrainSetup
+from recursive_jax.weights import checkpoint
+
+if TYPE_CHECKING:
+    from recursive_jax.model import Model
+
+SUMMARY = "summary.json"
+
+
+@dataclasses.dataclass
+class Fit:
+    """The end of a run.
+
+    Attributes:
+      trainer: its `state` is the last one.
+      summary: as in summary.json.
+      stopped: a signal ended the run before its last step.
+    """
+
+    trainer: Trainer
+    summary: dict[str, Any]
+    stopped: bool
+
+
+def fit(
+    model: Model,
+    config: TrainConfig,
+    corpus: Corpus,
+    teacher: Model | None = None,
+    workdir: str | os.PathLike | None = None,
+    stop: loop.Stop | None = None,
+    quiet: bool = False,
+    origin: str | None = None,
+    record: dict[str, Any] | None = None,
+) -> Fit:
+    """Train `model` on `corpus`; go on with the run that `workdir` has.
+
+    Args:
+      model: what to start from. A run in `workdir` replaces its weights.
+      config: of the run.
+      corpus: its text, as `corpus.open_corpus` returns it.
+      teacher: vanilla model to distil from; needed if `config.objective.kd` > 0.
+      workdir: for checkpoints, metrics and the summary; None writes nothing.
+      stop: tells when to stop; None runs to the end.
+      quiet: print nothing.
+      origin: of the model, for the start-up table; None: its name.
+      record: the config as the summary shows it; None: `config` itself.
+
+    Raises:
+      ValueError: an impossible setting, or a run in `workdir` with another contract.
+      FloatingPointError: a loss or gradient is not finite.
+    """
+    began = time.time()
+    mesh = make_mesh(config)
+    setup = make_setup(model, config, teacher, mesh)
+    contract = RunContract.of(config, corpus.rows.docs.hashes, corpus.windows.tokens)
+    saved = None
+    if workdir is not None and checkpoint.latest_step(workdir) is not None:
+        saved = checkpoint.load_progress(workdir, say=output.say)
+        contract.check(saved[PROGRESS_KEY], workdir)
+    teacher_params = None
+    if teacher is not None and setup.teacher is not None:
+        places = teacher_shardings(teacher.cfg, mesh)
+        teacher_params = teacher.weights.load(places, setup.teacher.dtype)
+    trainer = Trainer(setup, mesh, teacher_params)
+    batches = data.batches(
+        corpus.rows, config.data.batch_size, config.seed, jax.process_index(), jax.process_count()
+    )
+    first_step, history, spent = 0, [], 0.0
+    if saved is not None:
+        # Not always the step of `saved`: one whose arrays are damaged is set aside.
+        arrays, saved, first_step = checkpoint.restore(
+            workdir, trainer.to_restore(), say=output.say
+        )
+        trainer.resume(arrays, first_step)
+        batches.set_state(saved["data"])
+        history, spent = saved["history"], saved["seconds"]
+    else:
+        trainer.start(model.weights.load(trainer.param_shardings, jax.numpy.float32))
+
+    clock = StepProgress(config.num_steps, first_step)
+    report = Report(config, clock, quiet)
+    report.start(model, origin or model.name, mesh, setup.model.dtype, corpus.rows, first_step)
+
+    def seconds() -> float:
+        return spent + time.time() - began
+
+    def progress() -> dict[str, Any]:
+        return {
+            "data": batches.get_state(),
+            PROGRESS_KEY: contract.to_json(),
+            "history": history,
+            "seconds": seconds(),
+        }
+
+    rows = config.data.batch_size // config.accumulate
+    with contextlib.ExitStack() as files:
+        callbacks: list[Callback] = [report]
+        if workdir is not None:
+            if saved is None:
+                create(model, workdir)
+            callbacks += open_files(files, workdir, report, first_step, progress)
+        quality_of = functools.partial(measure, trainer, corpus.windows, rows)
+        evaluate = Evaluate(quality_of, callbacks, history)
+        callbacks = [evaluate, *callbacks]
+        if workdir is not None and saved is None:
+            for callback in callbacks:  # from here on, a run that stops need not convert again
+                callback.on_save(0, trainer.state)
+        if not history:
+            if teacher_params is not None:
+                evaluate.record(0, "source", quality_of(teacher_params, setup.teacher))
+            evaluate.on_evaluate(0, trainer.state)
+        stop = stop or loop.Stop(handles=False)
+        stop.begin_steps()
+        step = loop.run(
+            trainer, batches, first_step, schedule_of(config), callbacks, stop, clock.pause
+        )
+    summary = summarise(config, model, teacher, history, step, record)
+    summary["seconds"] = round(seconds(), 1)
+    if workdir is not None and step == config.num_steps and jax.process_index() == 0:
+        file = pathlib.Path(workdir) / SUMMARY
+        if not (first_step == step and file.exists()):
+            checkpoint.write_json(file, summary)
+    return Fit(trainer, summary, step < config.num_steps)
+
+
+def make_mesh(config: TrainConfig) -> jax.sharding.Mesh:
+    """The mesh of a run; ValueError where the batch does not divide over it."""
+    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
+    sharding.check_batch_is_local(mesh)
+    shards = sharding.data_shards(mesh)
+    rows = config.data.batch_size // config.accumulate
+    if rows % shards:
+        micro = f" / accumulate={config.accumulate}" if config.accumulate > 1 else ""
+        raise ValueError(
+            f"data.batch_size={config.data.batch_size}{micro} does not divide over the {shards} "
+            "devices of the mesh axes data × fsdp; choose a multiple"
+        )
+    return mesh
+
+
+def make_setup(
+    model: Model, config: TrainConfig, teacher: Model | None, mesh: jax.sharding.Mesh
+) -> TrainSetup:
+    """The step of a run; ValueError where teacher and model do not fit together."""
+    dtype = sharding.compute_dtype(config.dtype)
+    options = dict(dtype=dtype, remat_policy=config.remat, data_shards=sharding.data_shards(mesh))
+    num_ids = None
+    if config.objective.kd:
+        if teacher is None:
+            raise ValueError(
+                "objective.kd > 0 needs the model to distil from: set --config.source, or "
+                "teacher=MODEL in Python"
+            )
+        num_ids = shared_ids(model, teacher)
+    return TrainSetup(
+        Decoder(model.cfg, unroll_layers=config.unroll_layers, **options),
+        make_optimizer(config.optimizer, config.num_steps),
+        config.objective,
+        Decoder(teacher.cfg, **options) if config.objective.kd else None,
+        num_ids,
+        config.accumulate,
+        config.ema_decay,
+    )
+
+
+def shared_ids(model: Model, teacher: Model) -> int | None:
+    """The number of ids over which teacher and model are compared; None: all.
+
+    Embeddings of one tokenizer may be padded to different sizes. The padding rows mean nothing.
+
+    Raises:
+      ValueError: different tokenizers.
+    """
+    vocabulary = model.tokenizer.get_vocab()
+    if vocabulary != teacher.tokenizer.get_vocab():
+        raise ValueError(
+            f"the teacher {teacher.name} and the model ({model.name}) have different "
+            "vocabularies; distillation compares them token by token. Give the model it came from"
+        )
+    if model.cfg.vocab_size == teacher.cfg.vocab_size:
+        return None
+    return max(vocabulary.values()) + 1
+
+
+def schedule_of(config: TrainConfig) -> loop.Schedule:
+    return loop.Schedule(
+        config.num_steps, config.log_every, config.eval_every, config.checkpoint_every
+    )
+
+
+def measure(
+    trainer: Trainer, windows: Windows, batch_size: int, params: Any, decoder: Decoder | None = None
+) -> dict[str, Any]:
+    """The quality of params on held-out windows; `decoder`: theirs, by default the student."""
+    decoder = decoder or trainer.setup.model
+    shards = decoder.data_shards
+    fewer = -(-len(windows.tokens) // shards) * shards  # less padding
+    place = sharding.batch_sharding(trainer.mesh)
+    with trainer.use():
+        return perplexity(
+            decoder,
+            params,
+            *windows,
+            batch_size=min(batch_size, fewer),
+            all_loops=decoder.cfg.num_loops > 1,
+            put=lambda batch: sharding.put_global(batch, place),
+        )
+
+
+def create(model: Model, workdir: str | os.PathLike) -> None:
+    """Write config, tokenizer and certificate of a new run."""
+    if jax.process_index() == 0:
+        model.write_description(workdir)
+    sharding.wait_for_all("checkpoint directory")
+
+
+def open_files(
+    files: contextlib.ExitStack,
+    workdir: str | os.PathLike,
+    report: Report,
+    first_step: int,
+    progress: Callable[[], dict[str, Any]],
+) -> list[Callback]:
+    """The callbacks that write metrics and checkpoints; `files` closes them."""
+    config = report.config
+    rate = learning_rate_schedule(config.optimizer, config.num_steps)
+    writer = metrics.MetricWriter(workdir, first_step)
+    record = Record(writer, rate, lambda: report.tokens_per_second)
+    saver = checkpoint.Writer(workdir, keep=config.keep_checkpoints)
+    save = Save(saver, progress)
+    for callback in (record, save):
+        files.callback(callback.close)
+    return [record, save]
+
+
+def summarise(config, model, teacher, history, step, record) -> dict[str, Any]:
+    """The numbers of a run, as JSON."""
+    last = {entry["name"]: entry for entry in history}
+    first = {entry["name"]: entry for entry in reversed(history)}
+    before, after, source = first.get("valid"), last.get("valid"), last.get("source")
+    summary = {
+        "steps": step,
+        "tokens": step * config.tokens_per_step,
+        "parameters": parameter_counts(abstract_params(model.cfg)),
+        "source_parameters": teacher and parameter_counts(abstract_params(teacher.cfg)),
+        "before": before,
+        "after": after,
+        "source": source,
+        "config": record if record is not None else config.to_json(),
+    }
+    if source and before and before["nll"] > source["nll"]:
+        gap = before["nll"] - source["nll"]
+        summary["recovered"] = (before["nll"] - after["nll"]) / gap
+    return summary

@@ -1,0 +1,115 @@
+"""A training step on a mesh: the sharded state and the compiled step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from recursive_jax import sharding
+from recursive_jax.models.parameters import abstract_params, logical_axes
+from recursive_jax.training.data import Batch
+from recursive_jax.training.setup import TrainSetup
+from recursive_jax.training.state import TrainState
+
+
+class Trainer:
+    """Runs the steps of a setup on a mesh.
+
+    Args:
+      setup: the step.
+      mesh: its devices.
+      teacher_params: in `teacher_shardings`, in the compute dtype; None without a teacher.
+
+    Attributes:
+      state: None before `start` or `resume`. Each step donates its arrays.
+      rules: logical axis -> mesh axes, for the model of `setup`.
+      param_shardings, shardings: of the params, and of the whole state.
+      abstract: shapes and dtypes of the state.
+    """
+
+    def __init__(self, setup: TrainSetup, mesh: Mesh, teacher_params: Any = None):
+        cfg = setup.model.cfg
+        self.setup, self.mesh, self.teacher_params = setup, mesh, teacher_params
+        self.rules = sharding.rules_for(mesh, cfg)
+        self.param_shardings = sharding.shardings(logical_axes(cfg), mesh, self.rules)
+        self.abstract = jax.eval_shape(setup.init, abstract_params(cfg))
+        self.shardings = sharding.state_shardings(self.abstract, self.param_shardings, mesh)
+        self.state: TrainState | None = None
+        self._init = jax.jit(setup.init, out_shardings=self.shardings)
+        self._step = jax.jit(setup.step, donate_argnums=0, out_shardings=(self.shardings, None))
+
+    def start(self, params: Any) -> None:
+        """Begin with float32 params in `param_shardings`, which are copied."""
+        self.state = self._init(params)
+
+    def to_restore(self) -> dict[str, Any]:
+        """Shapes, dtypes and shardings of what a checkpoint stores of the state, by name."""
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            self.abstract.saved(),
+            self.shardings.saved(),
+        )
+
+    def resume(self, arrays: dict[str, Any], step: int) -> None:
+        """Go on with the arrays of a checkpoint, in the form of `to_restore`."""
+        number = sharding.put_global(np.int32(step), self.shardings.step)
+        self.state = TrainState(step=number, **arrays)
+
+    def step(self, batch: Batch) -> dict[str, jax.Array]:
+        """Do one step; returns its metrics, still on the devices.
+
+        Args:
+          batch: numpy rows of this process, `[B / processes, T]`.
+        """
+        with self.use():
+            batch = sharding.put_local_batch(batch, self.mesh)
+            self.state, metrics = self._step(self.state, batch, self.teacher_params)
+        return metrics
+
+    def lower(self, batch_size: int, context_length: int) -> jax.stages.Lowered:
+        """The lowered step for a batch of these sizes, without any array.
+
+        Works on a mesh of devices that are only described (`jax.experimental.topologies`).
+        """
+        place = sharding.batch_sharding(self.mesh)
+        dtypes = {"weights": np.float32}
+        batch = Batch(
+            **{
+                name: jax.ShapeDtypeStruct(
+                    (batch_size, context_length), dtypes.get(name, np.int32), sharding=place
+                )
+                for name in ("tokens", "targets", "weights", "positions", "segment_ids")
+            }
+        )
+        state = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            self.abstract,
+            self.shardings,
+        )
+        teacher = None
+        if self.setup.teacher is not None:
+            model = self.setup.teacher
+            teacher = jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, model.dtype, sharding=s),
+                abstract_params(model.cfg),
+                teacher_shardings(model.cfg, self.mesh),
+            )
+        with self.use():
+            return self._step.lower(state, batch, teacher)
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[None]:
+        """A context in which functions of the model are traced for this mesh and dtype."""
+        precision = sharding.matmul_precision(self.setup.model.dtype)
+        with sharding.use(self.mesh, self.rules), precision:
+            yield
+
+
+def teacher_shardings(cfg: Any, mesh: Mesh) -> Any:
+    """Shardings of a teacher's params; `cfg` is its `DecoderConfig`."""
+    return sharding.shardings(logical_axes(cfg), mesh, sharding.rules_for(mesh, cfg))

@@ -1,0 +1,111 @@
+"""What happens between the steps of a run: records, evaluations and saves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from recursive_jax.training.state import TrainState
+
+Quality = dict[str, Any]  # as `evaluation.perplexity` returns it
+
+
+class Callback:
+    """Does nothing; a subclass overrides what it needs. Steps count from 1; 0 is the start."""
+
+    def on_step(self, step: int) -> None:
+        """After every step has been dispatched."""
+
+    def on_log(self, step: int, metrics: dict[str, float]) -> None:
+        """The metrics of a step have been read."""
+
+    def on_evaluate(self, step: int, state: TrainState) -> None:
+        """Time to evaluate."""
+
+    def on_quality(self, step: int, name: str, quality: Quality) -> None:
+        """A model has been evaluated: 'valid' is the one in training, 'source' the teacher."""
+
+    def on_save(self, step: int, state: TrainState) -> None:
+        """Time to save. The next step donates the arrays: nothing may read them after return."""
+
+    def close(self) -> None:
+        """The run ends, perhaps by an error."""
+
+
+class Evaluate(Callback):
+    """Evaluates the weights in training and tells the listeners.
+
+    Args:
+      measure: params -> quality.
+      listeners: get `on_quality`.
+      history: of evaluations, is appended to.
+    """
+
+    def __init__(
+        self,
+        measure: Callable[[Any], Quality],
+        listeners: Sequence[Callback],
+        history: list[dict[str, Any]],
+    ):
+        self._measure, self._listeners, self.history = measure, listeners, history
+
+    def on_evaluate(self, step, state):
+        self.record(step, "valid", self._measure(state.weights))
+
+    def record(self, step: int, name: str, quality: Quality) -> None:
+        self.history.append({"step": step, "name": name, **quality})
+        for listener in self._listeners:
+            listener.on_quality(step, name, quality)
+
+
+class Saver(Protocol):
+    """A `weights.checkpoint.Writer`."""
+
+    def save(self, step: int, *, progress: dict[str, Any], **arrays: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Save(Callback):
+    """Saves the state, and `progress()`: JSON with everything else that a resumed run needs."""
+
+    def __init__(self, saver: Saver, progress: Callable[[], dict[str, Any]]):
+        self._saver, self._progress = saver, progress
+
+    def on_save(self, step, state):
+        self._saver.save(step, **state.saved(), progress=self._progress())
+
+    def close(self):  # a pending save is completed even after an error
+        self._saver.close()
+
+
+class Record(Callback):
+    """Writes metrics to files.
+
+    Args:
+      writer: a `metrics.MetricWriter`.
+      learning_rate: step, counted from 0 -> rate.
+      tokens_per_second: () -> rate of the latest steps.
+    """
+
+    def __init__(
+        self,
+        writer: Any,
+        learning_rate: Callable[[int], Any],
+        tokens_per_second: Callable[[], float],
+    ):
+        self._writer, self._rate, self._speed = writer, learning_rate, tokens_per_second
+
+    def on_log(self, step, metrics):
+        values = {f"train/{name}": value for name, value in metrics.items()}
+        values["train/learning_rate"] = float(self._rate(step - 1))  # the optimizer counts from 0
+        self._writer.write(step, values | {"perf/tokens_per_second": self._speed()})
+
+    def on_quality(self, step, name, quality):
+        values = {f"{name}/nll": quality["nll"], f"{name}/perplexity": quality["perplexity"]}
+        exits = quality.get("perplexity_exits", [])
+        values |= {f"{name}/perplexity_exit_{i}": x for i, x in enumerate(exits, 1)}
+        self._writer.write(step, values)
+
+    def close(self):
+        self._writer.close()

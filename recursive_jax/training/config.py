@@ -1,0 +1,168 @@
+"""The settings of a training run, validated; `configs/` sets them, and `Model.train` takes them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from recursive_jax.models.decoder import REMAT_CHOICES
+from recursive_jax.training.losses import Objective
+from recursive_jax.training.optimizer import OptimizerConfig
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+def _at_least(section: str, least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{section}{name} must be at least {least}, got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Text, and how it is cut into batches.
+
+    Attributes:
+      train: files, directories, .jsonl(.gz .zst), tfds:NAME, docstrings[:N]; comma between.
+      valid: the same, held out; '' = a share of `train`.
+      valid_fraction: that share.
+      context_length: tokens per row.
+      batch_size: rows per step, over all devices.
+      cache_dir: of tokenised text; '' = the user's cache directory.
+      eval_tokens: scored at each evaluation.
+    """
+
+    train: str = "docstrings"
+    valid: str = ""
+    valid_fraction: float = 0.01
+    context_length: int = 512
+    batch_size: int = 8
+    cache_dir: str = ""
+    eval_tokens: int = 20_000
+
+    def __post_init__(self):
+        _at_least(
+            "data.",
+            1,
+            batch_size=self.batch_size,
+            context_length=self.context_length,
+            eval_tokens=self.eval_tokens,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices by mesh axis; one size may be -1, the devices that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a run, whatever model it starts from.
+
+    Attributes:
+      data, objective, optimizer, mesh: see their classes.
+      tokens: trained on at least so many; a step takes `batch_size · context_length`.
+      accumulate: micro-batches of a step. Their gradients are summed, so the step is that of the
+        whole batch, with the activations of one micro-batch in memory.
+      ema_decay: d of the averaged weights `ema ← d·ema + (1 - d)·params` after each step. With
+        d > 0 the averaged weights are evaluated, and they are what the checkpoint is loaded as.
+        0: none.
+      seed: of the order of the text.
+      dtype: compute dtype; 'auto' is float32 on CPU, bfloat16 on TPU and GPU.
+      remat: activations that are kept for the backward pass, see `decoder.REMAT_CHOICES`.
+      unroll_layers: layers per iteration of the scan over layers.
+      log_every, eval_every, checkpoint_every: in steps.
+      keep_checkpoints: the newest so many are kept.
+    """
+
+    data: DataConfig = DataConfig()
+    objective: Objective = Objective()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    tokens: int = 1_000_000
+    accumulate: int = 1
+    ema_decay: float = 0.0
+    seed: int = 0
+    dtype: str = "auto"
+    remat: str = "dots"
+    unroll_layers: int = 1
+    log_every: int = 10
+    eval_every: int = 250
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+
+    def __post_init__(self):
+        _at_least("", 1, tokens=self.tokens, keep_checkpoints=self.keep_checkpoints)
+        for name in ("log_every", "eval_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 step, got {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if self.accumulate < 1 or self.data.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate={self.accumulate} does not divide data.batch_size="
+                f"{self.data.batch_size}; choose a divisor"
+            )
+        if self.remat not in REMAT_CHOICES:
+            raise ValueError(f"remat={self.remat!r}; expected one of {', '.join(REMAT_CHOICES)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r}; expected auto, float32 or bfloat16")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.data.batch_size * self.data.context_length
+
+    @property
+    def num_steps(self) -> int:
+        return -(-self.tokens // self.tokens_per_step)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The settings in a nested mapping, such as the ConfigDict of a config file.
+
+        Other keys (where the model comes from) are left out.
+        """
+        sections = {
+            "data": DataConfig, "objective": Objective, "optimizer": OptimizerConfig,
+            "mesh": MeshConfig,
+        }  # fmt: skip
+        names = [field.name for field in dataclasses.fields(cls) if field.name in values]
+        given = {n: sections[n](**values[n]) if n in sections else values[n] for n in names}
+        return cls(**given)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def with_changes(self, **changes: Any) -> TrainConfig:
+        """The settings with other values, each named as `learning_rate` or `optimizer.b1`.
+
+        A name without its section is looked up in all of them. Raises ValueError for an unknown or
+        ambiguous name.
+        """
+        places: dict[str, list[tuple[str, str]]] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            inner = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+            for part in inner:
+                for name in (part.name, f"{field.name}.{part.name}"):
+                    places.setdefault(name, []).append((field.name, part.name))
+            places.setdefault(field.name, []).append(("", field.name))
+        top: dict[str, Any] = {}
+        parts: dict[str, dict[str, Any]] = {}
+        for name, value in changes.items():
+            found = places.get(name, [])
+            if len(found) != 1:
+                few = f"; expected one of {', '.join(f'{a}.{b}' for a, b in found)}"
+                known = f"; expected one of {', '.join(sorted(places))}"
+                raise ValueError(f"unknown training setting {name!r}{few if found else known}")
+            section, key = found[0]
+            (parts.setdefault(section, {}) if section else top)[key] = value
+        for section, values in parts.items():
+            base = top.get(section, getattr(self, section))
+            top[section] = dataclasses.replace(base, **values)
+        return dataclasses.replace(self, **top)

@@ -1,0 +1,172 @@
+"""One optimiser step as a pure function: student forward, teacher forward, loss, update."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from recursive_jax.models.chunked_head import chunk_length, chunked_sum
+from recursive_jax.models.decoder import Decoder
+from recursive_jax.models.parameters import head_params
+from recursive_jax.training.data import Batch
+from recursive_jax.training.losses import Objective, token_losses
+from recursive_jax.training.state import TrainState, init_state
+
+Sums = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSetup:
+    """Everything that determines a step, except arrays.
+
+    Attributes:
+      model: the student.
+      tx: the optimizer.
+      objective: weights of the loss terms.
+      teacher: vanilla source whose logits are distilled. It runs in the same step, without
+        gradient. Required if `objective.kd` > 0, else None.
+      num_ids: the teacher and the student are compared over the first so many ids, those of their
+        tokenizer. None: over all. Needed where their embeddings are padded to different sizes.
+      accumulate: micro-batches of a step; divides the batch size.
+      ema_decay: of the averaged params; 0: none.
+      logits_bytes: memory per device for the logits of one chunk of positions.
+
+    Raises:
+      ValueError: teacher and objective contradict each other, or the vocabularies differ.
+    """
+
+    model: Decoder
+    tx: optax.GradientTransformation
+    objective: Objective
+    teacher: Decoder | None = None
+    num_ids: int | None = None
+    accumulate: int = 1
+    ema_decay: float = 0.0
+    logits_bytes: int = 256 << 20
+
+    def __post_init__(self):
+        if (self.teacher is None) != (self.objective.kd == 0):
+            raise ValueError(
+                f"objective.kd={self.objective.kd} and teacher="
+                f"{'given' if self.teacher else 'none'}: distillation needs a teacher, and a "
+                "teacher needs objective.kd > 0"
+            )
+        if self.teacher is not None and self.num_ids is None:
+            theirs, ours = self.teacher.cfg.vocab_size, self.model.cfg.vocab_size
+            if theirs != ours:
+                raise ValueError(
+                    f"teacher vocabulary {theirs} differs from the student's {ours}; "
+                    "distillation compares logits token by token"
+                )
+
+    @property
+    def exits(self) -> bool:
+        """Whether earlier loops have a loss."""
+        return self.objective.exits and self.model.cfg.num_loops > 1
+
+    def init(self, params: Any) -> TrainState:
+        return init_state(params, self.tx, self.ema_decay > 0)
+
+    def loss_sum(self, params: Any, batch: Batch, teacher_params: Any) -> tuple[jax.Array, Sums]:
+        """The loss summed over the scored tokens, and the sums of its parts with their count.
+
+        Sums, not means: the mean over micro-batches of different counts is then right.
+        """
+        model, teacher, exits = self.model, self.teacher, self.exits
+        inputs = (batch.tokens, batch.positions, batch.segment_ids)
+        hidden = model.apply({"params": params}, *inputs, all_loops=exits)
+        hidden = hidden if exits else hidden[None]
+        data = {"targets": batch.targets, "weights": batch.weights}
+        if teacher is not None:
+            with jax.named_scope("teacher"):
+                data["teacher"] = jax.lax.stop_gradient(
+                    teacher.apply({"params": teacher_params}, *inputs)
+                )
+            teacher_head = jax.lax.stop_gradient(head_params(teacher_params))
+
+        def chunk_loss(head, hidden, data):
+            teacher_logits = None
+            if teacher is not None:
+                teacher_logits = _unembed(teacher, teacher_head, data["teacher"])
+            logits = [_unembed(model, head, x) for x in hidden]
+            return token_losses(
+                self.objective, logits, data["targets"], data["weights"], teacher_logits,
+                self.num_ids,
+            )  # fmt: skip
+
+        num_exits, batch_size, length, _ = hidden.shape
+        chunk = chunk_length(
+            -(-batch_size // model.data_shards),
+            length,
+            model.cfg.vocab_size,
+            num_exits + (teacher is not None),
+            self.logits_bytes,
+        )
+        with jax.named_scope("head_and_loss"):
+            total, sums = chunked_sum(chunk_loss, head_params(params), hidden, data, chunk)
+        return total, sums | {"loss": total, "tokens": batch.weights.sum()}
+
+    def gradient_sum(self, params: Any, batch: Batch, teacher_params: Any) -> tuple[Any, Sums]:
+        """The gradient of `loss_sum`, and the sums; over micro-batches one after the other."""
+
+        def one(batch):
+            grad = jax.grad(self.loss_sum, has_aux=True)
+            return grad(params, batch, teacher_params)
+
+        if self.accumulate == 1:
+            return one(batch)
+
+        def micro(x):
+            # Every device that holds rows of the batch gives some to each micro-batch.
+            return x.reshape(-1, self.accumulate, *x.shape[1:]).swapaxes(0, 1)
+
+        def add(total, batch):
+            return jax.tree.map(jnp.add, total, one(batch)), None
+
+        micro_batches = jax.tree.map(micro, batch)
+        first = jax.tree.map(lambda x: x[0], micro_batches)
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first))
+        return jax.lax.scan(add, zero, micro_batches)[0]
+
+    def step(
+        self, state: TrainState, batch: Batch, teacher_params: Any = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """The next state, and metrics: means over the scored tokens.
+
+        To be jitted with donate_argnums=0: the state is replaced.
+        """
+        grads, sums = self.gradient_sum(state.params, batch, teacher_params)
+        count = jnp.maximum(sums["tokens"], 1.0)
+        grads = jax.tree.map(lambda g: g / count, grads)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            ema = state.ema
+            if ema is not None:
+                ema = optax.incremental_update(params, ema, 1 - self.ema_decay)
+        metrics = self.metrics(sums) | {"grad_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+    def metrics(self, sums: Sums) -> dict[str, jax.Array]:
+        """Means per scored token, by the names under which they are logged."""
+        count = jnp.maximum(sums["tokens"], 1.0)
+        means = {name: x / count for name, x in sums.items()}
+        metrics = {"loss": means["loss"], "tokens": sums["tokens"]}
+        metrics |= {"ce": means["ce"][-1], "accuracy": means["correct"][-1]}
+        if self.teacher is not None:
+            metrics["kd"] = means["kd"]
+        if self.exits:
+            for i in range(self.model.cfg.num_loops - 1):
+                metrics[f"ce_exit_{i + 1}"] = means["ce"][i]
+                metrics[f"accuracy_exit_{i + 1}"] = means["correct"][i]
+            if self.objective.exit_kd:
+                metrics["exit_kd"] = means["exit_kd"]
+        return metrics
+
+
+def _unembed(model: Decoder, head: Any, x: jax.Array) -> jax.Array:
+    return model.apply({"params": head}, x, method="unembed")

@@ -1,0 +1,158 @@
+"""Where the weights of a model are, and how they get onto devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from recursive_jax.models.config import DecoderConfig
+from recursive_jax.models.parameters import abstract_params
+from recursive_jax.weights import checkpoint, names
+from recursive_jax.weights.source import Source
+
+
+class Weights(Protocol):
+    """The weights of a model, on disk or in memory."""
+
+    def load(self, shardings: Any, dtype: Any) -> Any:
+        """New nested params in `dtype` and `shardings` (a tree like the params)."""
+
+    def as_source(self, cfg: DecoderConfig, tokenizer: Any, facts: Mapping[str, Any]) -> Source:
+        """The vanilla model as `tying` and the certificate read it, a layer at a time."""
+
+    def content(self) -> str | None:
+        """A fingerprint that does not depend on where the weights are; None in memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceWeights:
+    """Those of a pretrained model, read stack by stack: the host never has them all."""
+
+    source: Source
+
+    def load(self, shardings, dtype):
+        def put(path, sharding):
+            name = "/".join(key.key for key in path)
+            return _put(np.asarray(self.source.params[name]).astype(dtype), sharding)
+
+        return jax.tree_util.tree_map_with_path(put, shardings)
+
+    def as_source(self, cfg, tokenizer, facts):
+        return self.source
+
+    def content(self):
+        path = self.source.path
+        files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+        if path.is_dir():
+            files = [path / "config.json", *files]
+        digest = hashlib.blake2b(digest_size=12)
+        for file in files:
+            digest.update(_sample(file))
+        return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointWeights:
+    """Those of a step of a checkpoint directory, read straight onto their devices."""
+
+    directory: str | os.PathLike
+    step: int | None = None  # None: the latest
+
+    def load(self, shardings, dtype):
+        return checkpoint.load_params(self.directory, shardings, dtype, self.step)[0]
+
+    def as_source(self, cfg, tokenizer, facts):
+        params, _ = checkpoint.load_params(self.directory, step=self.step)
+        return ArrayWeights(params, str(self.directory)).as_source(cfg, tokenizer, facts)
+
+    def content(self):
+        sums = checkpoint.weights_of(self.directory, self.step)[2]
+        return hashlib.blake2b(json.dumps(sums).encode(), digest_size=12).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayWeights:
+    """Nested arrays in memory. `name`: of the model, for messages."""
+
+    params: Any
+    name: str = "a model in memory"
+
+    def load(self, shardings, dtype):
+        def put(x, sharding):
+            if isinstance(x, jax.Array):  # a copy: the caller's array must survive a donation
+                return jax.device_put(jnp.array(x, dtype, copy=True), sharding)
+            return _put(np.array(x, dtype, copy=True), sharding)
+
+        return jax.tree.map(put, self.params, shardings)
+
+    def as_source(self, cfg, tokenizer, facts):
+        return Source(
+            pathlib.Path(self.name),
+            cfg,
+            _Stacks(names.flat(self.params)),
+            lambda: tokenizer,
+            dict(facts.get("generation_config") or {}),
+        )
+
+    def content(self):
+        return None
+
+
+@functools.lru_cache(maxsize=64)
+def _digest_of_pieces(path: pathlib.Path, size: int, modified: int) -> bytes:
+    """A digest of 64 pieces of a file, spread over it: any other training differs in them."""
+    digest = hashlib.blake2b(str(size).encode(), digest_size=12)
+    piece = 64 << 10
+    with open(path, "rb") as file:
+        for start in sorted({max(0, (size - piece) * n // 63) for n in range(64)}):
+            file.seek(start)
+            digest.update(file.read(piece))
+    return digest.digest()
+
+
+def _sample(path: pathlib.Path) -> bytes:
+    status = path.stat()
+    return _digest_of_pieces(path, status.st_size, status.st_mtime_ns)
+
+
+class _Stacks(Mapping):
+    """A flat mapping of arrays with the methods of `names.LazyParams`."""
+
+    def __init__(self, flat: Mapping[str, Any]):
+        self._flat = flat
+
+    def __getitem__(self, path: str) -> np.ndarray:
+        return np.asarray(self._flat[path])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._flat)
+
+    def __len__(self) -> int:
+        return len(self._flat)
+
+    @property
+    def num_tensors(self) -> int:
+        return len(self._flat)
+
+    def layers(self, path: str, depths: Sequence[int]) -> np.ndarray:
+        return self[path][list(depths)]
+
+
+def on_one_device(cfg: DecoderConfig) -> Any:
+    """Shardings of params that lie whole on the default device."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda _: device, abstract_params(cfg))
+
+
+def _put(x: np.ndarray, sharding: Any) -> jax.Array:
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
