@@ -95,8 +95,7 @@ def explain(path: pathlib.Path, error: Exception) -> Exception:
       process.
     """
     chain = list(_chain(error))
-    words = str(chain[-1]).strip() or repr(chain[-1])
-    reason = words.splitlines()[0][:300]
+    reason = _brief(chain[-1])
     codes = set(re.findall(r"\b[A-Z]+(?:_[A-Z]+)*\b", "\n".join(map(str, chain))))
     if any(isinstance(e, MemoryError) for e in chain):
         return error
@@ -119,6 +118,13 @@ def explain(path: pathlib.Path, error: Exception) -> Exception:
     )
 
 
+def _brief(error: BaseException) -> str:
+    """The first line of an error. Tensorstore's begins with a code and ends with the cause."""
+    line = (str(error).strip() or repr(error)).splitlines()[0]
+    line = re.sub(r" \[tensorstore_spec.*", "", line)
+    return line if len(line) <= 200 else f"{line[:60]} … {line[-130:]}"
+
+
 class Undecodable(Exception):
     """Bytes that can be read from disk, and are not what was written."""
 
@@ -139,7 +145,11 @@ def storage_fault(error: Exception) -> str | None:
 
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
-    """A context without Orbax's warnings and tracebacks on the log: it raises the error as well."""
+    """A context without Orbax's warnings and tracebacks on the log: it raises the error as well.
+
+    Its unfinished tasks are reported when they are collected, so that filter stays.
+    """
+    logging.getLogger("asyncio").addFilter(_is_no_orbax_task)
     logger = logging.getLogger("absl")
     logger.addFilter(_is_not_orbax)
     try:
@@ -150,6 +160,11 @@ def quiet_orbax() -> Iterator[None]:
 
 def _is_not_orbax(record: logging.LogRecord) -> bool:
     return record.levelno < logging.WARNING or "orbax" not in pathlib.Path(record.pathname).parts
+
+
+def _is_no_orbax_task(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return not any(word in message for word in ("/orbax/", "tensorstore_spec"))
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
