@@ -338,7 +338,9 @@ def load(spec: str | os.PathLike, step: int | None = None) -> Model:
         weights, thresholds, certificate = SourceWeights(source), None, None
         name = str(source.path)
     text.check_vocabulary(tokenizer, cfg.vocab_size)
-    return Model(cfg, tokenizer, weights, name, dict(facts), certificate, thresholds)
+    model = Model(cfg, tokenizer, weights, name, dict(facts), certificate, thresholds)
+    _ = model.stop  # raises for a value that is no id
+    return model
 
 
 def check_free(directory: pathlib.Path) -> None:

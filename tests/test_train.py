@@ -299,7 +299,7 @@ import io, json, os, runpy, sys
 import flax, grain, jax, ml_collections, optax, transformers, tensorboardX
 from orbax.checkpoint import v1
 import recursive_jax.sharding, recursive_jax.text, recursive_jax.metrics, recursive_jax.start
-import recursive_jax.console.app, recursive_jax.evaluation.perplexity, recursive_jax.training.step
+import recursive_jax.console.app, recursive_jax.evaluation.perplexity, recursive_jax.training.setup
 recursive_jax.text.load_tokenizer(recursive_jax.weights.source.ASSETS / "tiny")  # lazy imports
 import recursive_jax.fit, recursive_jax.generation
 for case in json.loads(sys.stdin.read()):
