@@ -28,9 +28,9 @@ from jax.sharding import Mesh
 from recursive_jax import sharding
 from recursive_jax.analysis import timing
 from recursive_jax.console import app, engine_flags, heatmap, prompt_flags, report, tables
-from recursive_jax.console.engine_flags import ExitChoice
 from recursive_jax.console.output import note, say
 from recursive_jax.console.progress import PrintedAnswer, PromptProgress
+from recursive_jax.decoding.config import EngineConfig
 from recursive_jax.decoding.engine import Engine
 from recursive_jax.decoding.prompts import Answers, Prompt, check_writable, to_request
 from recursive_jax.decoding.requests import Completion, Request
@@ -79,14 +79,13 @@ class Item:
         answers.add(self.place, completion, self.request is not None and self.request.logprobs)
 
 
-def read_items(options: flags.FlagValues) -> tuple[ExitChoice, list[Item]]:
-    """The exits and the prompts of the command line. Raises ValueError before a model is read."""
+def read_items(options: flags.FlagValues) -> tuple[EngineConfig, list[Item]]:
+    """The engine and the prompts of the command line. Raises ValueError before a model is read."""
     prompt_flags.check_values(options)
-    engine_flags.check_sizes(options)
-    exits = engine_flags.read_exits(options)
+    config = engine_flags.read_config(options)
     prompts = prompt_flags.read_prompts(options)
     check_files(options)
-    return exits, [Item(place, prompt) for place, prompt in enumerate(prompts)]
+    return config, [Item(place, prompt) for place, prompt in enumerate(prompts)]
 
 
 def check_files(options: flags.FlagValues) -> None:
@@ -131,7 +130,12 @@ def check_any_left(items: list[Item]) -> None:
 
 
 def start_engine(
-    options: flags.FlagValues, exits: ExitChoice, model: Model, requests: list[Request], total: int
+    options: flags.FlagValues,
+    config: EngineConfig,
+    origin: str,
+    model: Model,
+    requests: list[Request],
+    total: int,
 ) -> tuple[Engine, dict[str, str]]:
     """Compile the engine; returns it and the start-up table. `total`: number of prompts."""
     cfg, mesh = model.decoder.cfg, model.mesh
@@ -139,11 +143,11 @@ def start_engine(
     count = tables.count(parameter_counts(abstract_params(cfg))["total"])
     layers = f"{cfg.num_loops} × {cfg.num_layers} layers"
     start = time.perf_counter()
-    engine = engine_flags.make_engine(model, options, exits, requests)
+    engine = engine_flags.make_engine(model, config, requests)
     rows = {"model": f"{options.checkpoint}: {cfg.family}, {layers}, {count} parameters"}
     rows["computed in"] = f"{model.decoder.dtype.name} on {mesh.devices.flat[0].device_kind}{shape}"
     rows["prompts"] = f"{len(requests):,} of {total:,}"
-    rows |= engine_flags.describe(engine, options, exits)
+    rows |= engine_flags.describe(engine, config, origin)
     rows["compiled in"] = f"{time.perf_counter() - start:.1f} s"
     return engine, rows
 
@@ -196,19 +200,19 @@ def measure_bound(
 
 def run(options: flags.FlagValues) -> None:
     """Run the job. A ValueError or OSError is a mistake of the user."""
-    exits, items = read_items(options)
+    config, items = read_items(options)
     dtype = sharding.compute_dtype(options.dtype)
     mesh = sharding.make_mesh(options.data, 1, options.tensor)
     writes = bool(options.out) and jax.process_index() == 0
     with Answers(options.out or os.devnull, writes) as answers:
         opened = open_model(options.checkpoint)
-        exits = engine_flags.resolve_exits(options, exits, opened)
+        config, origin = engine_flags.complete(options, config, opened)
         make_requests(options, opened, items, answers)
         requests = [item.request for item in items if item.request]
         tokens = sum(request.max_new_tokens for request in requests)
-        passes = opened.cfg.num_loops * tokens / min(options.num_slots, len(requests))
+        passes = opened.cfg.num_loops * tokens / min(config.num_slots, len(requests))
         model = opened.load(mesh, dtype, engine_flags.needed_context(requests), passes, note)
-        engine, rows = start_engine(options, exits, model, requests, len(items))
+        engine, rows = start_engine(options, config, origin, model, requests, len(items))
         note(tables.table(list(rows.items())))
         session = Session(engine, opened.tokenizer)
         if options.prompts is None:

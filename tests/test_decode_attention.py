@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decode_models import make_engine
 
 from recursive_jax.cpu import build
 from recursive_jax.cpu.cache import CpuCache
 from recursive_jax.cpu.decoder import CpuModel
-from recursive_jax.decoding.engine import Engine
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.interface import Rows
 from recursive_jax.models.kv_cache import KVCache
@@ -239,7 +239,7 @@ def test_blocks_that_it_has_no_room_for_are_an_error():
 def test_engines_use_it_where_it_can_be_used(monkeypatch):
     def engine(cfg, dtype=jnp.float32):
         model = CpuModel(cfg, dtype)
-        return Engine(model, model.prepare(init_params(cfg, jax.random.key(0))), 2, 32)
+        return make_engine(model, model.prepare(init_params(cfg, jax.random.key(0))), 2, 32)
 
     moved = []
     monkeypatch.setattr(build, "use_huge_pages", moved.extend)

@@ -408,7 +408,7 @@ def test_a_vanilla_directory_and_its_generation_config(tmp_path):
         ({"prompt": "a", "exit_measure": "static:3"}, "static:3: the model has 2 loops"),
         ({"prompt": "a", "exit_measure": "stable"}, "needs a model of at least 3 loops"),
         ({"prompt": "a", "exit_measure": "calibrated"}, "has no thresholds.json; name"),
-        ({"prompt": "a", "exit_threshold": "0.5"}, "without --exit_measure"),
+        ({"prompt": "a", "exit_threshold": "0.5"}, "without an exit measure"),
         ({"prompt": "a", "exit_measure": "top1", "exit_threshold": "x"}, "threshold=x; expected"),
         ({"prompt": "a", "exit_measure": "top1", "exit_threshold": "2"}, "of top1=2.0; expected"),
         ({"prompt": "a", "exit_measure": "top1", "exit_threshold": ".1,.2"}, "2 exit thresholds"),

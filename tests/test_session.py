@@ -6,12 +6,11 @@ import functools
 import jax
 import numpy as np
 import pytest
-from decode_models import scanned
+from decode_models import make_engine, scanned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recursive_jax import text
-from recursive_jax.decoding.engine import Engine
 from recursive_jax.decoding.exit_measures import Recorded, Static
 from recursive_jax.decoding.requests import Request, Sampling
 from recursive_jax.decoding.session import Session, generate, stream
@@ -41,7 +40,7 @@ def engine_of(num_slots=2, **options):
         return (rng.normal(size=leaf.shape) * 0.4).astype(np.float32)
 
     params = jax.device_put(jax.tree.map(draw, abstract_params(TINY)))
-    return Engine(scanned(TINY), params, num_slots, 64, chunk_length=4, **options)
+    return make_engine(scanned(TINY), params, num_slots, 64, chunk_length=4, **options)
 
 
 @settings(max_examples=300, deadline=None)
