@@ -473,6 +473,15 @@ def test_full_depth_needs_no_more_ticks_than_batching_by_tokens():
     }  # fmt: skip
 
 
+def test_slots_that_are_not_there():
+    engine = engine_of(RELAXED)
+    for slot in (-1, engine.num_slots, 0.5):
+        with pytest.raises(ValueError, match=f"slot={slot}; expected an integer, at least 0 and"):
+            engine.admit(slot, Request(0, (1,), 4))
+        with pytest.raises(ValueError, match=f"slot={slot}; expected"):
+            engine.release(slot)
+
+
 def test_stop_tokens_end_an_answer():
     engine = engine_of(RELAXED, measure=Recorded(), missing_kv="complete")
     requests = requests_of(RELAXED, 8, seed=3, recorded=True)

@@ -21,7 +21,7 @@ from recursive_jax.decoding.config import EngineConfig
 from recursive_jax.decoding.exit_measures import Recorded, Static
 from recursive_jax.decoding.limits import Limits
 from recursive_jax.decoding.placement import Placement
-from recursive_jax.decoding.requests import Request, shown
+from recursive_jax.decoding.requests import Request, check_number, shown
 from recursive_jax.decoding.sampling import SamplingParams
 from recursive_jax.decoding.scheduler import Chunk
 from recursive_jax.decoding.state import MAX_TICKS, NO_TOKEN, Chunks, TickOutputs
@@ -217,7 +217,11 @@ class Engine:
 
         All prompt tokens but the last run in chunks (none if there is one token); that one is the
         first to decode.
+
+        Raises:
+          ValueError: there is no such slot.
         """
+        check_number("slot", slot, True, 0, self.num_slots - 1)
         if slot in self._tainted:
             # The mask gives stale rows a weight of zero, but zero times NaN is NaN.
             self.compile()
@@ -243,7 +247,12 @@ class Engine:
         self._inputs.updates.text[slot, :n] = request.tokens
 
     def release(self, slot: int) -> None:
-        """All lanes of the slot end; a request that finished has left its slot by itself."""
+        """All lanes of the slot end; a request that finished has left its slot by itself.
+
+        Raises:
+          ValueError: there is no such slot.
+        """
+        check_number("slot", slot, True, 0, self.num_slots - 1)
         self._update(slot, 0, 0, waiting=False)
 
     def step(
