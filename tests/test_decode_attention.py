@@ -12,6 +12,7 @@ from decode_models import make_engine
 from recursive_jax.cpu import build
 from recursive_jax.cpu.cache import CpuCache
 from recursive_jax.cpu.decoder import CpuModel
+from recursive_jax.decoding.donation import copies
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.interface import Rows
 from recursive_jax.models.kv_cache import KVCache
@@ -163,6 +164,29 @@ def test_it_equals_the_plain_cache(prompt, windowed):
     np.testing.assert_allclose(y[busy], expected[busy], atol=1e-5)
     for name in ("keys", "values"):
         np.testing.assert_array_equal(getattr(now, name), getattr(then, name))
+
+
+def test_a_copy_of_the_cache_is_seen_in_the_compiled_text():
+    """The kernel cannot see it: XLA hands it one buffer as argument and result in any case."""
+    cache, *_ = filled(2, 16, 77)
+    q, k = draw(3, 6, 16), draw(3, 2, 16)
+    rows = Rows(np.array([0, 1, 0]), np.array([5, 6, 7]), np.array([0, 1, 2]))
+
+    def step(cache):
+        y, new = cache.attend(q, k, k, rows, jnp.int32(LAYER), None, SCALE, None)
+        return new, y
+
+    def old_rows_are_needed(cache):
+        new, y = step(cache)
+        return new, jnp.sin(cache.keys + y.sum()).sum()
+
+    def copied(function, **options):
+        return copies(jax.jit(function, **options).lower(cache).compile(), cache)
+
+    shape = ",".join(map(str, cache.keys.shape))
+    assert copied(step, donate_argnums=0) == []
+    assert copied(old_rows_are_needed, donate_argnums=0) == [f"a copy of f32[{shape}]"]
+    assert "result 0 is not the donated buffer" in copied(step)
 
 
 def test_softcap():

@@ -576,7 +576,7 @@ def test_nothing_compiles_after_warm_up():
     ids=str,
 )
 @pytest.mark.parametrize("cpu_model", [False, True])
-def test_the_cache_is_updated_in_place(options, cpu_model, full_compilation):
+def test_the_cache_is_updated_in_place(options, cpu_model, full_compilation, caplog):
     """Bytes, by the compiler's account: the donated cache is the output, and not copied."""
     # as large a cache with few layers, since the CPU model compiles each
     layers, context = (4, 2048) if cpu_model else (16, 512)
@@ -591,6 +591,7 @@ def test_the_cache_is_updated_in_place(options, cpu_model, full_compilation):
     for name, memory in engine.memory().items():
         assert memory.alias_size_in_bytes >= engine.cache_bytes >= 16 << 20, name
         assert memory.temp_size_in_bytes < engine.cache_bytes / 4, name
+    assert not caplog.records, "no warning of a copy"
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="Linux tells the peak")

@@ -9,6 +9,7 @@ A third one wipes a slot that held NaN. After `compile`, nothing compiles again.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from recursive_jax.decoding.config import EngineConfig
+from recursive_jax.decoding.donation import copies
 from recursive_jax.decoding.exit_measures import Recorded, Static
 from recursive_jax.decoding.limits import Limits
 from recursive_jax.decoding.placement import Placement
@@ -207,6 +209,14 @@ class Engine:
             arguments = (self.params, self._cache, self._state, *fixed, work)
             self.executables[name] = place.compile(run, *arguments)
         self.executables["wipe"] = place.compile(wipe, self._cache, *place.everywhere(np.int32(0)))
+        for name, executable in self.executables.items():
+            for copied in copies(executable, self._cache):
+                logging.warning(
+                    "the program %r does not update the cache in place (%s): it needs a second "
+                    "cache, and time to copy it",
+                    name,
+                    copied,
+                )
 
     def check(self, request: Request) -> None:
         """Raises ValueError unless this engine can answer the request."""
