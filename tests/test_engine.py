@@ -473,6 +473,36 @@ def test_full_depth_needs_no_more_ticks_than_batching_by_tokens():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("cpu_model", [False, True])
+def test_other_requests_change_the_last_bits_only(cpu_model):
+    """Alone, and among others whose prompts run beside it: what `requests` promises in float32."""
+    settings = dict(chunk_length=16, measure=Recorded(), missing_kv="propagate")
+    if cpu_model:
+        model = CpuModel(RELAXED)
+        params = model.prepare(params_of(RELAXED))
+        engine = make_engine(model, params, 3, CONTEXT, **settings)
+    else:
+        engine = engine_of(RELAXED, **settings)
+    requests = requests_of(RELAXED, 8, seed=30, recorded=True)
+    alone = [generate(engine, [request])[0] for request in requests]
+    together, _ = serve(engine, requests, seed=31)
+    for one, other in zip(alone, together, strict=True):
+        assert (one.tokens, one.exit_loops) == (other.tokens, other.exit_loops)
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cpu_model", [False, True])
+def test_the_callers_params_are_only_read(cpu_model):
+    """Neither deleted nor changed by preparing a model and decoding with it."""
+    params = jax.tree.map(np.array, params_of(RELAXED))
+    given = jax.device_put(params)
+    model = CpuModel(RELAXED) if cpu_model else scanned(RELAXED)
+    engine = make_engine(model, model.prepare(given), 2, CONTEXT, chunk_length=4)
+    before = generate(engine, [Request(0, (1, 2, 3), 9)])
+    assert before == generate(engine, [Request(0, (1, 2, 3), 9)])
+    jax.tree.map(np.testing.assert_array_equal, given, params)
+
+
 def test_slots_that_are_not_there():
     engine = engine_of(RELAXED)
     for slot in (-1, engine.num_slots, 0.5):

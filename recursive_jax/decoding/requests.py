@@ -1,4 +1,18 @@
-"""Requests of a decode loop, and their answers. Standard library only."""
+"""Requests of a decode loop, and their answers. Standard library only.
+
+A request runs beside others, and which ones is left to chance: it depends on the slots and on the
+time of arrival. This is what does not depend on the others:
+
+- The random numbers of a token. They depend on `Sampling.seed` and the token's position only.
+- The number of loops that `recorded_loops`, a static exit or full depth give a token.
+- The log-probabilities in float32, up to 1e-5. Their last bits differ: the compiler multiplies
+  batches of other sizes in another order, for example where the prompt of another request runs
+  beside a token.
+
+In float32 a greedy token is therefore the same, unless two tokens are equally likely up to that
+difference. A sampled token, a draft or an early exit likewise changes only where it is decided by
+that difference. In bfloat16 the differences are larger, so that such near-ties are more frequent.
+"""
 
 from __future__ import annotations
 
