@@ -11,6 +11,7 @@ import jax
 
 from recursive_jax.analysis.timing import Times
 from recursive_jax.console import tables
+from recursive_jax.decoding.answers import naming
 from recursive_jax.decoding.engine import Engine
 from recursive_jax.decoding.requests import Completion
 from recursive_jax.decoding.session import Stats
@@ -110,4 +111,5 @@ def table(record: Mapping[str, Any]) -> str:
 def write(path: str | pathlib.Path, record: Mapping[str, Any]) -> None:
     """Write a record as JSON, on process 0 only."""
     if jax.process_index() == 0:
-        pathlib.Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        with naming(path):
+            pathlib.Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
