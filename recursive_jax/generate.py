@@ -10,11 +10,15 @@ file. A line of a .jsonl file has `prompt` or `messages`. It may have `id`, and 
 the flags: `max_new_tokens`, `temperature`, `top_k`, `top_p`, `min_p`, `seed`, the penalties,
 `stop`, `min_loops`, `max_loops`, `exit_threshold`, `logprobs`. A line that cannot be answered has
 an answer with finish_reason 'error'; the other lines are answered.
+
+The answers of --prompts grow in OUT.part. After Ctrl-C, SIGTERM, a full disk or a crash the same
+command goes on from there. Answers that another model, other settings or other prompts made are not
+used: their OUT.part is renamed. More slots, other mesh sizes and --nodepthwise are no other
+settings.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 import pathlib
@@ -23,20 +27,15 @@ import time
 
 import jax
 from absl import flags
-from jax.sharding import Mesh
 
-from recursive_jax import sharding
+from recursive_jax import answering, generation, sharding
 from recursive_jax.analysis import timing
-from recursive_jax.console import app, engine_flags, heatmap, prompt_flags, report, tables
-from recursive_jax.console.engine_flags import ExitChoice
+from recursive_jax.console import app, engine_flags, heatmap, prompt_flags, report, stop, tables
 from recursive_jax.console.output import note, say
-from recursive_jax.console.progress import PrintedAnswer, PromptProgress
-from recursive_jax.decoding.engine import Engine
-from recursive_jax.decoding.prompts import Answers, Prompt, check_writable, to_request
-from recursive_jax.decoding.requests import Completion, Request
+from recursive_jax.decoding import answers as answers_lib
+from recursive_jax.decoding.answers import Answers, check_writable
 from recursive_jax.decoding.session import Session
-from recursive_jax.model import Model, Opened, open_model
-from recursive_jax.models.parameters import abstract_params, parameter_counts
+from recursive_jax.model import load
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -55,42 +54,6 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.mark_flag_as_required("checkpoint", flag_values=values)
 
 
-@dataclasses.dataclass
-class Item:
-    """One prompt of the run with its request and answer.
-
-    Attributes:
-      place: of the answer in the file.
-      request: None while the prompt is not tokenized, and when it cannot be answered.
-      completion: None while the answer is not complete.
-    """
-
-    place: int
-    prompt: Prompt
-    request: Request | None = None
-    completion: Completion | None = None
-
-    def fail(self, error: object, answers: Answers) -> None:
-        """Write that the prompt cannot be answered."""
-        self.request = None
-        self.finish(Completion.failed(self.prompt.id, error), answers)
-
-    def finish(self, completion: Completion, answers: Answers) -> None:
-        """Write the answer."""
-        self.completion = completion
-        answers.add(self.place, completion, self.request is not None and self.request.logprobs)
-
-
-def read_items(options: flags.FlagValues) -> tuple[ExitChoice, list[Item]]:
-    """The exits and the prompts of the command line. Raises ValueError before a model is read."""
-    prompt_flags.check_values(options)
-    engine_flags.check_sizes(options)
-    exits = engine_flags.read_exits(options)
-    prompts = prompt_flags.read_prompts(options)
-    check_files(options)
-    return exits, [Item(place, prompt) for place, prompt in enumerate(prompts)]
-
-
 def check_files(options: flags.FlagValues) -> None:
     """Raise ValueError unless all output files are writable and different from each other."""
     names = [name for name in ("prompts", "out", "stats", "heatmap") if options[name].value]
@@ -106,141 +69,76 @@ def check_files(options: flags.FlagValues) -> None:
         heatmap.check(options.heatmap)
 
 
-def make_requests(
-    options: flags.FlagValues, opened: Opened, items: list[Item], answers: Answers
-) -> None:
-    """Tokenize the prompts. A prompt that cannot be answered gets its completion here."""
-    longest = opened.cfg.max_length
-    context_length = options.context_length or longest
-    if context_length > longest:
-        note(f"warning: the model was trained on at most {longest} positions")
-    sizes = opened.cfg.vocab_size, opened.stop, context_length, options.chat
-    for item in items:
-        try:
-            item.request = to_request(item.prompt, opened.tokenizer, *sizes)
-        except ValueError as error:
-            if options.prompts is None:
-                raise
-            item.fail(error, answers)
-    check_any_left(items)
-
-
-def check_any_left(items: list[Item]) -> None:
-    """Raise ValueError if no request is left."""
-    if not any(item.request for item in items):
-        first = items[0].completion.error
-        raise ValueError(f"none of {len(items)} prompts can be answered. The first: {first}")
-
-
-def start_engine(
-    options: flags.FlagValues, exits: ExitChoice, model: Model, requests: list[Request], total: int
-) -> tuple[Engine, dict[str, str]]:
-    """Compile the engine; returns it and the start-up table. `total`: number of prompts."""
-    cfg, mesh = model.decoder.cfg, model.mesh
-    shape = "".join(f", {name}={size}" for name, size in mesh.shape.items() if size > 1)
-    count = tables.count(parameter_counts(abstract_params(cfg))["total"])
-    layers = f"{cfg.num_loops} × {cfg.num_layers} layers"
-    start = time.perf_counter()
-    engine = engine_flags.make_engine(model, options, exits, requests)
-    rows = {"model": f"{options.checkpoint}: {cfg.family}, {layers}, {count} parameters"}
-    rows["computed in"] = f"{model.decoder.dtype.name} on {mesh.devices.flat[0].device_kind}{shape}"
-    rows["prompts"] = f"{len(requests):,} of {total:,}"
-    rows |= engine_flags.describe(engine, options, exits)
-    rows["compiled in"] = f"{time.perf_counter() - start:.1f} s"
-    return engine, rows
-
-
-def answer_one(session: Session, engine: Engine, item: Item, answers: Answers) -> float:
-    """Print the answer while it is decoded; returns seconds."""
-    session.submit(item.request)
-    printed = PrintedAnswer()
-    for event in session.events(max_ticks=engine.num_loops):  # about one token per round trip
-        printed.add(event)
-        if event.completion:
-            item.finish(event.completion, answers)
-    if item.completion.error:
-        raise ValueError(item.completion.error)
-    note(printed.summary(item.completion))
-    return printed.seconds
-
-
-def answer_all(session: Session, items: list[Item], answers: Answers) -> float:
-    """Answer all requests behind a progress bar; returns seconds."""
-    running: dict[int, Item] = {}
-    for item in items:
-        if item.request is not None:
-            try:
-                running[session.submit(item.request)] = item
-            except ValueError as error:
-                item.fail(f"{item.prompt.where}{error}", answers)
-    check_any_left(items)
-    limits = {index: item.request.max_new_tokens for index, item in running.items()}
-    with PromptProgress(limits) as progress:
-        for event in session.events():
-            progress.add(event)
-            if event.completion:
-                running[event.index].finish(event.completion, answers)
-        return progress.seconds
-
-
-def measure_bound(
-    options: flags.FlagValues, engine: Engine, session: Session, mesh: Mesh
-) -> timing.Times | None:
-    """Times of the parts of a tick, if --stats or --profile needs them and they can be measured."""
-    if not (options.stats or options.profile) or not session.stats.tokens:
-        return None
-    if mesh.size > 1:
-        note("the bound is measured on one device only, so the numbers lack it")
-        return None
-    note("measuring the parts of a tick alone …")
-    return timing.measure(engine, session.stats.exit_loops)
-
-
 def run(options: flags.FlagValues) -> None:
     """Run the job. A ValueError or OSError is a mistake of the user."""
-    exits, items = read_items(options)
+    prompt_flags.check_values(options)
+    config = engine_flags.read_config(options)
+    prompts = prompt_flags.read_prompts(options)
+    check_files(options)
+    items = [answering.Item(place, prompt) for place, prompt in enumerate(prompts)]
     dtype = sharding.compute_dtype(options.dtype)
     mesh = sharding.make_mesh(options.data, 1, options.tensor)
-    writes = bool(options.out) and jax.process_index() == 0
-    with Answers(options.out or os.devnull, writes) as answers:
-        opened = open_model(options.checkpoint, options.step)
-        exits = engine_flags.resolve_exits(options, exits, opened)
-        make_requests(options, opened, items, answers)
-        requests = [item.request for item in items if item.request]
-        tokens = sum(request.max_new_tokens for request in requests)
-        passes = opened.cfg.num_loops * tokens / min(options.num_slots, len(requests))
-        model = opened.load(mesh, dtype, engine_flags.needed_context(requests), passes, note)
-        engine, rows = start_engine(options, exits, model, requests, len(items))
+    one = options.prompts is None
+    with Answers(options.out or os.devnull, bool(options.out) and is_first()) as answers:
+        model = load(options.checkpoint, options.step)
+        config, origin = engine_flags.complete(options, config, model)
+        requests = answering.make_requests(
+            model, config, items, answers, options.chat, dtype.name, one
+        )
+        if not requests:
+            answers.close()
+            return say(f"nothing was left to decode\nanswers: {options.out}")
+        passes = generation.expected_passes(model, requests, config.num_slots)
+        length = generation.needed_context(requests)
+        placed = generation.put_on_devices(model, mesh, dtype, length, passes)
+        began = time.perf_counter()
+        engine = generation.make_engine(placed, generation.fit_to(config, requests, placed))
+        rows = {
+            **report.describe_model(options.checkpoint, placed),
+            "prompts": f"{len(requests):,} of {len(items):,}",
+            **engine_flags.describe(engine, config, origin),
+            "compiled in": f"{time.perf_counter() - began:.1f} s",
+        }
         note(tables.table(list(rows.items())))
-        session = Session(engine, opened.tokenizer)
-        if options.prompts is None:
-            seconds = answer_one(session, engine, items[0], answers)
+        session = Session(engine, model.tokenizer)
+        if one:
+            seconds = answering.answer_one(session, engine, items[0], answers)
         else:
-            seconds = answer_all(session, items, answers)
-    answered = [item.completion for item in items]
-    times = measure_bound(options, engine, session, mesh)
-    record = report.summary(engine, session.stats, answered, seconds, options.lossless, times)
+            seconds = answering.answer_all(session, items, answers)
+    times = None
+    if (options.stats or options.profile) and session.stats.tokens:
+        if mesh.size > 1:
+            note("the bound is measured on one device only, so the numbers lack it")
+        else:
+            note("measuring the parts of a tick alone …")
+            times = timing.measure(engine, session.stats.exit_loops)
+    answered = [item.completion for item in items if not item.kept]
+    record = report.summary(engine, session.stats, answered, seconds, config.lossless, times)
     if options.stats:
         report.write(options.stats, {"run": rows} | record)
-    if options.heatmap and jax.process_index() == 0:
-        make_row = functools.partial(heatmap.make_row, opened.tokenizer)
+    if options.heatmap and is_first():
+        make_row = functools.partial(heatmap.make_row, model.tokenizer)
         drawn = [make_row(i.prompt, i.request, i.completion) for i in items if i.request]
-        title = f"{options.checkpoint}, exits: {rows['exits']}"
-        heatmap.save(options.heatmap, drawn, engine.num_loops, title)
+        with answers_lib.naming(options.heatmap):
+            title = f"{options.checkpoint}, exits: {rows['exits']}"
+            heatmap.save(options.heatmap, drawn, engine.num_loops, title)
     files = {"answers": options.out, "stats": options.stats, "heat map": options.heatmap}
     lines = [report.table(record), *(f"{name}: {file}" for name, file in files.items() if file)]
-    (note if options.prompts is None else say)("\n".join(lines))
+    (note if one else say)("\n".join(lines))
 
 
-def main() -> None:
-    sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 does not end the run
-    try:
-        run(flags.FLAGS)
-    except KeyboardInterrupt:
-        out = flags.FLAGS.out and os.path.realpath(flags.FLAGS.out)
-        files = [f for f in (f"{out}.part", out) if out and pathlib.Path(f).exists()]
-        note(f"\nstopped; finished answers: {files[0]}" if files else "\nstopped")
-        sys.exit(130)
+def is_first() -> bool:
+    return jax.process_index() == 0
+
+
+def main(options: flags.FlagValues = flags.FLAGS) -> None:
+    with stop.on_signals():
+        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 does not end the run
+        try:
+            run(options)
+        except stop.Stopped as signal:
+            note(f"\n{answering.stopped(options.out, sys.argv[1:])}")
+            sys.exit(signal.exit_code)
 
 
 if __name__ == "__main__":

@@ -138,6 +138,31 @@ def test_nan_stays_in_its_row(name):
     np.testing.assert_array_equal(y[others], healthy[others])
 
 
+@pytest.mark.parametrize("kind", ["scanned", "cpu"])
+def test_rows_of_slots_that_the_cache_does_not_have_are_an_error(kind):
+    """Before compilation; in a compiled pass they are NaN, and the other rows are as without."""
+    cfg = CONFIGS["llama"]
+    model = CpuModel(cfg) if kind == "cpu" else scanned(cfg)
+    params = model.prepare(params_of(cfg))
+    x, good = states(SLOTS + 2, cfg), np.array([0, 1, 2, 0, 1])
+    positions = np.array([3, 4, 5, 6, 7])
+    bad = np.arange(SLOTS + 2)
+
+    def rows(slots):
+        return Rows(jnp.zeros(len(x), jnp.int32), jnp.asarray(positions), jnp.asarray(slots))
+
+    cache = model.new_cache(SLOTS, LENGTH)
+    for slots, backfill in ((bad, None), (bad - 1, None), (good, bad)):
+        if backfill is not None:
+            backfill = Backfill(x, jnp.ones(len(x), int), jnp.asarray(positions), jnp.asarray(bad))
+        with pytest.raises(ValueError, match="and a cache of 3 slots; expected slots in 0 … 2"):
+            model.run_block(params, x, rows(slots), cache, backfill)
+    y, _ = run(model, params, x, rows(bad), None)
+    expected, _ = run(model, params, x[:SLOTS], jax.tree.map(lambda a: a[:SLOTS], rows(bad)), None)
+    assert np.isnan(y[SLOTS:]).all()
+    np.testing.assert_allclose(y[:SLOTS], expected, atol=1e-5)
+
+
 def test_bfloat16_runs_by_xla():
     cfg = CONFIGS["gemma3"]
     x, rows, backfill = a_pass(cfg, 3, True)

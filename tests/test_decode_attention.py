@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decode_models import make_engine
 
 from recursive_jax.cpu import build
 from recursive_jax.cpu.cache import CpuCache
 from recursive_jax.cpu.decoder import CpuModel
-from recursive_jax.decoding.engine import Engine
+from recursive_jax.decoding.donation import copies
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.interface import Rows
 from recursive_jax.models.kv_cache import KVCache
@@ -165,6 +166,29 @@ def test_it_equals_the_plain_cache(prompt, windowed):
         np.testing.assert_array_equal(getattr(now, name), getattr(then, name))
 
 
+def test_a_copy_of_the_cache_is_seen_in_the_compiled_text():
+    """The kernel cannot see it: XLA hands it one buffer as argument and result in any case."""
+    cache, *_ = filled(2, 16, 77)
+    q, k = draw(3, 6, 16), draw(3, 2, 16)
+    rows = Rows(np.array([0, 1, 0]), np.array([5, 6, 7]), np.array([0, 1, 2]))
+
+    def step(cache):
+        y, new = cache.attend(q, k, k, rows, jnp.int32(LAYER), None, SCALE, None)
+        return new, y
+
+    def old_rows_are_needed(cache):
+        new, y = step(cache)
+        return new, jnp.sin(cache.keys + y.sum()).sum()
+
+    def copied(function, **options):
+        return copies(jax.jit(function, **options).lower(cache).compile(), cache)
+
+    shape = ",".join(map(str, cache.keys.shape))
+    assert copied(step, donate_argnums=0) == []
+    assert copied(old_rows_are_needed, donate_argnums=0) == [f"a copy of f32[{shape}]"]
+    assert "result 0 is not the donated buffer" in copied(step)
+
+
 def test_softcap():
     cache, k, v = filled(1, 16, 40)
     q, lanes = 5 * draw(2, 2, 16), np.array([0, 1])
@@ -239,7 +263,7 @@ def test_blocks_that_it_has_no_room_for_are_an_error():
 def test_engines_use_it_where_it_can_be_used(monkeypatch):
     def engine(cfg, dtype=jnp.float32):
         model = CpuModel(cfg, dtype)
-        return Engine(model, model.prepare(init_params(cfg, jax.random.key(0))), 2, 32)
+        return make_engine(model, model.prepare(init_params(cfg, jax.random.key(0))), 2, 32)
 
     moved = []
     monkeypatch.setattr(build, "use_huge_pages", moved.extend)

@@ -11,12 +11,21 @@ import jax
 import numpy as np
 import pytest
 import slow_reference
-from decode_models import scanned
+from decode_models import make_engine, scanned
 
 from recursive_jax.analysis.simulation import Recording, replay
 from recursive_jax.cpu.decoder import CpuModel
+from recursive_jax.decoding.config import EngineConfig
 from recursive_jax.decoding.engine import Engine
-from recursive_jax.decoding.exit_measures import Recorded, Static, make_measure
+from recursive_jax.decoding.exit_measures import (
+    Cosine,
+    Margin,
+    Recorded,
+    Stable,
+    Static,
+    TopProbability,
+    make_measure,
+)
 from recursive_jax.decoding.requests import Completion, Request, Sampling
 from recursive_jax.decoding.scheduler import Scheduler
 from recursive_jax.decoding.session import Session, generate
@@ -67,7 +76,7 @@ def params_of(cfg):
 @functools.lru_cache(maxsize=8)
 def engine_of(cfg, num_slots=3, chunk_length=4, **options):
     options = {"num_slots": num_slots, "context_length": CONTEXT, **options}
-    return Engine(scanned(cfg), params_of(cfg), chunk_length=chunk_length, **options)
+    return make_engine(scanned(cfg), params_of(cfg), chunk_length=chunk_length, **options)
 
 
 def requests_of(cfg, number, seed, recorded=False):
@@ -317,7 +326,7 @@ def test_lossless_equals_full_depth_in_the_ticks_of_its_law(draft_loop):
     Greedy and sampled, answers that end by length and by a stop token.
     """
     cfg, params = AGREEING, agreeing_params()
-    engine = Engine(
+    engine = make_engine(
         scanned(cfg), params, 1, CONTEXT, measure=Static(draft_loop), lossless=True, chunk_length=4
     )
     right = []
@@ -464,6 +473,45 @@ def test_full_depth_needs_no_more_ticks_than_batching_by_tokens():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("cpu_model", [False, True])
+def test_other_requests_change_the_last_bits_only(cpu_model):
+    """Alone, and among others whose prompts run beside it: what `requests` promises in float32."""
+    settings = dict(chunk_length=16, measure=Recorded(), missing_kv="propagate")
+    if cpu_model:
+        model = CpuModel(RELAXED)
+        params = model.prepare(params_of(RELAXED))
+        engine = make_engine(model, params, 3, CONTEXT, **settings)
+    else:
+        engine = engine_of(RELAXED, **settings)
+    requests = requests_of(RELAXED, 8, seed=30, recorded=True)
+    alone = [generate(engine, [request])[0] for request in requests]
+    together, _ = serve(engine, requests, seed=31)
+    for one, other in zip(alone, together, strict=True):
+        assert (one.tokens, one.exit_loops) == (other.tokens, other.exit_loops)
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cpu_model", [False, True])
+def test_the_callers_params_are_only_read(cpu_model):
+    """Neither deleted nor changed by preparing a model and decoding with it."""
+    params = jax.tree.map(np.array, params_of(RELAXED))
+    given = jax.device_put(params)
+    model = CpuModel(RELAXED) if cpu_model else scanned(RELAXED)
+    engine = make_engine(model, model.prepare(given), 2, CONTEXT, chunk_length=4)
+    before = generate(engine, [Request(0, (1, 2, 3), 9)])
+    assert before == generate(engine, [Request(0, (1, 2, 3), 9)])
+    jax.tree.map(np.testing.assert_array_equal, given, params)
+
+
+def test_slots_that_are_not_there():
+    engine = engine_of(RELAXED)
+    for slot in (-1, engine.num_slots, 0.5):
+        with pytest.raises(ValueError, match=f"slot={slot}; expected an integer, at least 0 and"):
+            engine.admit(slot, Request(0, (1,), 4))
+        with pytest.raises(ValueError, match=f"slot={slot}; expected"):
+            engine.release(slot)
+
+
 def test_stop_tokens_end_an_answer():
     engine = engine_of(RELAXED, measure=Recorded(), missing_kv="complete")
     requests = requests_of(RELAXED, 8, seed=3, recorded=True)
@@ -487,7 +535,7 @@ def test_the_cpu_model_and_blocks_of_the_cache_change_nothing(name, monkeypatch)
     monkeypatch.setattr(KVCache, "BLOCK", 16)
     jax.clear_caches()
     model = CpuModel(cfg)
-    engine = Engine(
+    engine = make_engine(
         model, model.prepare(params_of(cfg)), 3, CONTEXT, chunk_length=4, measure=Recorded(),
         missing_kv="propagate",
     )  # fmt: skip
@@ -558,7 +606,7 @@ def test_nothing_compiles_after_warm_up():
     ids=str,
 )
 @pytest.mark.parametrize("cpu_model", [False, True])
-def test_the_cache_is_updated_in_place(options, cpu_model, full_compilation):
+def test_the_cache_is_updated_in_place(options, cpu_model, full_compilation, caplog):
     """Bytes, by the compiler's account: the donated cache is the output, and not copied."""
     # as large a cache with few layers, since the CPU model compiles each
     layers, context = (4, 2048) if cpu_model else (16, 512)
@@ -568,11 +616,12 @@ def test_the_cache_is_updated_in_place(options, cpu_model, full_compilation):
         model = CpuModel(cfg)
         params = model.prepare(init_params(cfg, jax.random.key(0)))
     how = dict(measure=Static(1), chunk_length=16, **options)
-    engine = Engine(model, params, 8, context, **how)
+    engine = make_engine(model, params, 8, context, **how)
     engine.compile()
     for name, memory in engine.memory().items():
         assert memory.alias_size_in_bytes >= engine.cache_bytes >= 16 << 20, name
         assert memory.temp_size_in_bytes < engine.cache_bytes / 4, name
+    assert not caplog.records, "no warning of a copy"
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="Linux tells the peak")
@@ -584,7 +633,7 @@ def test_the_process_never_holds_a_second_cache():
         return int(re.search(rf"{name}:\s+(\d+)", status)[1]) << 10
 
     cfg = RELAXED.replace(num_layers=8)
-    engine = Engine(scanned(cfg), params_of(cfg), 16, 4096, measure=Static(1), chunk_length=16)
+    engine = make_engine(scanned(cfg), params_of(cfg), 16, 4096, measure=Static(1), chunk_length=16)
     requests = [Request(i, (1, 2, 3), 40) for i in range(32)]
     generate(engine, requests[:1])  # all is compiled, and every page of the cache touched
     assert engine.cache_bytes >= 128 << 20
@@ -650,11 +699,63 @@ def test_an_engine_that_failed_in_a_step_is_mended_by_reset(monkeypatch):
         ({"num_stop": -1}, "num_stop=-1; expected"),
         ({"chunk_length": "4"}, "chunk_length='4'; expected an integer"),
         ({"measure": "top1"}, "measure='top1'; expected one of decoding.exit_measures"),
+        ({"measure": TopProbability(0.5), "thresholds": 0.4}, "thresholds=0.4 beside measure=Top"),
+        ({"measure": make_measure("top1"), "thresholds": ("x",)}, "expected numbers"),
+        ({"measure": Static(4)}, "static:4: the model has 3 loops"),
+        ({"measure": Static(3), "lossless": True}, "a draft after loop 3 of 3 is no draft"),
+        ({"depthwise": "no"}, "depthwise='no'; expected True or False"),
+        ({"context_length": 1}, "context_length=1; expected an integer, at least 2"),
     ],
 )
 def test_an_engine_that_makes_no_sense_is_refused(options, words):
     with pytest.raises(ValueError, match=words):
-        Engine(scanned(TIED), params_of(TIED), 2, CONTEXT, **options)
+        make_engine(
+            scanned(TIED), params_of(TIED), **{"num_slots": 2, "context_length": 9} | options
+        )
+
+
+def test_what_a_model_cannot_do_is_refused():
+    one = TIED.replace(num_loops=1)
+    with pytest.raises(ValueError, match="this model has one loop only"):
+        EngineConfig(measure=Static(1), lossless=True).for_model(one)
+    with pytest.raises(ValueError, match="'stable' needs a model of at least 3 loops"):
+        EngineConfig(measure=Stable()).for_model(RELAXED)
+    with pytest.raises(ValueError, match="config=16; expected an EngineConfig"):
+        Engine(scanned(TIED), params_of(TIED), 16)
+
+
+def test_a_measure_brings_its_threshold():
+    """It is a setting like any other, and no part of the compiled program."""
+    config = EngineConfig(measure=TopProbability(0.9))
+    assert config == EngineConfig(measure=TopProbability(), thresholds=0.9)
+    assert config != EngineConfig(measure=TopProbability(0.8))
+    assert (config.measure, config.thresholds) == (make_measure("top1"), (0.9,))
+    assert EngineConfig(measure=Stable()).thresholds is None
+    for bad in (lambda: Margin(1.5), lambda: Cosine(-2), lambda: TopProbability("high")):
+        with pytest.raises(ValueError, match="exit threshold of"):
+            bad()
+    requests = requests_of(TIED, 6, seed=32)
+    answers = {}
+    for threshold in (0.05, 0.9):
+        engine = make_engine(
+            scanned(TIED), params_of(TIED), 3, CONTEXT, chunk_length=4,
+            measure=TopProbability(threshold),
+        )  # fmt: skip
+        assert engine.thresholds == (threshold,)
+        answers[threshold] = generate(engine, requests), engine.loop
+    assert answers[0.05][1] == answers[0.9][1], "what is compiled is the same"
+    assert answers[0.05][0] != answers[0.9][0]
+    compiled = engine.executables["tick"]
+    engine.thresholds = 0.05
+    assert generate(engine, requests) == answers[0.05][0]
+    assert engine.executables["tick"] is compiled
+    with pytest.raises(ValueError, match="3 exit thresholds; expected one"):
+        engine.thresholds = (0.1, 0.2, 0.3)
+
+
+def test_an_engine_has_the_sizes_of_its_model():
+    engine = Engine(scanned(TIED), params_of(TIED), EngineConfig(num_slots=2))
+    assert engine.config.context_length == TIED.max_length == engine.config.chunk_length
 
 
 def test_measures_and_thresholds_by_name(tmp_path):

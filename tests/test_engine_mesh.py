@@ -8,12 +8,12 @@ import re
 import jax
 import numpy as np
 import pytest
+from decode_models import make_engine
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_engine import CONTEXT, GEMMA, RELAXED, as_recorded, follows, params_of, requests_of, serve
 
 from recursive_jax import sharding
-from recursive_jax.decoding.engine import Engine
 from recursive_jax.decoding.exit_measures import Recorded
 from recursive_jax.decoding.requests import Request
 from recursive_jax.models.decoder import Decoder
@@ -42,7 +42,7 @@ def engine_on(cfg, mode, data, tensor):
     where = sharding.shardings(logical_axes(cfg), mesh, rules)
     model = ScannedModel(Decoder(cfg))
     options = dict(chunk_length=4, mesh=mesh, rules=rules, **MODES[mode])
-    return Engine(model, sharding.put_global(params_of(cfg), where), 8, CONTEXT, **options)
+    return make_engine(model, sharding.put_global(params_of(cfg), where), 8, CONTEXT, **options)
 
 
 def groups_of(line: str) -> list[list[int]]:
@@ -152,7 +152,7 @@ def test_slots_of_several_shards_are_not_batched_by_tokens():
     rules = sharding.rules_for(mesh, WIDE)
     with pytest.raises(ValueError, match="depthwise=False on 2 devices"):
         model = ScannedModel(Decoder(WIDE))
-        Engine(model, None, 8, CONTEXT, depthwise=False, mesh=mesh, rules=rules)
+        make_engine(model, None, 8, CONTEXT, depthwise=False, mesh=mesh, rules=rules)
 
 
 @pytest.mark.slow
@@ -217,7 +217,7 @@ def test_meshes_that_cannot_be_are_refused():
 
     def build(slots, mesh):
         rules = sharding.rules_for(mesh, WIDE)
-        return Engine(ScannedModel(Decoder(WIDE)), {}, slots, CONTEXT, mesh=mesh, rules=rules)
+        return make_engine(ScannedModel(Decoder(WIDE)), {}, slots, CONTEXT, mesh=mesh, rules=rules)
 
     with pytest.raises(ValueError, match="num_slots=6; expected a multiple of the 4 devices"):
         build(6, mesh)

@@ -7,10 +7,10 @@ import pydoc_data.topics
 import jax
 import numpy as np
 import pytest
+from decode_models import make_engine
 from test_engine import as_recorded, follows, serve
 
 from recursive_jax.cpu.decoder import CpuModel
-from recursive_jax.decoding.engine import Engine
 from recursive_jax.decoding.exit_measures import Recorded
 from recursive_jax.decoding.requests import Request, Sampling
 from recursive_jax.weights import tying
@@ -45,7 +45,7 @@ def engine_on(path, num_slots=4, **options):
     """As `generate` makes it for a long job on one CPU: the CPU model."""
     params, cfg, _ = folded(path)
     model = CpuModel(cfg)
-    return Engine(model, model.prepare(params), num_slots, CONTEXT, chunk_length=8, **options)
+    return make_engine(model, model.prepare(params), num_slots, CONTEXT, chunk_length=8, **options)
 
 
 def test_full_depth_answers_as_transformers_does(smollm2):

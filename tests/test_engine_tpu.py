@@ -6,10 +6,10 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from decode_models import make_engine
 from test_engine_mesh import collectives
 
 from recursive_jax import sharding
-from recursive_jax.decoding.engine import Engine
 from recursive_jax.decoding.exit_measures import TopProbability
 from recursive_jax.model import decode_model
 from recursive_jax.models.parameters import abstract_params, logical_axes
@@ -43,7 +43,7 @@ def engine_for(cfg, mesh):
         abstract_params(cfg),
         where,
     )
-    return Engine(
+    return make_engine(
         decode_model(cfg, jnp.bfloat16, mesh, CONTEXT),
         params,
         SLOTS,

@@ -5,8 +5,12 @@ import json
 import os
 import pathlib
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +21,11 @@ from absl import flags
 from recursive_jax import generate as job
 from recursive_jax import sharding, text
 from recursive_jax.analysis import timing
-from recursive_jax.console import engine_flags
+from recursive_jax.console import engine_flags, tables
+from recursive_jax.decoding.answers import digest_of_files
 from recursive_jax.decoding.prompts import Prompt, to_request
 from recursive_jax.decoding.thresholds import Thresholds
+from recursive_jax.model import open_model
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import Decoder
 from recursive_jax.models.parameters import abstract_params
@@ -256,6 +262,8 @@ def test_one_prompt_streams_to_the_terminal(tiny, tmp_path, capsys, monkeypatch,
     assert "tok/s" in printed.err and "first token after" in printed.err
     for words in ("static:1 of 2 loops", "exits only draft", "drafts accepted", "ticks per token"):
         assert words in printed.err
+    count = tables.count(sum(leaf.size for leaf in jax.tree.leaves(params_of(TINY))))
+    assert f"2 × 2 layers, {count} parameters" in printed.err
 
 
 def test_exits_with_calibrated_thresholds_statistics_and_a_picture(
@@ -409,7 +417,7 @@ def test_a_vanilla_directory_and_its_generation_config(tmp_path):
         ({"prompt": "a", "exit_measure": "static:3"}, "static:3: the model has 2 loops"),
         ({"prompt": "a", "exit_measure": "stable"}, "needs a model of at least 3 loops"),
         ({"prompt": "a", "exit_measure": "calibrated"}, "has no thresholds.json; name"),
-        ({"prompt": "a", "exit_threshold": "0.5"}, "without --exit_measure"),
+        ({"prompt": "a", "exit_threshold": "0.5"}, "without an exit measure"),
         ({"prompt": "a", "exit_measure": "top1", "exit_threshold": "x"}, "threshold=x; expected"),
         ({"prompt": "a", "exit_measure": "top1", "exit_threshold": "2"}, "of top1=2.0; expected"),
         ({"prompt": "a", "exit_measure": "top1", "exit_threshold": ".1,.2"}, "2 exit thresholds"),
@@ -451,6 +459,81 @@ def test_an_empty_prompt_needs_a_bos_token(tiny):
     assert to_request(prompt, tiny_tokenizer(), **sizes).tokens == (0,)
     with pytest.raises(ValueError, match="prompt is empty and this tokenizer has no BOS"):
         to_request(prompt, space_tokenizer(), **sizes)
+
+
+def test_a_job_that_is_stopped_goes_on_where_it_was(tiny, tmp_path, capsys, one_device):
+    """By real signals; the answers are those of a run that was not stopped."""
+    source, out = tmp_path / "prompts.txt", tmp_path / "out file.jsonl"
+    source.write_text("".join(f"word {i}\n" for i in range(120)))
+    part, count = pathlib.Path(f"{out}.part"), 0
+
+    def answer_until(number, lines, num_slots):
+        """Send a signal when so many answers are there; returns what the job told."""
+
+        def watch():
+            while not part.exists() or part.read_bytes().count(b"\n") < lines:
+                time.sleep(0.001)
+            os.kill(os.getpid(), number)
+
+        values = flags.FlagValues()
+        job.define_flags(values)
+        arguments = [f"--prompts={source}", f"--out={out}", f"--num_slots={num_slots}"]
+        values(["generate", f"--checkpoint={tiny}", "--max_new_tokens=12", *arguments])
+        before, watcher = signal.getsignal(number), threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        with pytest.raises(SystemExit) as ended:
+            job.main(values)
+        watcher.join()
+        assert ended.value.code == 128 + number and signal.getsignal(number) is before
+        return capsys.readouterr().err
+
+    for number, num_slots in ((signal.SIGTERM, 2), (signal.SIGINT, 4)):
+        told = answer_until(number, count + 5, num_slots)
+        assert not count or f"{count} answers are in {part} already" in told
+        assert count + 5 <= len(part.read_text().splitlines()) < 120 and not out.exists()
+        count = len(part.read_text().splitlines())
+        assert f"stopped; finished answers: {count} in {part}. To go on:\npython -m " in told
+
+    run_job(checkpoint=tiny, prompts=source, out=out, max_new_tokens=12)
+    assert re.search(rf"\nprompts +{120 - count} of 120\n", capsys.readouterr().err)
+    answers = read_jsonl(out)
+    assert [answer["id"] for answer in answers] == list(range(1, 121)) and not part.exists()
+    for i in (0, 7, 119):
+        expected = slowly(TINY, tuple(text.encode(tiny_tokenizer(), f"word {i}")), 12)
+        assert answers[i]["tokens"] == expected[: (*expected, 1).index(1)]
+
+
+def test_answers_of_other_settings_are_not_taken(tiny, tmp_path, capsys, one_device):
+    """All answers are there, so the same command has nothing to decode."""
+    source, out = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+    source.write_text("Once upon\nThe list\n")
+    part = pathlib.Path(f"{out}.part")
+    job_of = functools.partial(run_job, checkpoint=tiny, prompts=source, out=out, max_new_tokens=6)
+    (tmp_path / "out.jsonl.sorted").mkdir()  # so the file cannot be written in the end
+    with pytest.raises(OSError, match=f"cannot write {out}.sorted: .* 2 answers are in {part}; "):
+        job_of()
+    (tmp_path / "out.jsonl.sorted").rmdir()
+    data = part.read_bytes()
+    job_of()
+    assert "nothing was left to decode" in capsys.readouterr().out
+    assert len(read_jsonl(out)) == 2 and not part.exists()
+    part.write_bytes(data)
+    job_of(exit_measure="top1", exit_threshold=0.3)
+    assert "held 2 answers of another run" in capsys.readouterr().err
+    assert pathlib.Path(f"{part}.1").read_bytes() == data
+
+
+def test_weights_are_told_apart_by_their_files(tiny, tmp_path):
+    def found(directory):
+        return digest_of_files(job.weight_files(open_model(str(directory))))
+
+    copy = shutil.copytree(tiny, tmp_path / "copy")
+    assert found(copy) == found(tiny)
+    writer = checkpoint.Writer(copy)
+    writer.save(4, jax.tree.map(lambda x: x * 1.5, params_of(TINY)), wait=True)
+    writer.close()
+    assert found(copy) != found(tiny)
+    assert found("tiny") == found(ASSETS / "tiny") != found(tiny)
 
 
 def test_the_command_tells_mistakes_without_a_traceback(tiny, tmp_path):

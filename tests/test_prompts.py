@@ -3,11 +3,14 @@
 import json
 import os
 import pathlib
+import resource
 import threading
 
 import pytest
 
-from recursive_jax.decoding.prompts import Answers, make_request, read_prompts
+from recursive_jax.decoding.answers import Answers, digest, digest_of_files
+from recursive_jax.decoding.limits import Limits
+from recursive_jax.decoding.prompts import make_request, read_prompts
 from recursive_jax.decoding.requests import Completion, Request
 
 DEFAULTS = dict(max_new_tokens=9, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=3)
@@ -64,9 +67,46 @@ def test_lines_without_an_id_make_room_for_those_with_one(tmp_path):
     lines = [json.dumps({"prompt": "x"} | name) for name in ids]
     path.write_text("\n".join(lines), encoding="utf-8-sig")  # Windows marks UTF-8 so
     prompts = read_prompts(path, DEFAULTS)
-    assert [p.id for p in prompts] == ["line 1", 1, 3, 2, 5, 3]
+    assert [p.id for p in prompts] == ["line 1", 1, 3, 2, 5, "line 6"]
     assert [p.error is None for p in prompts] == [True] * 5 + [False]
     assert "id 3 is taken by line 3" in prompts[5].error
+
+
+def test_every_answer_has_an_id_of_its_own(tmp_path):
+    """Also where a bad line doubles an id, and where a line has the name of another."""
+    path = tmp_path / "prompts.jsonl"
+    records = [{"id": "a"}, {"id": "a", "typo": 1}, {"id": "a"}, {"id": "line 3"}, {"id": 6}, {}]
+    path.write_text("\n".join(json.dumps({"prompt": "x"} | record) for record in records))
+    prompts = read_prompts(path, DEFAULTS)
+    assert [p.error is None for p in prompts] == [True, False, False, True, True, True]
+    ids = [p.id for p in prompts]
+    assert len(set(ids)) == 6 and [ids[i] for i in (0, 3, 4)] == ["a", "line 3", 6]
+    assert ids[1] == "line 2" and "unknown fields" in prompts[1].error
+
+
+def test_errors_show_the_beginning_and_the_end_of_long_values(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    name, tokens = "a" * 100_000 + "z", [7] * 100_000
+    records = [
+        {"prompt": "x", "id": name},
+        {"prompt": "x", "id": name},
+        {"prompt": tokens},
+        {"prompt": "x", "recorded_loops": [*tokens, "x"]},
+        {"prompt": "x", name: 1},
+        {"prompt": "x", "id": tokens},
+    ]
+    path.write_text("\n".join(map(json.dumps, records)))
+    first, *bad = read_prompts(path, DEFAULTS)
+    assert first.id == name and first.error is None
+    assert all(prompt.error and len(prompt.error) < 500 for prompt in bad)
+    assert "aaa...aaa" in bad[0].error and "z' is taken by line 1" in bad[0].error
+    with pytest.raises(ValueError, match=r"stop=\['aaa") as told:
+        Request(0, (1,), 1, stop_strings=[name, ""])
+    assert len(str(told.value)) < 500
+    limits = Limits(context_length=9, vocab_size=5, num_loops=1, num_stop=1)
+    with pytest.raises(ValueError, match="request 'aaa.*has token 7") as told:
+        limits.check(Request(name, (7,), 1))
+    assert len(str(told.value)) < 500
 
 
 def test_prompt_files_that_are_none(tmp_path):
@@ -130,6 +170,130 @@ def test_answers_are_on_disk_at_once_and_in_order_at_the_end(tmp_path):
     assert sorted(p.name for p in path.parent.iterdir()) == ["out.jsonl"]
     with pytest.raises(ValueError, match="cannot write"):
         Answers(tmp_path)
+
+
+def answer(name, tokens=(3, 4)):
+    """An answer with all that a record may hold; half of a surrogate pair included."""
+    loops, logprobs = [1] * len(tokens), [-0.5 - 1e-6] * len(tokens)
+    return Completion(name, "é\ud800", list(tokens), loops, logprobs, "length")
+
+
+NAMES = ("a", 2, "\ud800", "d")
+
+
+def digests(run="a model", **changes):
+    """As `resume` takes them, for requests of these names."""
+    requests = [Request(name, (5, 6), changes.get(str(name), 9)) for name in NAMES]
+    return {r.id: (place, digest(r, run)) for place, r in enumerate(requests)}
+
+
+def interrupted(path, places=(2, 0, 1)):
+    """FILE.part of a run that was stopped after some answers; the last line is torn."""
+    with pytest.raises(KeyboardInterrupt), Answers(path) as answers:
+        answers.resume(digests(), print)
+        answers.add(3, Completion.failed("d", "too long"))
+        for place in places:
+            answers.add(place, answer(NAMES[place]), logprobs=place == 2)
+        raise KeyboardInterrupt
+    part = pathlib.Path(f"{path}.part")
+    with open(part, "ab") as f:
+        f.write(part.read_bytes().split(b"\n")[1][:40])
+    return part
+
+
+def go_on(path, run_digests):
+    """The places of the answers that a next run takes, and the ids of its file."""
+    lines = []
+    with Answers(path) as answers:
+        kept = answers.resume(run_digests, lines.append)
+        for place, completion in kept.items():
+            assert completion.id == NAMES[place] and completion.text == "é\ud800"
+            assert completion.logprobs == (answer("a").logprobs if place == 2 else [])
+        for place in set(range(4)) - set(kept):
+            answers.add(place, answer(NAMES[place]))
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["id"] for record in records] == list(NAMES)
+    assert all(record["tokens"] == [3, 4] and "checksum" not in record for record in records)
+    assert "logprobs" in records[2] or 2 not in kept
+    return sorted(kept), lines
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
+    path = tmp_path / "out.jsonl"
+    part = interrupted(path)
+    kept, lines = go_on(path, digests())
+    assert kept == [0, 1, 2], "not the one that failed, and not the torn line"
+    assert lines == [f"3 answers are in {part} already"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl"]
+
+
+def test_a_run_may_be_interrupted_more_than_once(tmp_path):
+    path = tmp_path / "out.jsonl"
+    interrupted(path, places=(2,))
+    interrupted(path, places=(1,))
+    assert go_on(path, digests())[0] == [1, 2]
+
+
+def test_answers_of_another_run_are_neither_used_nor_lost(tmp_path):
+    """Of another model or other settings all, of another prompt or a flipped bit that one."""
+    path = tmp_path / "out.jsonl"
+    part = interrupted(path)
+    flipped = part.read_bytes().replace(b"[3, 4]", b"[3, 5]", 1)
+    part.unlink()
+    cases = [
+        (digests("another model"), None, []),
+        (digests(a=8), None, [1, 2]),
+        (digests(), flipped, [0, 1]),
+    ]
+    for number, (run_digests, data, expected) in enumerate(cases, 1):
+        interrupted(path)
+        if data is not None:
+            part.write_bytes(data)
+        before = part.read_bytes()
+        kept, lines = go_on(path, run_digests)
+        assert kept == expected
+        aside = pathlib.Path(f"{part}.{number}")
+        assert aside.read_bytes() == before
+        assert f"{3 - len(kept)} answers of another run" in lines[0] and str(aside) in lines[0]
+        assert not part.exists()
+
+
+def test_a_part_that_nobody_asks_for_is_not_written_over(tmp_path):
+    part = interrupted(tmp_path / "out.jsonl")
+    before = part.read_bytes()
+    with Answers(tmp_path / "out.jsonl") as answers:
+        answers.add(0, answer("new"))
+    assert pathlib.Path(f"{part}.1").read_bytes() == before
+
+
+def test_a_full_disk_is_told_with_the_file_and_the_answers_that_are_there(tmp_path):
+    path, limits = tmp_path / "out.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OSError) as told, Answers(path) as answers:
+            answers.resume(digests(), print)
+            answers.add(0, answer("a"))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
+            answers.add(1, answer(2, tokens=[7] * 500))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    part = f"{path}.part"
+    assert str(told.value) == (
+        f"cannot write {part}: File too large. 1 answers are in {part}; mend this, then run the "
+        "same command again to go on from there"
+    )
+    assert go_on(path, digests())[0] == [0]
+
+
+def test_files_of_a_model_have_one_digest_wherever_they_are(tmp_path):
+    data = os.urandom(2 << 20)
+    for name in ("here", "there", "cut", "other"):
+        (tmp_path / name).mkdir()
+        changed = {"cut": data[:-1], "other": data[: 1 << 20] + os.urandom(1 << 20)}
+        (tmp_path / name / "weights").write_bytes(changed.get(name, data))
+    here, there, *others = (
+        digest_of_files([tmp_path / name / "weights"]) for name in ("here", "there", "cut", "other")
+    )
+    assert here == there and here not in others and others[0] != others[1]
 
 
 @pytest.mark.parametrize(

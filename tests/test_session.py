@@ -6,13 +6,13 @@ import functools
 import jax
 import numpy as np
 import pytest
-from decode_models import scanned
+from decode_models import make_engine, scanned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recursive_jax import text
-from recursive_jax.decoding.engine import Engine
 from recursive_jax.decoding.exit_measures import Recorded, Static
+from recursive_jax.decoding.prompts import Prompt, to_request
 from recursive_jax.decoding.requests import Request, Sampling
 from recursive_jax.decoding.session import Session, generate, stream
 from recursive_jax.decoding.stop_strings import StopStrings
@@ -41,7 +41,7 @@ def engine_of(num_slots=2, **options):
         return (rng.normal(size=leaf.shape) * 0.4).astype(np.float32)
 
     params = jax.device_put(jax.tree.map(draw, abstract_params(TINY)))
-    return Engine(scanned(TINY), params, num_slots, 64, chunk_length=4, **options)
+    return make_engine(scanned(TINY), params, num_slots, 64, chunk_length=4, **options)
 
 
 @settings(max_examples=300, deadline=None)
@@ -160,6 +160,38 @@ def test_a_stop_string_beats_what_comes_behind_it_in_the_same_round():
     nothing = dataclasses.replace(request, max_new_tokens=4, stop_strings=("never",))
     (mine,), parts, _ = answers_of(engine, [nothing])
     assert mine.finish_reason == "length" and mine.text == "".join(parts[0])
+
+
+def test_a_special_token_is_a_stop_string():
+    """Texts hold no special tokens: it stops at the id, or with other text beside is refused."""
+    engine, pad = engine_of(), tokenizer().pad_token_id
+    prompt = Prompt("x", "Once upon", {"max_new_tokens": 24})
+    sizes = {"vocab_size": TINY.vocab_size, "stop_ids": (1,), "context_length": 64}
+    request = to_request(prompt, tokenizer(), **sizes)
+    (whole,) = generate(engine, [request], tokenizer())
+    token = whole.tokens[6]
+    count = whole.tokens.index(token)
+    assert token not in request.tokens and token not in (1, pad)
+    # The same model with other names for two tokens: it says <|pad|> where it said `token`.
+    order = np.arange(TINY.vocab_size)
+    order[[pad, token]] = token, pad
+    params = engine.params
+    engine.params = {**params, "embedding": params["embedding"][order]}
+    try:
+        stop = tokenizer().pad_token
+        prompt.options["stop"] = [stop, "\0"]
+        request = to_request(prompt, tokenizer(), **sizes)
+        assert request.stop == (1, pad)
+        (mine,) = generate(engine, [request], tokenizer())
+        assert mine.finish_reason == "stop" and mine.tokens == whole.tokens[:count]
+        assert mine.text == tokenizer().decode(mine.tokens)
+        prompt.options["stop"] = f"\n{stop}"
+        with pytest.raises(
+            ValueError, match=r"stop='\\n<\|pad\|>' holds the special token '<\|pad"
+        ):
+            to_request(prompt, tokenizer(), **sizes)
+    finally:
+        engine.params = params
 
 
 def test_cancelled_and_refused_requests_have_no_events():

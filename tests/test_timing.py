@@ -3,10 +3,9 @@
 import jax
 import numpy as np
 import pytest
-from decode_models import scanned
+from decode_models import make_engine, scanned
 
 from recursive_jax.analysis import timing
-from recursive_jax.decoding.engine import Engine
 from recursive_jax.decoding.exit_measures import Static
 from recursive_jax.decoding.requests import Request, Sampling
 from recursive_jax.decoding.session import generate
@@ -44,7 +43,7 @@ def test_an_engine_is_as_before_when_it_was_measured(monkeypatch):
         return (rng.normal(size=leaf.shape) * 0.4).astype(np.float32)
 
     params = jax.device_put(jax.tree.map(draw, abstract_params(CFG)))
-    engine = Engine(scanned(CFG), params, 3, 32, measure=Static(1), chunk_length=4)
+    engine = make_engine(scanned(CFG), params, 3, 32, measure=Static(1), chunk_length=4)
     requests = [Request(i, (i + 1, 5), 6) for i in range(4)]
 
     def answer():
@@ -85,7 +84,7 @@ def test_heads_are_timed_with_the_noise_of_their_sampling(monkeypatch):
 
     monkeypatch.setattr(timing.SamplingParams, "stack", spy)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract_params(CFG))
-    engine = Engine(scanned(CFG), params, 2, 32)
+    engine = make_engine(scanned(CFG), params, 2, 32)
     seen.clear()
     timing.Stopwatch(engine, Sampling(temperature=0.75)).close()
     assert {row.temperature for row in seen[:3]} == {0.75}
@@ -102,7 +101,7 @@ def test_heads_are_timed_with_the_noise_of_their_sampling(monkeypatch):
 )
 def test_lanes_are_timed_at_the_loops_they_would_be_at(options, expected):
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract_params(CFG))
-    engine = Engine(scanned(CFG), params, 3, 32, **options)
+    engine = make_engine(scanned(CFG), params, 3, 32, **options)
     watch = timing.Stopwatch(engine)
     lanes = watch.lane_rows(3)
     assert lanes.loop.tolist() == expected
@@ -126,7 +125,9 @@ def test_lanes_are_timed_at_the_loops_they_would_be_at(options, expected):
 def test_the_loops_of_lanes_follow_from_the_exits(exit_loops, expected):
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract_params(CFG))
     how = dict(measure=Static(1), missing_kv="propagate", chunk_length=4)
-    watch = timing.Stopwatch(Engine(scanned(CFG), params, 20, 32, **how), timing.GREEDY, exit_loops)
+    watch = timing.Stopwatch(
+        make_engine(scanned(CFG), params, 20, 32, **how), timing.GREEDY, exit_loops
+    )
     assert watch.lane_rows(20).loop.tolist() == expected
     assert watch.lane_rows(20).position.tolist() == [20 * [16]], "as mixed in every pass"
     watch.close()
@@ -139,7 +140,7 @@ def test_the_loops_of_lanes_follow_from_the_exits(exit_loops, expected):
 def test_tokens_that_wait_for_their_batch_attend_to_nothing(exit_loops, attending):
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract_params(CFG))
     how = dict(measure=Static(1), missing_kv="propagate", chunk_length=4, depthwise=False)
-    engine = Engine(scanned(CFG), params, 20, 32, **how)
+    engine = make_engine(scanned(CFG), params, 20, 32, **how)
     length = engine.cache.length
     watch = timing.Stopwatch(engine, timing.GREEDY, exit_loops)
     lanes, with_chunk = watch.lane_rows(20).position, watch.rows_with_chunk().position

@@ -150,11 +150,11 @@ class Stopwatch:
         engine, loops, length = self._engine, self._engine.loop, self._box[0].length
         lane, per_slot = np.arange(lanes, dtype=np.int32), lanes // engine.num_slots
         loop, turns = lane % per_slot, engine.num_loops if per_slot == 1 else 1
-        position = np.minimum(engine.context_length // 2 + loop, length - 1)
+        position = np.minimum(engine.config.context_length // 2 + loop, length - 1)
         if engine.num_lanes == engine.num_slots and loops.can_exit:
             ran = [sum(n for e, n in self._mix.items() if e > i) for i in range(engine.num_loops)]
             ran, middle = np.array(ran), (lane + 0.5) / lanes
-            if loops.depthwise:
+            if engine.config.depthwise:
                 loop, turns = np.searchsorted(np.cumsum(ran) / ran.sum(), middle), 1
             else:
                 position = np.where(middle < ran[:, None] / ran[0], position, length)
@@ -166,7 +166,8 @@ class Stopwatch:
 
     def rows_with_chunk(self) -> LaneRows:
         """The lanes, and a chunk of a prompt after them."""
-        lanes, length = self.lane_rows(self._engine.num_lanes), self._engine.chunk_length
+        lanes = self.lane_rows(self._engine.num_lanes)
+        length = self._engine.config.chunk_length
         at, turns = np.arange(length, dtype=np.int32), len(lanes.position)
         return LaneRows(
             loop=np.concatenate([lanes.loop, 0 * at]),

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from recursive_jax import text
-from recursive_jax.decoding.prompts import Prompt, check_writable
+from recursive_jax.decoding.answers import check_writable
+from recursive_jax.decoding.prompts import Prompt
 from recursive_jax.decoding.requests import Completion, Request
 
 COLUMNS = 100  # characters of a line

@@ -11,9 +11,11 @@ import jax
 
 from recursive_jax.analysis.timing import Times
 from recursive_jax.console import tables
+from recursive_jax.decoding.answers import naming
 from recursive_jax.decoding.engine import Engine
 from recursive_jax.decoding.requests import Completion
 from recursive_jax.decoding.session import Stats
+from recursive_jax.models.parameters import abstract_params, parameter_counts
 
 
 def summary(
@@ -107,7 +109,21 @@ def table(record: Mapping[str, Any]) -> str:
     return tables.table(rows)
 
 
+def describe_model(name: str, placed: Any) -> dict[str, str]:
+    """Rows of the start-up table. `placed`: a `decode_model.OnDevices` of the model `name`."""
+    cfg, mesh = placed.decoder.cfg, placed.mesh
+    shape = "".join(f", {axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+    count = tables.count(parameter_counts(abstract_params(cfg))["total"])
+    layers = f"{cfg.num_loops} × {cfg.num_layers} layers"
+    kind = mesh.devices.flat[0].device_kind
+    return {
+        "model": f"{name}: {cfg.family}, {layers}, {count} parameters",
+        "computed in": f"{placed.decoder.dtype.name} on {kind}{shape}",
+    }
+
+
 def write(path: str | pathlib.Path, record: Mapping[str, Any]) -> None:
     """Write a record as JSON, on process 0 only."""
     if jax.process_index() == 0:
-        pathlib.Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        with naming(path):
+            pathlib.Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -1,6 +1,7 @@
 """A cache whose decode lanes attend by a kernel for one CPU.
 
-`kernels/decode_attention.cc` writes the new rows and attends, in one pass over the rows.
+`kernels/decode_attention.cc` writes the new rows and attends, in one pass over the rows. It writes
+into the cache that it is given, see `decoding.donation`.
 """
 
 from __future__ import annotations

@@ -49,6 +49,7 @@ class CpuModel:
 
     def run_block(self, params: CpuParams, x, rows: Rows, cache, backfill: Backfill | None = None):
         cached = rows.with_backfill(backfill)
+        x = cache.check_slots(x, cached)
         rope = rope_tables(self.cfg, cached.position)
         rope = _computed_once(rope, jnp.any(cached.position >= 0))
         tables = layer_tables(self.cfg)

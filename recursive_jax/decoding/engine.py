@@ -8,6 +8,8 @@ A third one wipes a slot that held NaN. After `compile`, nothing compiles again.
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,18 +18,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from recursive_jax.decoding.exit_measures import Measure, Recorded, Static
+from recursive_jax.decoding.config import EngineConfig
+from recursive_jax.decoding.donation import copies
+from recursive_jax.decoding.exit_measures import Recorded, Static
 from recursive_jax.decoding.limits import Limits
 from recursive_jax.decoding.placement import Placement
-from recursive_jax.decoding.requests import Request, check_number
+from recursive_jax.decoding.requests import Request, check_number, shown
 from recursive_jax.decoding.sampling import SamplingParams
 from recursive_jax.decoding.scheduler import Chunk
 from recursive_jax.decoding.state import MAX_TICKS, NO_TOKEN, Chunks, TickOutputs
-from recursive_jax.decoding.thresholds import threshold_row
 from recursive_jax.decoding.tick import DecodeLoop
 from recursive_jax.models.interface import Cache, DecodeModel
-
-MISSING_KV = ("complete", "propagate", "copy")
 
 
 class NewToken(NamedTuple):
@@ -63,29 +64,18 @@ class Tick(NamedTuple):
 
 
 class Engine:
-    """Runs up to `num_slots` requests at once.
+    """Runs up to `config.num_slots` requests at once.
 
     Args:
       model: the network and its cache.
-      params: on their devices, as `model.prepare` returns them.
-      num_slots: S; on a mesh a multiple of the devices that share the batch.
-      context_length: cache rows of a slot, or a few less: prompt and answer together fit.
-      chunk_length: prompt tokens that run beside the lanes in a tick.
-      num_stop: the most stop ids any request has.
-      measure: decides which tokens leave early; None runs all loops.
-      thresholds: of the measure, after loop 1, 2, …; a number is for all; None: the measure's own.
-      missing_kv: the source of keys and values of loops that a token skipped. 'complete': the token
-        continues through these loops beside its successors, so they are exact. 'propagate': they
-        are projected from the state with which it left. 'copy': they are those of its last loop.
-        The last prompt token skips no loop.
-      lossless: a token that leaves only drafts its successor; it is kept if the last loop chooses
-        the same, so the tokens are those of full depth. Needs missing_kv='complete'.
-      depthwise: False is the sequence-wise baseline: slots start their tokens together.
+      params: on their devices, as `model.prepare` returns them. They are only read.
+      config: slots, context and exits.
       mesh: the mesh `params` are sharded on; None for one device. Each data shard has its own slots
         and runs its own ticks. There are no collectives over `data`.
       rules: logical axis rules of that mesh.
 
     Attributes:
+      config: with the sizes that this model and `thresholds` have.
       loop: the compiled decode loop of one shard.
       limits: the requests that it accepts.
       executables: 'tick', 'chunk' (a tick with prompt work) and 'wipe', after `compile`.
@@ -98,69 +88,37 @@ class Engine:
         self,
         model: DecodeModel,
         params: Any,
-        num_slots: int,
-        context_length: int,
-        *,
-        chunk_length: int = 64,
-        num_stop: int = 4,
-        measure: Measure | None = None,
-        thresholds: Sequence[float] | float | None = None,
-        missing_kv: str = "complete",
-        lossless: bool = False,
-        depthwise: bool = True,
+        config: EngineConfig,
         mesh: Mesh | None = None,
         rules: Sequence[tuple[str, Any]] = (),
     ):
-        sizes = {"num_slots": num_slots, "context_length": context_length}
-        sizes |= {"chunk_length": chunk_length, "num_stop": num_stop}
-        for name, value in sizes.items():
-            check_number(name, value, True, 1, 2**31 - 1)
-        if measure is not None and not isinstance(measure, Measure):
-            raise ValueError(
-                f"measure={measure!r}; expected one of decoding.exit_measures, as "
-                "make_measure(name) returns"
-            )
-        if missing_kv not in MISSING_KV:
-            raise ValueError(f"missing_kv={missing_kv!r}; expected one of {', '.join(MISSING_KV)}")
-        if lossless and (missing_kv != "complete" or measure is None or not measure.can_exit):
-            raise ValueError(
-                f"lossless with missing_kv={missing_kv!r} and measure={measure}; expected "
-                "'complete' and a measure that drafts, such as Static(1)"
-            )
-        self.model, self.params, self.num_slots = model, params, num_slots
-        self.context_length, self.chunk_length = context_length, min(chunk_length, context_length)
-        self.num_stop, self.measure, self.depthwise = num_stop, measure, depthwise
-        self._thresholds = threshold_row(measure, thresholds, self.num_loops)
+        if not isinstance(config, EngineConfig):
+            raise ValueError(f"config={shown(config)}; expected an EngineConfig")
+        self.model, self.params, self.config = model, params, config.for_model(model.cfg)
         self._placement = Placement(mesh, rules)
         shards = self._placement.shards
-        if num_slots % shards:
+        if self.num_slots % shards:
             raise ValueError(
-                f"num_slots={num_slots}; expected a multiple of the {shards} devices that share "
-                "the batch"
+                f"num_slots={self.num_slots}; expected a multiple of the {shards} devices that "
+                "share the batch"
             )
-        if shards > 1 and not depthwise:
+        if shards > 1 and not config.depthwise:
             raise ValueError(
                 f"depthwise=False on {shards} devices that share the batch; each would wait for "
                 "its own slots only. Measure the sequence-wise baseline on one of them"
             )
-        self.loop = DecodeLoop(
-            model=model,
-            num_slots=num_slots // shards,
-            context_length=context_length,
-            chunk_length=self.chunk_length,
-            num_stop=num_stop,
-            measure=measure,
-            missing_kv=missing_kv,
-            lossless=lossless and self.num_loops > 1,
-            depthwise=depthwise,
+        shard = dataclasses.replace(
+            self.config, num_slots=self.num_slots // shards, thresholds=None
         )
+        self.loop = DecodeLoop(model, shard)
         # A request's own bounds need no measure: the engine's is then the last loop.
+        measure = self.config.measure
         decides = self.can_exit and measure != Static(self.num_loops)
         self.limits = Limits(
-            context_length=context_length,
+            context_length=self.config.context_length,
             vocab_size=model.cfg.vocab_size,
             num_loops=self.num_loops,
-            num_stop=num_stop,
+            num_stop=self.config.num_stop,
             can_exit=self.can_exit,
             check_threshold=measure.check_threshold if decides else None,
             needs_recorded_loops=isinstance(measure, Recorded),
@@ -178,6 +136,24 @@ class Engine:
         self.executables: dict[str, Any] = {}
         self._cache: Cache | None = None
         self.reset()
+
+    @property
+    def thresholds(self) -> tuple[float, ...] | None:
+        """Exit thresholds of the requests that are admitted from now on.
+
+        They can be set to what `EngineConfig.thresholds` takes. Nothing is compiled anew.
+        """
+        return self.config.thresholds
+
+    @thresholds.setter
+    def thresholds(self, thresholds: Sequence[float] | float | None) -> None:
+        config = dataclasses.replace(self.config, thresholds=thresholds)
+        config.check_loops(self.num_loops)
+        self.config = config
+
+    @property
+    def num_slots(self) -> int:
+        return self.config.num_slots
 
     @property
     def num_loops(self) -> int:
@@ -233,6 +209,14 @@ class Engine:
             arguments = (self.params, self._cache, self._state, *fixed, work)
             self.executables[name] = place.compile(run, *arguments)
         self.executables["wipe"] = place.compile(wipe, self._cache, *place.everywhere(np.int32(0)))
+        for name, executable in self.executables.items():
+            for copied in copies(executable, self._cache):
+                logging.warning(
+                    "the program %r does not update the cache in place (%s): it needs a second "
+                    "cache, and time to copy it",
+                    name,
+                    copied,
+                )
 
     def check(self, request: Request) -> None:
         """Raises ValueError unless this engine can answer the request."""
@@ -243,7 +227,11 @@ class Engine:
 
         All prompt tokens but the last run in chunks (none if there is one token); that one is the
         first to decode.
+
+        Raises:
+          ValueError: there is no such slot.
         """
+        check_number("slot", slot, True, 0, self.num_slots - 1)
         if slot in self._tainted:
             # The mask gives stale rows a weight of zero, but zero times NaN is NaN.
             self.compile()
@@ -260,7 +248,7 @@ class Engine:
         s.first[slot], s.last[slot] = n, n + request.max_new_tokens - 1
         s.min_loops[slot] = request.min_loops
         s.max_loops[slot] = request.max_loops or self.num_loops
-        s.thresholds[slot] = self._thresholds
+        s.thresholds[slot] = self.config.threshold_row(self.num_loops)
         if request.exit_threshold is not None:
             s.thresholds[slot] = request.exit_threshold
         if s.recorded.size:
@@ -269,7 +257,12 @@ class Engine:
         self._inputs.updates.text[slot, :n] = request.tokens
 
     def release(self, slot: int) -> None:
-        """All lanes of the slot end; a request that finished has left its slot by itself."""
+        """All lanes of the slot end; a request that finished has left its slot by itself.
+
+        Raises:
+          ValueError: there is no such slot.
+        """
+        check_number("slot", slot, True, 0, self.num_slots - 1)
         self._update(slot, 0, 0, waiting=False)
 
     def step(
@@ -342,7 +335,7 @@ class Engine:
         )
 
     def _new_cache(self) -> Cache:
-        return self.model.new_cache(self.num_slots, self.context_length)
+        return self.model.new_cache(self.num_slots, self.config.context_length)
 
     def _chunk_arrays(self, chunks: Sequence[Chunk]) -> Chunks:
         """Chunks by shard: the slot's shard runs a chunk, the others have none."""

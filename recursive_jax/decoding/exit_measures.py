@@ -4,6 +4,10 @@ A measure scores tokens that have just run a loop. A token leaves when its score
 threshold of that loop. The measure does not choose the next token. Measures that read logits need
 the head after every loop; with other measures the head runs only when a token leaves.
 
+    EngineConfig(measure=TopProbability(0.9))              # one threshold for all loops
+    EngineConfig(measure=Cosine(), thresholds=(0.9, 0.8))  # after loop 1, after loop 2
+    EngineConfig(measure=Static(2))                        # measures without a threshold
+
 Axes: n rows, D embed, V vocab, L loops.
 """
 
@@ -41,10 +45,10 @@ class Measure(abc.ABC):
     needs_logits: ClassVar[bool] = False
     needs_previous: ClassVar[bool] = False  # `guesses` after the loop before, too
     can_exit: ClassVar[bool] = True  # False: tokens run all loops
-    default_threshold: ClassVar[float] = 0.0
-    takes_threshold: ClassVar[bool] = True
-    range: ClassVar[tuple[float, float]] = (0.0, 1.0)  # of thresholds
     least_loops: ClassVar[int] = 2  # of a model that the measure works for
+    takes_threshold: ClassVar[bool] = False
+    default_threshold: ClassVar[float] = 0.0
+    threshold: ClassVar[float | None] = None
 
     @abc.abstractmethod
     def score(self, inputs: ExitInputs) -> jax.Array:
@@ -52,9 +56,7 @@ class Measure(abc.ABC):
 
     def check_threshold(self, value: Any) -> None:
         """Raises ValueError unless `value` is a threshold for this measure."""
-        if not self.takes_threshold:
-            raise ValueError(f"exit measure {self.name} takes no threshold; leave it out")
-        check_number(f"exit threshold of {self.name}", value, False, *self.range)
+        raise ValueError(f"exit measure {self.name} takes no threshold; leave it out")
 
     def check_loops(self, num_loops: int) -> None:
         """Raises ValueError if no token of a model with so many loops can leave early."""
@@ -67,11 +69,32 @@ class Measure(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
+class ThresholdMeasure(Measure):
+    """A measure that compares its score with a threshold.
+
+    Attributes:
+      threshold: tokens leave above it, after every loop; None: `default_threshold`. It is an input
+        of compiled programs, not part of them: `EngineConfig` moves it into its `thresholds`.
+    """
+
+    threshold: float | None = None
+    takes_threshold = True
+    range: ClassVar[tuple[float, float]] = (0.0, 1.0)  # of thresholds
+
+    def __post_init__(self):
+        if self.threshold is not None:
+            self.check_threshold(self.threshold)
+
+    def check_threshold(self, value):
+        check_number(f"exit threshold of {self.name}", value, False, *self.range)
+
+
+@dataclasses.dataclass(frozen=True)
 class Static(Measure):
     """Every token leaves after the same number of loops."""
 
     loops: int
-    name, takes_threshold = "static", False
+    name = "static"
 
     def __post_init__(self):
         check_number("loops of the static exit", self.loops, True, 1, 2**31 - 1)
@@ -92,14 +115,14 @@ class Static(Measure):
 class Recorded(Measure):
     """Tokens leave after `Request.recorded_loops`, so that measurements can be repeated."""
 
-    name, takes_threshold = "recorded", False
+    name = "recorded"
 
     def score(self, inputs):
         return jnp.where(inputs.loops >= inputs.recorded, jnp.inf, -jnp.inf)
 
 
 @dataclasses.dataclass(frozen=True)
-class TopProbability(Measure):
+class TopProbability(ThresholdMeasure):
     """Probability of the most likely token (CALM's and LayerSkip's softmax confidence)."""
 
     name, needs_logits, default_threshold = "top1", True, 0.9
@@ -109,7 +132,7 @@ class TopProbability(Measure):
 
 
 @dataclasses.dataclass(frozen=True)
-class Margin(Measure):
+class Margin(ThresholdMeasure):
     """Probability of the most likely token, less that of the second (CALM)."""
 
     name, needs_logits, default_threshold = "margin", True, 0.5
@@ -121,7 +144,7 @@ class Margin(Measure):
 
 
 @dataclasses.dataclass(frozen=True)
-class Stable(Measure):
+class Stable(ThresholdMeasure):
     """1 if the loop kept the most likely token, else 0; 0 after the first loop."""
 
     name, needs_logits, default_threshold = "stable", True, 0.5
@@ -135,7 +158,7 @@ class Stable(Measure):
 
 
 @dataclasses.dataclass(frozen=True)
-class Cosine(Measure):
+class Cosine(ThresholdMeasure):
     """Cosine of the states before and after the loop: 1 when it only scaled them (CALM)."""
 
     name, default_threshold, range = "cosine", 0.95, (-1.0, 1.0)
@@ -153,7 +176,7 @@ class Oracle(Measure):
     That is the first loop whose most likely token is that of the last loop (paper §3.8).
     """
 
-    name, needs_logits, can_exit, takes_threshold = "oracle", True, False, False
+    name, needs_logits, can_exit = "oracle", True, False
 
     def score(self, inputs):
         return jnp.full(inputs.loops.shape, -jnp.inf)

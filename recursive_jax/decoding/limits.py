@@ -7,7 +7,7 @@ import numbers
 from collections.abc import Callable
 from typing import Any
 
-from recursive_jax.decoding.requests import Request, Sampling, check_number
+from recursive_jax.decoding.requests import Request, Sampling, check_number, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Limits:
     def check(self, request: Request) -> None:
         """Raises ValueError unless the engine can answer the request."""
         request.check_fits(self.context_length)
-        name = f"request {request.id!r}"
+        name = f"request {shown(request.id)}"
         if len(request.stop) > self.num_stop:
             raise ValueError(
                 f"{name} has {len(request.stop)} stop ids; this engine was made for {self.num_stop}"
@@ -42,10 +42,11 @@ class Limits:
         for token in request.tokens:
             if not hasattr(token, "__index__") or not 0 <= token < self.vocab_size:
                 raise ValueError(
-                    f"{name} has token {token!r}; expected an integer in 0 … {self.vocab_size - 1}"
+                    f"{name} has token {shown(token)}; expected an integer in 0 … "
+                    f"{self.vocab_size - 1}"
                 )
         if not isinstance(request.sampling, Sampling):
-            raise ValueError(f"{name} has sampling={request.sampling!r}; expected a Sampling")
+            raise ValueError(f"{name} has sampling={shown(request.sampling)}; expected a Sampling")
         for field in ("min_loops", "max_loops"):
             if (getattr(request, field) or 1) > self.num_loops:
                 raise ValueError(

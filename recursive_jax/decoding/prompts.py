@@ -1,4 +1,9 @@
-"""Files of prompts in, files of answers out."""
+"""Files of prompts, and the requests that they become.
+
+Every answer has an id of its own: that of its line, or the number of the line. A line whose id
+another line has taken is an error. Its answer has the id 'line 7', where 7 is its number, so that
+the id stands for the answer of the first line only.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +12,11 @@ import hashlib
 import json
 import os
 import pathlib
-import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from recursive_jax import text
-from recursive_jax.decoding.requests import Completion, Request, Sampling
+from recursive_jax.decoding.requests import Request, Sampling, shown
 
 SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
 # A line may set these; flags set them for all lines.
@@ -80,6 +83,9 @@ def to_request(
       context_length: tokens of prompt and answer together, at most.
       chat: apply the chat template to a text too, not only to a conversation.
 
+    A stop string that is a special token stops at the token's id: texts of answers hold no special
+    tokens.
+
     Raises:
       ValueError: the prompt cannot be answered. The message begins with `prompt.where`.
     """
@@ -96,10 +102,32 @@ def to_request(
                 "the prompt is empty and this tokenizer has no BOS to begin with; give it a text"
             )
         request = make_request(prompt.id, tokens, stop_ids, prompt.options)
+        if request.stop_strings:
+            ids = (*request.stop, *_special_ids(tokenizer, request.stop_strings))
+            request = dataclasses.replace(request, stop=dict.fromkeys(ids))
         request.check_fits(context_length)
     except ValueError as error:
         raise ValueError(f"{prompt.where}{error}") from error
     return request
+
+
+def _special_ids(tokenizer: Any, strings: Sequence[str]) -> list[int]:
+    """Ids of the special tokens among stop strings.
+
+    Raises:
+      ValueError: a string holds a special token and other text. It would never be found.
+    """
+    added = tokenizer.added_tokens_decoder
+    special = {token.content: i for i, token in added.items() if token.special}
+    for string in strings:
+        held = [token for token in special if token and token in string]
+        if held and string not in special:
+            raise ValueError(
+                f"stop={shown(string)} holds the special token {max(held, key=len)!r} beside other "
+                "text, and texts of answers hold no special tokens; give the token alone, or the "
+                "text alone"
+            )
+    return [special[string] for string in strings if string in special]
 
 
 def read_prompts(path: str | os.PathLike, defaults: Mapping[str, Any]) -> list[Prompt]:
@@ -108,7 +136,7 @@ def read_prompts(path: str | os.PathLike, defaults: Mapping[str, Any]) -> list[P
     A line of a .jsonl file has `prompt` or `messages`, and may have the other `FIELDS`. Its default
     id is the line number, or "line 7" if another line has the id 7. Its default seed is made of
     `defaults['seed']` and the line number, so that equal prompts get different samples. The prompt
-    of a bad line has an `error`.
+    of a bad line has an `error`. A line whose id is taken is such a line, and its id is "line 7".
 
     Raises:
       FileNotFoundError: no such file.
@@ -132,15 +160,17 @@ def read_prompts(path: str | os.PathLike, defaults: Mapping[str, Any]) -> list[P
         try:
             if path.suffix == ".jsonl":
                 _read_record(prompt, line)
-            if prompt.named and prompt.id in lines_of:
-                raise ValueError(f"id {prompt.id!r} is taken by line {lines_of[prompt.id]}")
         except ValueError as error:
             prompt.error = f"{prompt.where}{error}"
-        if prompt.named:
-            lines_of.setdefault(prompt.id, number)
+        if prompt.named and prompt.id in lines_of:
+            taken = f"id {shown(prompt.id)} is taken by line {lines_of[prompt.id]}"
+            prompt.error = prompt.error or f"{prompt.where}{taken}"
+            prompt.id, prompt.named = f"line {number}", False
+        elif prompt.named:
+            lines_of[prompt.id] = number
         prompts.append(prompt)
     for prompt in prompts:
-        if not prompt.named and prompt.id in lines_of:
+        while not prompt.named and prompt.id in lines_of:
             prompt.id = f"line {prompt.id}"
     if not prompts:
         raise ValueError(f"{path} holds no prompts; expected one a line")
@@ -163,24 +193,24 @@ def _read_record(prompt: Prompt, line: str) -> None:
         raise ValueError(f"expected an object with prompt or messages, got {line[:40]}")
     name = record.get("id", prompt.id)
     if not isinstance(name, str | int) or isinstance(name, bool):
-        raise ValueError(f"id={name!r}; expected a string or an integer")
+        raise ValueError(f"id={shown(name)}; expected a string or an integer")
     prompt.id, prompt.named = name, "id" in record
     unknown = sorted(set(record) - set(FIELDS))
     if unknown:
-        raise ValueError(f"unknown fields {unknown}; expected some of {', '.join(FIELDS)}")
+        raise ValueError(f"unknown fields {shown(unknown)}; expected some of {', '.join(FIELDS)}")
     if ("prompt" in record) == ("messages" in record):
         raise ValueError("expected either prompt or messages")
     if "prompt" in record:
         prompt.content = record["prompt"]
         if not isinstance(prompt.content, str):
-            raise ValueError(f"prompt={prompt.content!r}; expected a string")
+            raise ValueError(f"prompt={shown(prompt.content)}; expected a string")
     else:
         prompt.content = record["messages"]
         if not _is_conversation(prompt.content):
             raise ValueError('messages: expected a list of {"role": "...", "content": "..."}')
     loops = record.get("recorded_loops", [])
     if not isinstance(loops, list) or not all(type(n) is int for n in loops):
-        raise ValueError(f"recorded_loops={loops!r}; expected a list of integers")
+        raise ValueError(f"recorded_loops={shown(loops)}; expected a list of integers")
     given = {n: record[n] for n in (*OPTIONS, "recorded_loops") if n in record}
     prompt.options = {**prompt.options, **given}
 
@@ -192,97 +222,3 @@ def _is_conversation(messages: Any) -> bool:
         and all(isinstance(m, dict) and set(m) == {"role", "content"} for m in messages)
         and all(isinstance(value, str) for m in messages for value in m.values())
     )
-
-
-def check_writable(path: str | os.PathLike) -> None:
-    """Make the directory of a file that will be written; ValueError if the file is not writable."""
-    if _is_stream(pathlib.Path(path)):
-        return
-    real = pathlib.Path(os.path.realpath(path))
-    try:
-        real.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=real.parent):  # permission bits alone do not tell
-            writable = not real.is_dir() and (not real.exists() or os.access(real, os.W_OK))
-    except OSError:
-        writable = False
-    if not writable:
-        raise ValueError(f"cannot write {path}; expected a file in a writable directory")
-
-
-def _is_stream(path: pathlib.Path) -> bool:
-    """Whether a path is a pipe, a device or an open file, which must not be replaced by a file."""
-    if not path.exists() or path.is_dir():
-        return False
-    return not path.is_file() or _descriptor(path) is not None
-
-
-def _descriptor(path: pathlib.Path) -> int | None:
-    """The descriptor behind /dev/stdout and the like.
-
-    It is duplicated, not opened by name: a file opened by name is written from its beginning.
-    """
-    names = {"/dev/stdout": 1, "/dev/stderr": 2}
-    number = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d+)", os.path.abspath(path))
-    return int(number[1]) if number else names.get(os.path.abspath(path))
-
-
-class Answers:
-    """A file of answers. FILE.part grows as answers finish; `close` writes FILE in order.
-
-    As a context manager it closes at the end and after an error. An interrupted run leaves
-    FILE.part. A pipe or a device such as /dev/stdout gets all answers in `close`.
-
-    Args:
-      path: FILE, or a link to it. Its directory is made.
-      write: whether this process writes; False on all processes but one.
-    """
-
-    def __init__(self, path: str | os.PathLike, write: bool = True):
-        self._stream = _is_stream(pathlib.Path(path))
-        self.path = pathlib.Path(path if self._stream else os.path.realpath(path))
-        self._write, self._lines, self._file = write, {}, None
-        if write:
-            check_writable(path)
-
-    def __enter__(self) -> Answers:
-        return self
-
-    def __exit__(self, kind, *_) -> None:
-        if kind is not KeyboardInterrupt:
-            self.close()
-
-    def add(self, index: int, completion: Completion, logprobs: bool = False) -> None:
-        """Write one answer; it is on disk when this returns.
-
-        Args:
-          index: place of the answer in the file.
-          completion: the answer.
-          logprobs: whether its record has the log-probabilities of the tokens.
-        """
-        record = completion.to_json(logprobs)
-        self._lines[index] = json.dumps(record, ensure_ascii=False) + "\n"
-        if self._write and not self._stream:
-            self._file = self._file or self._open(".part")
-            self._file.write(self._lines[index])
-            self._file.flush()
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._write_all(".sorted")
-            os.replace(f"{self.path}.sorted", self.path)
-            os.unlink(f"{self.path}.part")
-            self._file = None
-        elif self._stream and self._write:
-            self._write_all("")
-            self._write = False
-
-    def _write_all(self, suffix: str) -> None:
-        with self._open(suffix) as f:
-            f.writelines(self._lines[index] for index in sorted(self._lines))
-
-    def _open(self, suffix: str):
-        # Half a surrogate pair in an id is not UTF-8; it is written as a JSON escape.
-        number = _descriptor(self.path)
-        where = f"{self.path}{suffix}" if number is None else os.dup(number)
-        return open(where, "w", encoding="utf-8", errors="backslashreplace")

@@ -1,10 +1,25 @@
-"""Requests of a decode loop, and their answers. Standard library only."""
+"""Requests of a decode loop, and their answers. Standard library only.
+
+A request runs beside others, and which ones is left to chance: it depends on the slots and on the
+time of arrival. This is what does not depend on the others:
+
+- The random numbers of a token. They depend on `Sampling.seed` and the token's position only.
+- The number of loops that `recorded_loops`, a static exit or full depth give a token.
+- The log-probabilities in float32, up to 1e-5. Their last bits differ: the compiler multiplies
+  batches of other sizes in another order, for example where the prompt of another request runs
+  beside a token.
+
+In float32 a greedy token is therefore the same, unless two tokens are equally likely up to that
+difference. A sampled token, a draft or an early exit likewise changes only where it is decided by
+that difference. In bfloat16 the differences are larger, so that such near-ties are more frequent.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import numbers
+import reprlib
 import sys
 from typing import Any
 
@@ -19,8 +34,7 @@ class Sampling:
       top_p: keep the smallest set of most likely tokens that holds this much probability;
         1 keeps all.
       min_p: keep tokens at least this fraction as likely as the most likely one; 0 keeps all.
-      seed: with the position, all the randomness there is: a request's tokens do not depend on
-        what else is in the batch.
+      seed: the random numbers of a token depend on it and on the token's position only.
       repetition_penalty: logits of tokens in prompt or answer are divided by it where positive,
         else multiplied (CTRL); 1 changes nothing.
       presence_penalty: taken off the logits of tokens that are in the answer.
@@ -95,7 +109,7 @@ class Request:
         if self.max_loops is not None:
             check_number("max_loops", self.max_loops, True, self.min_loops, 2**31 - 1)
         if not isinstance(self.logprobs, bool):
-            raise ValueError(f"logprobs={self.logprobs!r}; expected true or false")
+            raise ValueError(f"logprobs={shown(self.logprobs)}; expected true or false")
 
     def check_fits(self, context_length: int) -> None:
         """Raises ValueError unless prompt and answer fit into the context together."""
@@ -114,7 +128,9 @@ class Request:
 def _strings(stop: Any) -> tuple[str, ...]:
     strings = (stop,) if isinstance(stop, str) else stop
     if not isinstance(strings, list | tuple) or not all(isinstance(s, str) and s for s in strings):
-        raise ValueError(f"stop={stop!r}; expected a text, or a list of texts, none of them empty")
+        raise ValueError(
+            f"stop={shown(stop)}; expected a text, or a list of texts, none of them empty"
+        )
     return tuple(strings)
 
 
@@ -205,6 +221,13 @@ def check_number(name: str, value: Any, integer: bool, low: float, high: float) 
     if not good or not low <= value <= min(high, sys.float_info.max):
         most = "" if high == math.inf else f" and at most {high}"
         raise ValueError(
-            f"{name}={value!r}; expected {'an integer' if integer else 'a number'}, "
+            f"{name}={shown(value)}; expected {'an integer' if integer else 'a number'}, "
             f"at least {low}{most}"
         )
+
+
+def shown(value: Any) -> str:
+    """The repr of a value for an error message; long strings, numbers and lists are shortened."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    return short.repr(value)

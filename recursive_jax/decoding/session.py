@@ -1,6 +1,6 @@
 """Requests in, events out: one engine, its scheduler, and the answers in progress.
 
-    engine = Engine(model, params, num_slots=16, context_length=1024, measure=TopProbability())
+    engine = Engine(model, params, EngineConfig(num_slots=16, measure=TopProbability(0.9)))
     completions = generate(engine, requests, tokenizer)
     for event in stream(engine, requests, tokenizer): ...
 
@@ -112,8 +112,8 @@ class Session:
         self.scheduler = Scheduler(
             engine.num_slots,
             engine.num_loops,
-            engine.chunk_length,
-            depthwise=engine.depthwise,
+            engine.config.chunk_length,
+            depthwise=engine.config.depthwise,
             can_exit=engine.can_exit,
         )
         self._answers: dict[int, _Answer] = {}  # of unfinished requests

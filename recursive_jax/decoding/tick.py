@@ -26,7 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from recursive_jax.decoding.exit_measures import Measure, Recorded
+from recursive_jax.decoding.config import EngineConfig
+from recursive_jax.decoding.exit_measures import Recorded
 from recursive_jax.decoding.head import ExitHead
 from recursive_jax.decoding.lanes import LaneMap
 from recursive_jax.decoding.requests import Sampling
@@ -53,21 +54,16 @@ class DecodeLoop:
     """The decode loop of one engine; `run` is compiled.
 
     Attributes:
-      measure: decides which tokens leave early; None: no token does.
-      missing_kv: 'complete', 'propagate' or 'copy', see `engine.Engine`.
-      lossless: commit after the last loop.
-      depthwise: False: slots start their tokens together.
+      config: as `EngineConfig.for_model` returns it, with the slots of one shard and without
+        thresholds, which are inputs.
     """
 
     model: DecodeModel
-    num_slots: int
-    context_length: int
-    chunk_length: int
-    num_stop: int
-    measure: Measure | None
-    missing_kv: str
-    lossless: bool
-    depthwise: bool
+    config: EngineConfig
+
+    @property
+    def num_slots(self) -> int:
+        return self.config.num_slots
 
     @property
     def num_loops(self) -> int:
@@ -76,17 +72,17 @@ class DecodeLoop:
     @property
     def can_exit(self) -> bool:
         """Whether a token's successor may start before the token has run all loops."""
-        return self.measure is not None and self.measure.can_exit and self.num_loops > 1
+        return self.config.measure is not None and self.config.measure.can_exit
 
     @property
     def completes(self) -> bool:
         """Whether tokens that left continue through their remaining loops."""
-        return self.can_exit and self.missing_kv == "complete"
+        return self.can_exit and self.config.missing_kv == "complete"
 
     @property
     def propagates(self) -> bool:
         """Whether the keys and values that exited tokens lack are made from their last state."""
-        return self.can_exit and self.missing_kv == "propagate"
+        return self.can_exit and self.config.missing_kv == "propagate"
 
     @property
     def lanes_per_slot(self) -> int:
@@ -95,7 +91,7 @@ class DecodeLoop:
     @property
     def period(self) -> int:
         """Tokens and prompts start at ticks that are a multiple of it."""
-        return self.num_loops if self.depthwise and not self.can_exit else 1
+        return self.num_loops if self.config.depthwise and not self.can_exit else 1
 
     @property
     def head_sizes(self) -> list[int]:
@@ -108,7 +104,8 @@ class DecodeLoop:
 
     @functools.cached_property
     def _head(self) -> ExitHead:
-        return ExitHead(self.model, self._map, self.measure, self.can_exit, self.lossless)
+        config = self.config
+        return ExitHead(self.model, self._map, config.measure, self.can_exit, config.lossless)
 
     # Empty state and inputs, on the host.
 
@@ -132,17 +129,17 @@ class DecodeLoop:
                 loops=_ints(num_slots, fill=self.num_loops),
                 position=_ints(num_slots),
             ),
-            text=_ints(num_slots, self.context_length),
-            chunk=np.zeros((shards * self.chunk_length, dim), dtype),
+            text=_ints(num_slots, self.config.context_length),
+            chunk=np.zeros((shards * self.config.chunk_length, dim), dtype),
         )
 
     def inputs(self, shards: int = 1) -> StepInputs:
-        num_slots = self.num_slots * shards
-        recorded = self.context_length if isinstance(self.measure, Recorded) else 0
+        num_slots, length = self.num_slots * shards, self.config.context_length
+        recorded = length if isinstance(self.config.measure, Recorded) else 0
         settings = SlotSettings(
             sampling=SamplingParams.stack([Sampling()] * num_slots),
             seeds=np.zeros(num_slots, np.uint32),
-            stop=_ints(num_slots, self.num_stop, fill=NO_TOKEN),
+            stop=_ints(num_slots, self.config.num_stop, fill=NO_TOKEN),
             first=_ints(num_slots),
             last=_ints(num_slots),
             min_loops=_ints(num_slots, fill=1),
@@ -150,7 +147,7 @@ class DecodeLoop:
             thresholds=np.zeros((num_slots, self.num_loops), np.float32),
             recorded=_ints(num_slots, recorded),
         )
-        none, text = np.zeros(num_slots, bool), _ints(num_slots, self.context_length)
+        none, text = np.zeros(num_slots, bool), _ints(num_slots, length)
         return StepInputs(settings, SlotUpdates(none, Slots.empty(num_slots), text))
 
     # On the device.
@@ -230,7 +227,7 @@ class DecodeLoop:
         following = lanes.position + 1  # the successor's position
         stops = jnp.any(head.token[:, None] == to_lanes(settings.stop), axis=1)
         ends = stops | (following >= to_lanes(settings.last))
-        commits = active & (loops == self.num_loops) if self.lossless else leaves
+        commits = active & (loops == self.num_loops) if self.config.lossless else leaves
         over = commits & (ends | jnp.isnan(head.logprob))
         corrects = commits & ~over & (lanes.successor != head.token)
         # Nothing starts from a drafted token that would end the answer: it may be the last one.
@@ -263,7 +260,7 @@ class DecodeLoop:
             drafted=self._map.count(commits & (lanes.successor != NO_TOKEN)),
             dropped=self._map.count(dropped),
         )
-        written = jnp.where(leaves | commits, following, self.context_length)
+        written = jnp.where(leaves | commits, following, self.config.context_length)
         text = state.text.at[self._map.slot_of_lane, written].set(head.token, mode="drop")
         state = state.replace(
             lanes=Lanes(
@@ -291,7 +288,7 @@ class DecodeLoop:
         lanes, slots = state.lanes, state.slots
         position = self._map.to_lanes(slots.position)
         gate = gate_tick
-        if not self.depthwise:
+        if not self.config.depthwise:
             midway = (lanes.loop > 0) & (lanes.loop < self.num_loops)
             gate &= ~jnp.any(midway & (lanes.position == position))
         starting = slots.waiting & gate
@@ -320,7 +317,7 @@ class DecodeLoop:
         # Idle rows are zero: the CPU's kernel skips them. The sequence-wise baseline runs its batch
         # as one, as batches of sequences are run: tokens that wait for others are multiplied too.
         waiting = self._map.to_lanes(state.slots.waiting)
-        running = active if self.depthwise else active | waiting
+        running = active if self.config.depthwise else active | waiting
         # Idle rows write beyond the cache, each at another row: scatters need unique rows.
         beyond = cache.length + self._map.lane_within_slot
         x = _zero_unless(running, lanes.x)
@@ -338,7 +335,7 @@ class DecodeLoop:
                 loop=jnp.concatenate([rows.loop, chunk_rows.loop]),
                 position=jnp.concatenate([rows.position, chunk_rows.position]),
                 slot=jnp.concatenate([rows.slot, chunk_rows.slot]),
-                prompt=self.chunk_length,
+                prompt=self.config.chunk_length,
             )
         x, cache = self.model.run_block(params, x, rows, cache, backfill)
         num_lanes = self._map.num_lanes
@@ -359,9 +356,10 @@ class DecodeLoop:
 
     def _chunk_rows(self, params, state: State, chunk: Chunks, beyond: int):
         """The tokens of a chunk: their states [C, D] and rows."""
-        columns = jnp.arange(self.chunk_length, dtype=jnp.int32)
+        columns = jnp.arange(self.config.chunk_length, dtype=jnp.int32)
         position = chunk.start + columns
-        tokens = state.text[chunk.slot, jnp.minimum(position, self.context_length - 1)]
+        last = self.config.context_length - 1
+        tokens = state.text[chunk.slot, jnp.minimum(position, last)]
         embedded = self.model.embed(params, tokens)
         x = jnp.where(chunk.loop == 0, embedded, state.chunk)
         there = columns < chunk.length
@@ -376,7 +374,7 @@ class DecodeLoop:
         """Provide keys and values of the loops that leaving tokens skip, by `missing_kv`."""
         if not self.can_exit or self.completes:
             return cache, pending
-        if self.missing_kv == "copy":
+        if self.config.missing_kv == "copy":
             at = jnp.where(leaves, lanes.position, cache.length)
             return cache.copy_deeper(loops, self._map.slot_of_lane, at), pending
         left = jnp.where(leaves, loops, self.num_loops)  # one lane per slot here

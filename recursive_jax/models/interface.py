@@ -62,6 +62,9 @@ class Cache(Protocol):
     def unsupported(cls, cfg: DecoderConfig, dtype: Any, length: int) -> str | None:
         """Why this cache cannot serve a model, in words, or None if it can."""
 
+    def check_slots(self, x: jax.Array, rows: Rows) -> jax.Array:
+        """x `[R, D]` with NaN in rows of slots that are not there; ValueError outside of jit."""
+
     def attend(
         self,
         q: jax.Array,
@@ -104,8 +107,9 @@ class DecodeModel(Protocol):
     def prepare(self, params: Any, donate: bool = False) -> Any:
         """Return params in the layout that the other methods take. Call it once, outside of jit.
 
-        With `donate` the given arrays are deleted while they are replaced, so that the weights are
-        in memory once; otherwise the caller's arrays stay valid.
+        The given arrays are neither deleted nor changed; the result may contain some of them. A job
+        that needs them no longer sets `donate`: arrays are then deleted as they are replaced, and
+        the weights are in memory once.
         """
 
     def new_cache(self, num_slots: int, length: int) -> Cache:
@@ -127,7 +131,10 @@ class DecodeModel(Protocol):
         Backfill is written in the same pass, so that the weights are read once.
 
         Returns:
-          `[R, D]` and the cache.
+          `[R, D]` and the cache. Rows of slots that the cache does not have are NaN.
+
+        Raises:
+          ValueError: there are such rows, and the slots are known before the pass is compiled.
         """
 
     def logits(self, params: Any, x: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.experimental.layout import Layout, with_layout_constraint
 
@@ -84,6 +85,29 @@ class ArrayCache(abc.ABC):
     @property
     def num_kv_heads(self) -> int:
         return self._size("kv_heads")
+
+    def check_slots(self, x: jax.Array, rows: Rows) -> jax.Array:
+        """States x `[R, D]` of a pass, NaN in the rows of slots that this cache does not have.
+
+        An index beyond an array is clamped: such a row would read the keys of another slot.
+
+        Args:
+          rows: the R rows of x, and perhaps backfill rows.
+
+        Raises:
+          ValueError: instead of NaN, where the slots are known before the pass is compiled.
+        """
+        if not isinstance(rows.slot, jax.core.Tracer):
+            beyond = [slot for slot in np.unique(rows.slot) if not 0 <= slot < self.num_slots]
+            if beyond:
+                raise ValueError(
+                    f"rows of slot {beyond[-1]} and a cache of {self.num_slots} slots; expected "
+                    f"slots in 0 … {self.num_slots - 1}"
+                )
+            return x
+        slot = rows.slot[: len(x)]
+        there = (slot >= 0) & (slot < self.num_slots)
+        return jnp.where(there[:, None], x, jnp.full_like(x, jnp.nan))
 
     def attend(self, q, k, v, rows: Rows, layer, window, scale, softcap):
         """Write k and v, then attend; see `interface.Cache`."""

@@ -49,6 +49,7 @@ class ScannedModel:
         return self.decoder.apply({"params": params}, tokens, method="embed")
 
     def run_block(self, params: Any, x, rows: Rows, cache, backfill: Backfill | None = None):
+        x = cache.check_slots(x, rows.with_backfill(backfill))
         return self.decoder.apply({"params": params}, x, rows, cache, backfill, method="run_block")
 
     def logits(self, params: Any, x: jax.Array) -> jax.Array:

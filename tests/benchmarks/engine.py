@@ -33,6 +33,7 @@ import numpy as np
 
 from recursive_jax.analysis import simulation, timing
 from recursive_jax.cpu.decoder import CpuModel
+from recursive_jax.decoding.config import EngineConfig
 from recursive_jax.decoding.engine import Engine
 from recursive_jax.decoding.exit_measures import Recorded
 from recursive_jax.decoding.requests import Request
@@ -127,17 +128,15 @@ def serve_in_turn(
 
 
 def make(
-    model, params, args, loops=None, missing_kv="propagate", compile=True, **options
+    model, params, args, loops=None, missing_kv="propagate", compile=True, **settings
 ) -> Engine:
-    """`loops`: recorded exits; without them no token leaves early, unless `options` say so."""
+    """`loops`: recorded exits; without them no token leaves early, unless `settings` say so."""
     if loops is not None:
-        options["measure"] = Recorded()
-    if options.get("lossless"):
+        settings["measure"] = Recorded()
+    if settings.get("lossless"):
         missing_kv = "complete"
-    sizes = (args.slots, args.context)
-    engine = Engine(
-        model, params, *sizes, chunk_length=args.chunk, missing_kv=missing_kv, **options
-    )
+    sizes = {"num_slots": args.slots, "context_length": args.context, "chunk_length": args.chunk}
+    engine = Engine(model, params, EngineConfig(**sizes, missing_kv=missing_kv, **settings))
     if compile:
         engine.compile()
     return engine
@@ -373,8 +372,7 @@ def growth(args):
     for grown, sizes in wanted:
         model, params = models[sizes["num_loops"]]
         args.slots, args.context = sizes["slots"], sizes["context"]
-        engine = Engine(model, params, args.slots, args.context, chunk_length=args.chunk)
-        times = timing.measure(engine)  # its ticks are not compiled
+        times = timing.measure(make(model, params, args, compile=False))
         depth = sizes["num_loops"]
         row(
             args,

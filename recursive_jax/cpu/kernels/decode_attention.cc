@@ -227,9 +227,10 @@ struct Job {
 // q [B, heads, size]; k and v [N, kv heads, size] with N >= B, and where each of their rows goes:
 // loop, slots, positions [N]. Query i is at the place of row i, and sees new rows too. layer [1]; windows
 // [B], if there are any. keys [loop, layer, slot, block, kv head, size, row], values the same with
-// row before size, are arguments and, written to, results.
-ffi::Error Attend(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats old_keys,
-                  Floats old_values, Ints layer,
+// row before size, are arguments and, written to, results. Argument and result are one buffer: XLA
+// has copied the cache before if something else needs the old rows. Only the compiled text tells,
+// and decoding/donation.py looks there.
+ffi::Error Attend(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats, Floats, Ints layer,
                   Ints loop, Ints slots, Ints positions, ffi::RemainingArgs windows,
                   ffi::ResultBuffer<ffi::F32> y, ffi::ResultBuffer<ffi::F32> keys,
                   ffi::ResultBuffer<ffi::F32> values, float scale, float softcap) {
@@ -245,9 +246,6 @@ ffi::Error Attend(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats old
   j.added = k.dimensions()[0];
   j.loops = cache[0], j.layers = cache[1], j.num_slots = cache[2], j.blocks = cache[3];
   j.kv_heads = cache[4], j.rows = cache[5];
-  if (old_keys.typed_data() != j.keys || old_values.typed_data() != j.values) {
-    return ffi::Error::Internal("decode_attention.cc writes into the cache, and was given a copy");
-  }
   if (j.rows > kRows || j.size > kSizes * kLane || j.size % kLane || j.heads % j.kv_heads) {
     return ffi::Error::InvalidArgument("decode_attention.cc has no room for such heads or blocks");
   }
