@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -180,19 +180,6 @@ def put_global(tree: Any, sharding: Any) -> Any:
     if isinstance(sharding, NamedSharding):
         return jax.tree.map(lambda x: put(x, sharding), tree)
     return jax.tree.map(put, tree, sharding)
-
-
-def put_stacks(flat: Mapping[str, Any], shardings: Any, dtype: Any) -> dict[str, Any]:
-    """Params in `dtype` from a flat (lazy) mapping, nested and sharded like `shardings`.
-
-    One stack is read at a time: the host never has the whole model in memory.
-    """
-
-    def put(path, sharding):
-        name = "/".join(key.key for key in path)
-        return put_global(np.asarray(flat[name]).astype(dtype), sharding)
-
-    return jax.tree_util.tree_map_with_path(put, shardings)
 
 
 def check_agreement(what: str, value: int) -> None:

@@ -19,13 +19,12 @@ import pytest
 from absl import flags
 
 from recursive_jax import generate as job
-from recursive_jax import sharding, text
+from recursive_jax import generation, sharding, text
 from recursive_jax.analysis import timing
-from recursive_jax.console import engine_flags, tables
-from recursive_jax.decoding.answers import digest_of_files
+from recursive_jax.console import tables
 from recursive_jax.decoding.prompts import Prompt, to_request
 from recursive_jax.decoding.thresholds import Thresholds
-from recursive_jax.model import open_model
+from recursive_jax.model import load
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import Decoder
 from recursive_jax.models.parameters import abstract_params
@@ -345,7 +344,7 @@ def test_nothing_compiles_after_warm_up_unless_asked(
     """The bound needs programs of its own. Only --stats and --profile measure it."""
     source = tmp_path / "prompts.txt"
     source.write_text("Once upon a time\nThe list\n")
-    events, make_engine = [], engine_flags.make_engine
+    events, make_engine = [], generation.make_engine
 
     def listener(event, *_, **__):
         events.append(event)
@@ -356,7 +355,7 @@ def test_nothing_compiles_after_warm_up_unless_asked(
         events.clear()
         return engine
 
-    monkeypatch.setattr(engine_flags, "make_engine", warmed_up)
+    monkeypatch.setattr(generation, "make_engine", warmed_up)
     monkeypatch.setattr(timing, "SECONDS", 0.002)
     jax.monitoring.register_event_duration_secs_listener(listener)
     try:
@@ -378,7 +377,7 @@ BOUND_ROWS = ("tick alone", "bound", "share of the bound")
 
 
 def test_a_vanilla_directory_and_its_generation_config(tmp_path):
-    """The stop ids of generation_config.json win over the tokenizer's."""
+    """The stop ids of generation_config.json count beside the tokenizer's."""
     directory = tmp_path / "llama"
     cfg = TINY.replace(num_layers=2, num_loops=1, norms="tied", lora_ranks={})
     hf.save_params(jax.tree.map(np.asarray, params_of(cfg)), cfg, directory, dtype=np.float32)
@@ -523,9 +522,9 @@ def test_answers_of_other_settings_are_not_taken(tiny, tmp_path, capsys, one_dev
     assert pathlib.Path(f"{part}.1").read_bytes() == data
 
 
-def test_weights_are_told_apart_by_their_files(tiny, tmp_path):
+def test_weights_are_told_apart_by_their_content(tiny, tmp_path):
     def found(directory):
-        return digest_of_files(job.weight_files(open_model(str(directory))))
+        return load(directory).weights.content()
 
     copy = shutil.copytree(tiny, tmp_path / "copy")
     assert found(copy) == found(tiny)

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from recursive_jax.decoding.answers import Answers, digest, digest_of_files
+from recursive_jax.decoding.answers import Answers, digest
 from recursive_jax.decoding.limits import Limits
 from recursive_jax.decoding.prompts import make_request, read_prompts
 from recursive_jax.decoding.requests import Completion, Request
@@ -282,18 +282,6 @@ def test_a_full_disk_is_told_with_the_file_and_the_answers_that_are_there(tmp_pa
         "same command again to go on from there"
     )
     assert go_on(path, digests())[0] == [0]
-
-
-def test_files_of_a_model_have_one_digest_wherever_they_are(tmp_path):
-    data = os.urandom(2 << 20)
-    for name in ("here", "there", "cut", "other"):
-        (tmp_path / name).mkdir()
-        changed = {"cut": data[:-1], "other": data[: 1 << 20] + os.urandom(1 << 20)}
-        (tmp_path / name / "weights").write_bytes(changed.get(name, data))
-    here, there, *others = (
-        digest_of_files([tmp_path / name / "weights"]) for name in ("here", "there", "cut", "other")
-    )
-    assert here == there and here not in others and others[0] != others[1]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from recursive_jax.decoding.thresholds import Thresholds
-from recursive_jax.model import open_model
+from recursive_jax.model import load
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.parameters import init_params
 from recursive_jax.text import load_tokenizer
@@ -50,18 +50,18 @@ def test_thresholds_are_for_the_weights_they_were_calibrated_on(tmp_path):
     step, checksum = checkpoint.params_checksum(tmp_path)
     assert step == 10
     Thresholds("cosine", (0.9,), 0.01, "a text", "2026-01-02", step, checksum).save(tmp_path)
-    opened = open_model(str(tmp_path))
-    opened.calibrated.check_current()
-    assert opened.step == 10
+    model = load(tmp_path)
+    model.thresholds.check_current()
+    assert model.weights.step == 10
     writer.save(20, params[1], wait=True)
     writer.save(30, params[0], wait=True)
     writer.close()
     with pytest.raises(ValueError, match="on step 10, and step 20 has other weights; calibrate"):
-        open_model(str(tmp_path), step=20).calibrated.check_current()
+        load(tmp_path, step=20).thresholds.check_current()
     for step in (10, 30):  # the same weights
-        open_model(str(tmp_path), step).calibrated.check_current()
-    assert open_model(str(tmp_path), 20).step == 20
+        load(tmp_path, step).thresholds.check_current()
+    assert load(tmp_path, 20).weights.step == 20
     with pytest.raises(FileNotFoundError, match="no saved step 15 in .*; there are 10, 20, 30"):
-        open_model(str(tmp_path), 15)
+        load(tmp_path, 15)
     with pytest.raises(ValueError, match="step=3 of tiny, which is no checkpoint"):
-        open_model("tiny", 3)
+        load("tiny", 3)

@@ -10,11 +10,9 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from recursive_jax.decoding.requests import Completion, Request
-
-SAMPLES, SAMPLE_BYTES = 64, 4096  # of a file, see `digest_of_files`
 
 
 def digest(request: Request, run: str) -> str:
@@ -25,23 +23,6 @@ def digest(request: Request, run: str) -> str:
       run: all else that answers depend on: the model and the settings of the engine, as a text.
     """
     return hashlib.blake2b(repr((run, request)).encode(), digest_size=16).hexdigest()
-
-
-def digest_of_files(files: Iterable[pathlib.Path]) -> str:
-    """A number, in hex, that differs when the files of a model differ; their directory may differ.
-
-    It reads the size of every file and 64 pieces of 4 KiB: weights are too large to be read twice,
-    and training changes all of them.
-    """
-    found = hashlib.blake2b(digest_size=16)
-    for file in files:
-        size = file.stat().st_size
-        found.update(f"{file.name}:{size}:".encode())
-        with open(file, "rb") as f:
-            for start in range(0, size, max(SAMPLE_BYTES, size // SAMPLES)):
-                f.seek(start)
-                found.update(f.read(SAMPLE_BYTES))
-    return found.hexdigest()
 
 
 def check_writable(path: str | os.PathLike) -> None:
