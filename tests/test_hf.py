@@ -361,6 +361,60 @@ def test_pickles_are_never_read(tmp_path):
         hf.open_params(tmp_path, cfg)
 
 
+def rename(change):
+    """An `edit` that renames all tensors."""
+
+    def edit(tensors):
+        renamed = {change(name): value for name, value in tensors.items()}
+        tensors.clear()
+        tensors.update(renamed)
+
+    return edit
+
+
+@pytest.mark.parametrize("name", ["llama_gqa_llama3_rope", "gpt_neox_parallel"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda name: "_orig_mod." + name,
+        lambda name: "module." + name,
+        lambda name: "module._orig_mod." + name,
+        lambda name: "_orig_mod.module." + name,
+        lambda name: name.replace("layers.1.", "layers.1._checkpoint_wrapped_module."),
+    ],
+)
+def test_wrappers_of_torch_are_left_out_of_names(name, change, tmp_path, caplog):
+    plain = write_directory(tmp_path / "plain", name)
+    wrapped = write_directory(tmp_path / "wrapped", name, edit=rename(change))
+    cfg = hf.load_config(plain)
+    expected, found = hf.open_params(plain, cfg), hf.open_params(wrapped, cfg)
+    assert not [r for r in caplog.records if str(plain) in r.message]
+    assert f"{wrapped}: left out the wrapper prefix of" in caplog.text
+    for path in expected:
+        np.testing.assert_array_equal(found[path], expected[path])
+
+
+def test_a_headless_model_that_is_not_tied_lacks_its_head(tmp_path):
+    def edit(tensors):
+        del tensors["lm_head.weight"]
+        rename(lambda name: name.removeprefix("model."))(tensors)
+
+    source = write_directory(tmp_path, "llama_gqa_llama3_rope", edit=edit)
+    with pytest.raises(ValueError, match=r"config. missing: lm_head.weight. Check"):
+        hf.open_params(source, hf.load_config(source))
+
+
+def test_float64_is_read_as_float32(tmp_path, caplog):
+    source = write_directory(tmp_path / "double", "llama_gqa_llama3_rope", np.float64)
+    cfg = hf.load_config(source)
+    params = hf.open_params(source, cfg)
+    single = write_directory(tmp_path / "single", "llama_gqa_llama3_rope")
+    assert f"{source}: 30 tensors are float64" in caplog.text
+    for path, value in hf.open_params(single, cfg).items():
+        assert params[path].dtype == np.float32
+        np.testing.assert_array_equal(params[path], value)
+
+
 NAME = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -378,10 +432,20 @@ def test_weights_that_are_no_numbers_are_refused_when_read(dtype, value, tmp_pat
             read()
 
 
+def test_float64_beyond_float32_is_infinity(tmp_path):
+    def edit(tensors):
+        tensors[NAME] = tensors[NAME].astype(np.float64)
+        tensors[NAME][0, 0] = 1e300
+
+    source = write_directory(tmp_path, "llama_gqa_llama3_rope", edit=edit)
+    with pytest.raises(ValueError, match=f"{NAME} holds NaN or infinity in float32"):
+        hf.open_params(source, hf.load_config(source))["block/mlp/up/w"]
+
+
 def test_config_that_is_missing_or_broken(tmp_path):
     with pytest.raises(FileNotFoundError, match="no config.json"):
         hf.load_config(tmp_path)
-    for text in ("{", "[]"):
+    for text in ("{", "[]", '{"a":' * 10**5):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match="config.json"):
             hf.load_config(tmp_path)

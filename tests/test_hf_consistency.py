@@ -114,6 +114,36 @@ def test_yarn_gives_the_log_probabilities_of_transformers(name, rope, tmp_path):
     assert np.abs(torch_logits(plain, tokens) - theirs).max() > 0.01  # the scaling is felt
 
 
+@pytest.mark.parametrize("name", ["llama_mqa_tied_biases", "gpt_neox_sequential"])
+def test_a_model_saved_without_its_head(name, tmp_path):
+    """AutoModel leaves out the prefix of its names; transformers reads both as one causal LM."""
+    whole = torch_model(name)
+    assert whole.config.tie_word_embeddings
+    whole.base_model.save_pretrained(tmp_path)
+    tokens = cases.tokens(whole.config.vocab_size)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager"
+    )
+    theirs = torch_logits(theirs.eval(), tokens)
+    assert_close(theirs, torch_logits(whole, tokens))
+    assert_close(our_logits(tmp_path, tokens), theirs)
+
+
+def test_a_multimodal_model_saved_without_its_head(tmp_path):
+    kind, settings = cases.CASES["gemma3_local_global"]
+    model = torch_model("gemma3_local_global")
+    model.save_pretrained(tmp_path)
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(tmp_path / "model.safetensors")
+    renamed = {f"language_{k}": v for k, v in state.items()}
+    renamed = {k.replace("language_model.model.", "language_model."): v for k, v in renamed.items()}
+    assert "language_model.norm.weight" in renamed
+    save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    tokens = cases.tokens(settings["vocab_size"])
+    assert_close(our_logits(tmp_path, tokens), torch_logits(model, tokens))
+
+
 @pytest.mark.parametrize("wrapped", ["save_pretrained", "nested names"])
 def test_multimodal_gemma3_gives_its_text_model(wrapped, tmp_path):
     kind, settings = cases.CASES["gemma3_local_global"]

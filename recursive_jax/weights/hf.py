@@ -6,6 +6,7 @@ Pickles are never read. A model that has only `*.bin` files is refused.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pathlib
 import re
@@ -20,15 +21,26 @@ import numpy as np
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.weights import hf_config, names
 
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# Type of a stored tensor -> of the array it is read as.
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float32"}
 
-# Other names of a tensor: multimodal Gemma 3 nests its text model, transformers 5 renamed a head.
-ALIASES = {
+# What torch.compile, DataParallel, FSDP and activation checkpointing put into names.
+_INNER = r"_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+WRAPPERS = rf"^((module|{_INNER})\.)+|\b({_INNER})\."
+# Other names of a tensor: multimodal Gemma 3 nests its text model, transformers 5 renamed a head,
+# and a model without a head (AutoModel) leaves out its own prefix.
+_BARE = ((r"(embed_tokens|layers|norm|rotary_emb)\.", r"model.\1."),)
+ALIASES = dict.fromkeys(names.HF_TABLES, _BARE) | {
     "gemma3": (
         (r"(language_model\.model|model\.language_model)\.", "model."),
         (r"language_model\.lm_head\.", "lm_head."),
+        (r"language_model\.", "model."),
+        *_BARE,
     ),
-    "gpt_neox": ((r"lm_head\.", "embed_out."),),
+    "gpt_neox": (
+        (r"lm_head\.", "embed_out."),
+        (r"(embed_in|layers|final_layer_norm)\.", r"gpt_neox.\1."),
+    ),
 }
 # Tensors that a text model does not need: buffers, which are recomputed, and vision towers.
 HARMLESS = {
@@ -81,13 +93,14 @@ def load_config(path: str | os.PathLike) -> DecoderConfig:
     """The model's config from `path/config.json`."""
     file = pathlib.Path(path) / "config.json"
     if not file.is_file():
+        _name_other_format(file.parent)
         raise FileNotFoundError(
             f"no config.json in {path}; expected a Hugging Face model directory "
             "(config.json, *.safetensors)"
         )
     try:
         hf = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON ({error}); copy it again") from error
     if not isinstance(hf, dict):
         raise ValueError(f"{file} holds a {type(hf).__name__}; expected an object")
@@ -112,9 +125,12 @@ def open_params(
     path = pathlib.Path(path)
     files = _open_files(path)
     owner: dict[str, Any] = {}  # name of a tensor in our table -> (file, its name there)
+    wrapped = 0
     for file, handle in files.items():
         for spelling in handle.keys():
-            name = _canonical(spelling, cfg.family)
+            name = re.sub(WRAPPERS, "", spelling)
+            wrapped += name != spelling
+            name = _canonical(name, cfg.family)
             if name is None:
                 continue
             if name in owner:
@@ -123,6 +139,10 @@ def open_params(
                     "delete the file that does not belong to the model"
                 )
             owner[name] = (file, spelling)
+    if (path / "adapter_config.json").is_file():
+        logging.warning("%s also holds a LoRA adapter, which is not applied", path)
+    if wrapped:
+        logging.warning("%s: left out the wrapper prefix of %d tensor names", path, wrapped)
 
     slices = {name: files[file].get_slice(spelling) for name, (file, spelling) in owner.items()}
     types = {name: tensor.get_dtype() for name, tensor in slices.items()}
@@ -132,6 +152,9 @@ def open_params(
             f"{path}: tensors of types that cannot be read as weights: {', '.join(odd[:6])}; "
             f"expected {', '.join(DTYPES)} (quantised checkpoints must be dequantised first)"
         )
+    doubles = sum(kind == "F64" for kind in types.values())
+    if doubles:
+        logging.warning("%s: %d tensors are float64 and are read as float32", path, doubles)
     table = names.HF_TABLES[cfg.family]
     shapes = names.leaf_shapes(cfg)
     found = {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
@@ -200,13 +223,14 @@ def save_params(
 
 def _canonical(name: str, family: str) -> str | None:
     """The table's name for a tensor, None for one that is not needed."""
+    for pattern, replacement in ALIASES[family]:
+        renamed, count = re.subn("^" + pattern, replacement, name)
+        if count:
+            name = renamed
+            break
     for pattern in (HARMLESS.get(family), HARMLESS_ANYWHERE):
         if pattern and re.fullmatch(pattern, name):
             return None
-    for pattern, replacement in ALIASES.get(family, ()):
-        renamed, count = re.subn("^" + pattern, replacement, name)
-        if count:
-            return renamed
     return name
 
 
@@ -248,6 +272,7 @@ def _open_files(path: pathlib.Path) -> dict[str, Any]:
                 f"({len(strays)} such tensors); download the model again"
             )
         return handles
+    _name_other_format(path)
     pickles = sorted(f.name for pattern in PICKLES for f in path.glob(pattern))
     if pickles:
         raise FileNotFoundError(
@@ -261,11 +286,38 @@ def _open_files(path: pathlib.Path) -> dict[str, Any]:
     )
 
 
+def _name_other_format(path: pathlib.Path) -> None:
+    """ValueError if a directory that is no Hugging Face model is a LoRA adapter or holds GGUFs."""
+    adapter = path / "adapter_config.json"
+    if adapter.is_file():
+        try:
+            base = json.loads(adapter.read_text())["base_model_name_or_path"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            base = None
+        raise ValueError(
+            f"{path} holds a LoRA adapter, not a model; merge it into its base"
+            f"{f' ({base})' if base else ''} first: merge_and_unload() and save_pretrained() of "
+            "peft"
+        )
+    files = sorted(path.iterdir()) if path.is_dir() else []
+    found = [file for file in files if file.is_file() and is_gguf(file)]
+    if found:
+        raise ValueError(
+            f"{path} is no Hugging Face model, but it holds a GGUF file; give that: {found[0]}"
+        )
+
+
+def is_gguf(file: pathlib.Path) -> bool:
+    """Whether a file begins like a GGUF file."""
+    with open(file, "rb") as f:
+        return f.read(4) == b"GGUF"
+
+
 def _weight_map(index: pathlib.Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         items = list(weight_map.items())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{index} is not a safetensors index ({type(error).__name__}: {error}); copy it again"
         ) from error
