@@ -10,7 +10,7 @@ import pytest
 from test_hf import load_golden, tensors_of, write_directory
 
 from recursive_jax.models.config import Rope
-from recursive_jax.weights import gguf, hf, names
+from recursive_jax.weights import gguf, hf, hf_config, names
 
 # Their names for Hugging Face's, from the GGUF specification.
 NAMES = {
@@ -312,7 +312,10 @@ def put(name, value):
         (set_("rope.dimension_count", 4), ["rope.dimension_count=4", "head_dim=8"]),
         (set_("attention.value_length", 4), ["attention.value_length=4"]),
         (set_("attention.head_count_kv", [2, 1, 2]), ["attention.head_count_kv", "[2, 1, 2]"]),
-        (set_("rope.scaling.type", "yarn"), ["yarn"]),
+        (set_("rope.scaling.type", "longrope"), ["longrope"]),
+        (set_("tensor_data_layout", "reference"), ["tensor_data_layout='reference'"]),
+        (set_("use_parallel_residual", 1), ["use_parallel_residual=1"]),
+        (set_("attention.layer_norm_rms_epsilon", "1e-5"), ["rms_norm_eps", "number", "'1e-5'"]),
         (set_("attention.sliding_window", 512), ["sliding_window=512"]),
         (set_("split.count", 3), ["3 parts", "llama-gguf-split --merge"]),
         (drop("blk.1.ffn_up.weight"), ["missing", "blk.1.ffn_up.weight"]),
@@ -327,6 +330,42 @@ def test_what_is_not_implemented_is_refused_by_name(edit, words, tmp_path):
         gguf.open_params(path)
     for word in words:
         assert word in str(error.value), error.value
+
+
+@pytest.mark.parametrize(
+    "name, keys",
+    [
+        ("llama_gqa_llama3_rope", {"tensor_data_layout": "Meta AI original pth"}),
+        ("qwen2_last_layers_local", {"tensor_data_layout": "reference"}),
+        (
+            "llama_mqa_tied_biases",
+            {"expert_count": 0, "expert_used_count": 0, "use_parallel_residual": 0},
+        ),
+        ("gemma2_softcap_local", {"attention.clamp_kqv": 0.0, "logit_scale": 1.0}),
+        ("qwen3_qk_norm", {"attention.sliding_window": 0, "rope.scaling.attn_factor": 1.0}),
+        ("llama_mqa_tied_biases", {"rope.scaling.original_context_length": 32}),
+    ],
+)
+def test_neutral_keys_change_nothing(name, keys, tmp_path):
+    twin, cfg = gguf.open_params(tiny_gguf(tmp_path / "twin.gguf", name))
+    path = tiny_gguf(tmp_path / "m.gguf", name, lambda settings, tensors: settings.update(keys))
+    params, found = gguf.open_params(path)
+    assert found == cfg
+    for leaf, value in twin.items():
+        np.testing.assert_array_equal(params[leaf], value)
+
+
+def test_yarn_scaling_is_that_of_the_hugging_face_model(tmp_path):
+    def edit(settings, tensors):
+        settings |= {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
+        settings |= {"rope.scaling.original_context_length": 16, "rope.scaling.finetuned": 1}
+
+    rope = gguf.load_config(tiny_gguf(tmp_path / "m.gguf", "qwen2_last_layers_local", edit)).ropes
+    golden, _, _ = load_golden("qwen2_last_layers_local")
+    yarn = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+    theta = golden["config"]["rope_parameters"]["rope_theta"]
+    hugging_face = golden["config"] | {"rope_parameters": yarn | {"rope_theta": theta}}
+    assert rope == hf_config.config_from_hf(hugging_face).ropes
 
 
 def test_weights_that_are_no_numbers_are_refused_when_read(tmp_path):

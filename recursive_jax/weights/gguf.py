@@ -99,8 +99,30 @@ HANDLED_APART = {
     "rope.scaling.factor",
     "rope.scaling.original_context_length",
     "rope.scaling.finetuned",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
     "rope.scale_linear",
 }
+# Metadata that change nothing while they have this value.
+NEUTRAL = {
+    "attention.causal": True,
+    "attention.clamp_kqv": 0,
+    "attention.max_alibi_bias": 0,
+    "embedding_scale": 1,
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "expert_shared_count": 0,
+    "leading_dense_block_count": 0,
+    "logit_scale": 1,
+    "pooling_type": 0,
+    "residual_scale": 1,
+    "rope.scaling.attn_factor": 1,
+    "rope.scaling.yarn_attn_factor": 1,
+    "rope.scaling.yarn_log_multiplier": 0,
+    "use_parallel_residual": False,
+}
+# `tensor_data_layout` by architecture: the rope layout that `_table` undoes for llama files.
+LAYOUTS = {"llama": "Meta AI original pth"}
 # Published settings of llama3 rope scaling: (low_freq_factor, high_freq_factor, original_length).
 # Files store only the factors they lead to, in the tensor rope_freqs.weight.
 LLAMA3_ROPE = (1.0, 4.0, 8192)
@@ -198,6 +220,10 @@ class GGUFFile:
             for key in self._reader.fields
             if key.startswith(prefix)
         }
+        neutral = NEUTRAL | {"tensor_data_layout": LAYOUTS.get(self.architecture, "reference")}
+        if self.architecture not in ("gemma2", "gemma3"):  # these cannot do without a window
+            neutral["attention.sliding_window"] = 0
+        settings = {k: v for k, v in settings.items() if neutral.get(k, ...) != v}
         unknown = {k: v for k, v in settings.items() if k not in CONFIG_KEYS.keys() | HANDLED_APART}
         if unknown:
             raise ValueError(
@@ -254,7 +280,16 @@ class GGUFFile:
             return self._llama3_rope(hf)
         if kind == "none":
             return None
-        return {"rope_type": kind, "factor": factor}  # hf_config refuses all but linear
+        scaling = {"rope_type": kind, "factor": factor}  # hf_config refuses types it does not know
+        if kind == "yarn":
+            scaling |= {
+                "original_max_position_embeddings": settings.get(
+                    "rope.scaling.original_context_length"
+                ),
+                "beta_fast": settings.get("rope.scaling.yarn_beta_fast"),
+                "beta_slow": settings.get("rope.scaling.yarn_beta_slow"),
+            }
+        return scaling
 
     def _llama3_rope(self, hf: Mapping[str, Any]) -> dict:
         """Recognise the published llama3 scalings in the tensor of frequency factors."""
