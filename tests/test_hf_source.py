@@ -9,13 +9,15 @@ import sys
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from test_gguf import byte_vocabulary, tiny_gguf
+from test_hf import write_directory
 
 from recursive_jax import convert
 from recursive_jax.evaluation import certificate
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import Decoder
 from recursive_jax.text import Windows
-from recursive_jax.weights import hf, names
+from recursive_jax.weights import hf, low_rank, names
 from recursive_jax.weights.source import ASSETS, open_source
 
 CFG = DecoderConfig(
@@ -45,6 +47,11 @@ def whole(tmp_path_factory):
 def source(whole, tmp_path):
     """A copy to damage."""
     return pathlib.Path(shutil.copytree(whole, tmp_path / "llama"))
+
+
+def edit_config(directory, **changes):
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def edit_tensor(directory, name, change):
@@ -105,3 +112,75 @@ def test_the_squares_of_weights_may_not_exceed_float32(source):
     edit_tensor(source, BROKEN, lambda w: w * 1e30)
     with pytest.raises(ValueError, match="projection up .* exceed float32"):
         certificate.tie_with_certificate(open_source(str(source)), RECIPE)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_residual_that_is_no_number_has_no_svd(value):
+    residual = np.ones((4, 6), np.float32)
+    residual[1, 2] = value
+    with (
+        pytest.raises(ValueError, match="a weight holds NaN or infinity"),
+        np.errstate(all="ignore"),
+    ):
+        low_rank.truncated_svd(residual, 2)
+
+
+def test_a_gguf_file_needs_no_suffix(tmp_path):
+    vocabulary = byte_vocabulary(59) | {"more": {"ggml.pre": "gpt-2"}}
+    path = tiny_gguf(tmp_path / "model.gguf", "llama_mqa_tied_biases", vocabulary=vocabulary)
+    expected = open_source(str(path))
+    tokens = expected.load_tokenizer().get_vocab()
+    with pytest.raises(ValueError, match=f"it holds a GGUF file; give that: {path}"):
+        open_source(str(tmp_path))
+    path.rename(tmp_path / "blob")
+    with pytest.raises(ValueError, match=f"give that: {tmp_path / 'blob'}"):
+        open_source(str(tmp_path))
+    found = open_source(str(tmp_path / "blob"))
+    assert found.cfg == expected.cfg
+    assert found.load_tokenizer().get_vocab() == tokens
+    with pytest.raises(FileNotFoundError, match="expected a GGUF model"):
+        open_source(str(path))
+    (tmp_path / "config.json").write_text("{}")  # repositories of GGUF files often have one
+    with pytest.raises(ValueError, match="model_type None"):
+        open_source(str(tmp_path))
+
+
+def test_a_gguf_file_beside_a_config(tmp_path):
+    source = write_directory(tmp_path, "llama_gqa_llama3_rope")
+    (source / "model.safetensors").unlink()
+    path = tiny_gguf(source / "model.Q8_0.gguf", "llama_gqa_llama3_rope")
+    with pytest.raises(ValueError, match=f"give that: {path}"):
+        open_source(str(source))
+
+
+@pytest.mark.parametrize("with_config", [False, True])
+def test_a_lora_adapter_is_no_model(with_config, source, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    settings = {"peft_type": "LORA", "base_model_name_or_path": "someone/base"}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    save_file({"base_model.model.x.lora_A.weight": np.zeros((2, 3))}, adapter / "adapter.st")
+    if with_config:
+        shutil.copy(source / "config.json", adapter)
+    with pytest.raises(ValueError, match=r"LoRA adapter.*base \(someone/base\) first"):
+        open_source(str(adapter))
+    (adapter / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match="LoRA adapter.*merge it into its base first"):
+        open_source(str(adapter))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"initializer_range": 1}, ["'initializer_range'", "float", "got int (value: 1)"]),
+        ({"use_cache": "yes"}, ["'use_cache'", "bool", "'yes'"]),
+    ],
+)
+def test_what_transformers_refuses_in_config_json_is_named(changes, words, source):
+    """AutoTokenizer reads config.json too, and checks more of it than the model needs."""
+    edit_config(source, **changes)
+    with pytest.raises(ValueError) as error:
+        open_source(str(source)).load_tokenizer()
+    for word in [f"{source / 'config.json'} is refused by transformers", *words]:
+        assert word in str(error.value), error.value
+    assert "\n" not in str(error.value)

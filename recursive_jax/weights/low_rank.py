@@ -182,6 +182,8 @@ def _leading_eigenvectors(gram: np.ndarray, count: int) -> np.ndarray:
         _, vectors = scipy.linalg.eigh(
             gram, subset_by_index=(n - count, n - 1), overwrite_a=True, check_finite=False
         )
+    if vectors.shape[1] < count or not np.isfinite(vectors).all():
+        raise ValueError("a weight holds NaN or infinity, so its residual has no SVD")
     return vectors[:, ::-1]
 
 

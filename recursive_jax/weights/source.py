@@ -53,7 +53,7 @@ class Source:
 
 
 def open_source(spec: str) -> Source:
-    """The model of `spec`: a directory, a .gguf file, a hub id, or 'tiny' (part of this package).
+    """The model of `spec`: a directory, a GGUF file, a hub id, or 'tiny' (part of this package).
 
     Raises:
       FileNotFoundError: there is no such model.
@@ -62,9 +62,9 @@ def open_source(spec: str) -> Source:
     if spec == "tiny":
         spec = str(ASSETS / "tiny")
     path = pathlib.Path(spec).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise FileNotFoundError(f"no such file: {path}; expected a GGUF model")
+    if path.suffix == ".gguf" and not path.exists():
+        raise FileNotFoundError(f"no such file: {path}; expected a GGUF model")
+    if path.is_file() and (path.suffix == ".gguf" or hf.is_gguf(path)):
         params, cfg = gguf.open_params(path)
         return Source(path, cfg, params, lambda: gguf.load_tokenizer(path), {})
     path = hf.resolve(spec)
@@ -76,7 +76,17 @@ def open_source(spec: str) -> Source:
     def load_tokenizer():
         from recursive_jax.text import load_tokenizer
 
-        return load_tokenizer(path)
+        try:
+            return load_tokenizer(path)
+        except ValueError as error:
+            cause = error.__cause__
+            if not type(cause).__name__.startswith("StrictDataclass"):
+                raise
+            # AutoTokenizer reads config.json, and transformers checks the type of every key in it.
+            reason = " ".join(str(cause).split())
+            raise ValueError(
+                f"{path / 'config.json'} is refused by transformers: {reason}. Correct that key"
+            ) from error
 
     return Source(path, cfg, params, load_tokenizer, generation_config)
 
