@@ -76,17 +76,7 @@ def open_source(spec: str) -> Source:
     def load_tokenizer():
         from recursive_jax.text import load_tokenizer
 
-        try:
-            return load_tokenizer(path)
-        except ValueError as error:
-            cause = error.__cause__
-            if not type(cause).__name__.startswith("StrictDataclass"):
-                raise
-            # AutoTokenizer reads config.json, and transformers checks the type of every key in it.
-            reason = " ".join(str(cause).split())
-            raise ValueError(
-                f"{path / 'config.json'} is refused by transformers: {reason}. Correct that key"
-            ) from error
+        return load_tokenizer(path)
 
     return Source(path, cfg, params, load_tokenizer, generation_config)
 
