@@ -1,5 +1,7 @@
 """The same weights give the same logits here and in transformers on torch, both ways."""
 
+import json
+import pathlib
 import pydoc_data.topics
 
 import jax
@@ -7,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import cases
+from golden.transformers_4 import write
 
 from recursive_jax.models.decoder import Decoder
 from recursive_jax.weights import hf
@@ -24,7 +27,13 @@ def torch_model(name, settings=None):
     kind, own = cases.CASES[name]
     settings = settings or own
     config = transformers.AutoConfig.for_model(kind, **settings)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    return seeded(
+        transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    )
+
+
+def seeded(model):
+    kind = model.config.model_type
     with torch.no_grad():
         for key, value in model.named_parameters():
             value.copy_(torch.from_numpy(cases.weight(key, tuple(value.shape), kind)))
@@ -112,6 +121,23 @@ def test_yarn_gives_the_log_probabilities_of_transformers(name, rope, tmp_path):
     )
     plain = torch_model(name, settings | {"rope_parameters": {**rope, "rope_type": "default"}})
     assert np.abs(torch_logits(plain, tokens) - theirs).max() > 0.01  # the scaling is felt
+
+
+def test_gpt_neox_as_transformers_4_saved_it(tmp_path):
+    """Its rope settings are there twice; transformers reads the same model in them as we do."""
+    saved = json.loads((pathlib.Path(write.__file__).parent / "configs.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(saved["gpt_neox 4.57.6"]))
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    model = seeded(transformers.AutoModelForCausalLM.from_config(config))
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(saved["gpt_neox 4.57.6"]))
+    tokens = cases.tokens(config.vocab_size)
+    np.testing.assert_allclose(
+        log_probs(our_logits(tmp_path, tokens)),
+        log_probs(torch_logits(model, tokens)),
+        rtol=0,
+        atol=1e-4,
+    )
 
 
 @pytest.mark.parametrize("name", ["llama_mqa_tied_biases", "gpt_neox_sequential"])

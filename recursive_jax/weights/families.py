@@ -208,11 +208,12 @@ IRRELEVANT = frozenset(
     output_hidden_states output_attentions return_dict torchscript is_decoder problem_type
     id2label label2id num_labels finetuning_task task_specific_params gradient_checkpointing
     attention_dropout hidden_dropout attention_probs_dropout_prob hidden_dropout_prob
-    attn_pdrop embd_pdrop resid_pdrop
+    attn_pdrop embd_pdrop resid_pdrop attn_dropout embd_dropout resid_dropout neftune_noise_alpha
     cache_implementation attn_implementation _attn_implementation _attn_implementation_internal
     _attn_implementation_autoset _experts_implementation experts_implementation
     _flash_attn_2_enabled use_flash_attention_2 transformers.js_config custom_pipelines
-    unsloth_version unsloth_fixed prefix trust_remote_code keys_to_ignore_at_inference
+    unsloth_version unsloth_fixed model_max_length prefix trust_remote_code
+    keys_to_ignore_at_inference
     tokenizer_class chunk_size_feed_forward tie_encoder_decoder _commit_hash
     tf_legacy_loss use_bfloat16 bos_id eos_id tie_last_hidden_states
     max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty

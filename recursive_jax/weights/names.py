@@ -222,7 +222,17 @@ class LazyParams(Mapping):
         dtype: np.dtype | None = None,
         where: str = "the model",
     ):
-        """`where`: file or directory, for error messages; the others as the attributes."""
+        """A mapping that has read nothing yet.
+
+        Args:
+          rows: name table by our path, see `used_rows`.
+          shapes: of our parameters.
+          read: name of a tensor -> the tensor.
+          cfg: config of the model.
+          stored: name of a tensor -> the dtype to read it in, when `dtype` is None.
+          dtype: of the arrays; None means as stored.
+          where: file or directory, for error messages.
+        """
         self._rows, self._shapes, self._read, self._cfg = rows, shapes, read, cfg
         self._stored, self.dtype, self._where = stored, dtype, where
 
