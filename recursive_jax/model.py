@@ -64,7 +64,7 @@ class Opened:
         rules = sharding.rules_for(mesh, self.cfg)
         shardings = sharding.shardings(logical_axes(self.cfg), mesh, rules)
         if self.source is None:
-            params, _ = checkpoint.load_params(self.spec, shardings, dtype, self.step)
+            params, _ = checkpoint.load_params(self.spec, shardings, dtype, self.step, say)
         else:
             params = sharding.put_stacks(self.source.params, shardings, dtype)
         model = decode_model(self.cfg, dtype, mesh, context_length, passes, say)
