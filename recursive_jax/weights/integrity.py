@@ -98,13 +98,14 @@ def explain(path: pathlib.Path, error: Exception) -> Exception:
     """
     chain = list(_chain(error))
     reason = _brief(chain[-1])
-    codes = set(re.findall(r"\b[A-Z]+(?:_[A-Z]+)*\b", "\n".join(map(str, chain))))
+    text = "\n".join(map(str, chain))
+    codes = set(re.findall(r"\b([A-Z_]+):", text))
     if any(isinstance(e, MemoryError) for e in chain):
         return error
     if "RESOURCE_EXHAUSTED" in codes:
         return ValueError(f"checkpoint {path} does not fit into memory: {reason}")
     numbers = {e.errno for e in chain if isinstance(e, OSError)}
-    numbers |= {int(n) for n in re.findall(r"os_error_code='(\d+)'", "\n".join(map(str, chain)))}
+    numbers |= {int(n) for n in re.findall(r"os_error_code='(\d+)'", text)}
     blocked = _first_blocked(path)
     if blocked or codes & set(OTHER_CODES) or numbers - {None, errno.ENOENT, errno.ENOTDIR}:
         return ValueError(
