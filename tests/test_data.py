@@ -11,9 +11,10 @@ import sys
 import numpy as np
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from recursive_jax.text import documents as documents_lib
 from recursive_jax.text.documents import Documents, documents
 from recursive_jax.training import data
 
@@ -87,6 +88,15 @@ class TestReaders:
             (b'{"text": null}', r'line 2 has no string field "text"'),
             (b'["a"]', "line 2 has no string field .*found list"),
             (b'{"text": "\xff"}', "bad.jsonl, line 2 is not UTF-8"),
+            (
+                rb'{"text": "a \ud83d b"}',
+                "bad.jsonl, line 2: half a surrogate pair in .text. .character 2",
+            ),
+            (
+                b'{"text": "a", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+                "bad.jsonl, line 2 is not read: .*lists too deep",
+            ),
+            (b'{"text": "a", "x": ' + b"9" * 5_000 + b"}", "line 2 is not read: .*too many digits"),
         ],
     )
     def test_bad_line_is_named(self, tmp_path, line, message):
@@ -109,6 +119,46 @@ class TestReaders:
         (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
         with pytest.raises(ValueError, match="latin.txt is not UTF-8"):
             texts_of(tmp_path / "latin.txt")
+
+    def test_a_card_is_not_the_corpus_of_its_data(self, tmp_path):
+        (tmp_path / "README.md").write_text("What the data are.")
+        assert texts_of(tmp_path) == ["What the data are."]
+        (tmp_path / "data").mkdir()
+        for i in range(2):
+            (tmp_path / "data" / f"train-0000{i}-of-00002.parquet").write_bytes(b"PAR1")
+        with pytest.raises(ValueError, match="README.md.*train-00000-of-00002.parquet and 1 more"):
+            documents(str(tmp_path))
+        assert texts_of(tmp_path / "README.md") == ["What the data are."]
+        (tmp_path / "README.md").unlink()
+        with pytest.raises(ValueError, match="no text in .*found data/train-00000-of-00002"):
+            documents(str(tmp_path))
+
+    def test_files_that_are_not_read_are_counted(self, tmp_path, caplog):
+        (tmp_path / "a.txt").write_text("one")
+        (tmp_path / ".gitattributes").write_text("hidden files are no data")
+        assert texts_of(tmp_path) == ["one"] and not caplog.records
+        for name in ("b.parquet", "c.csv"):
+            (tmp_path / name).write_bytes(b"")
+        assert texts_of(tmp_path) == ["one"]
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert "2 of 3 files are left out, b.parquet and 1 more" in record.getMessage()
+
+    def test_text_files_are_read_in_blocks(self, tmp_path):
+        """Characters that cross a block, a byte order mark, and the position of a bad byte."""
+        block, file = documents_lib.BLOCK_BYTES, tmp_path / "a.txt"
+        content = "\ufeffa" + "ü" * (block * 3 // 4) + "\r\n"
+        file.write_text(content, encoding="utf-8", newline="")
+        ((_, parts),) = documents(str(file)).read()
+        parts = list(parts)
+        assert "".join(parts) == content[1:] == texts_of(file)[0]
+        assert max(map(len, parts)) <= block
+        file.write_bytes(b"a" * (block + 7) + b"\xff")
+        with pytest.raises(ValueError, match=rf"a.txt is not UTF-8 text \(byte {block + 7}\)"):
+            texts_of(file)
+        file.write_bytes(b"a" * (block - 1) + b"\xc3")
+        with pytest.raises(ValueError, match=rf"\(byte {block - 1}\)"):
+            texts_of(file)
 
     def test_fingerprint_follows_the_files(self, tmp_path):
         (tmp_path / "a.txt").write_text("one")
@@ -286,12 +336,93 @@ class TestCache:
             data.tokenize(Documents("s", "f", 0, failing), encode_batch, "t", tmp_path, False)
         assert list(tmp_path.iterdir()) == []
 
-    def test_damaged_entry_is_made_again(self, tmp_path):
+    @pytest.mark.parametrize("file", ["ids.i32", "index.npz", "meta.json"])
+    @pytest.mark.parametrize("damage", ["flipped", "zeros", "cut", "longer", "missing"])
+    def test_damaged_entry_is_made_again(self, tmp_path, file, damage):
+        docs = corpus("ab", "cde")
+        before = data.tokenize(docs, encode_batch, "t", tmp_path)
+        (path,) = tmp_path.glob(f"*/{file}")
+        content = path.read_bytes()
+        path.unlink()  # `before` keeps its mapping
+        if damage != "missing":
+            flipped = bytearray(content)
+            flipped[len(content) // 2] ^= 1
+            new = {"flipped": flipped, "zeros": bytes(len(content)), "cut": content[:-3]}
+            path.write_bytes(new.get(damage, content + b"more"))
+        for _ in range(2):
+            after = data.tokenize(docs, encode_batch, "t", tmp_path)
+            assert [after[d].tolist() for d in range(2)] == [[97, 98], [99, 100, 101]]
+            assert after.hashes.tolist() == before.hashes.tolist()
+        assert len(list(tmp_path.iterdir())) == 1
+        if file != "meta.json":  # there, a bit may be part of a name
+            assert path.read_bytes() == content
+
+    def test_an_entry_without_checksums_is_made_again(self, tmp_path):
         docs = corpus("ab", "cde")
         data.tokenize(docs, encode_batch, "t", tmp_path)
         (ids,) = tmp_path.glob("*/ids.i32")
-        ids.write_bytes(ids.read_bytes()[:-3])
+        meta = {"source": "test", "documents": 2, "ids_bytes": ids.stat().st_size}
+        (ids.parent / "meta.json").write_text(json.dumps(meta))
+        ids.write_bytes(bytes(ids.stat().st_size))
         assert data.tokenize(docs, encode_batch, "t", tmp_path)[1].tolist() == [99, 100, 101]
+
+    def test_files_are_on_the_disk_before_they_get_their_name(self, tmp_path, monkeypatch):
+        events, fsync, replace = [], os.fsync, os.replace
+
+        def recorded_fsync(handle):
+            fsync(handle)
+            events.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+
+        def recorded_replace(old, new):
+            events.append(f"rename {os.path.basename(old)}")
+            replace(old, new)
+
+        if not os.path.isdir("/proc/self/fd"):
+            pytest.skip("the names of open files are read from /proc")
+        monkeypatch.setattr(os, "fsync", recorded_fsync)
+        monkeypatch.setattr(os, "replace", recorded_replace)
+        data.tokenize(corpus("ab"), encode_batch, "t", tmp_path)
+        directory = events[3]
+        expected = ["ids.i32", "index.npz", "meta.json", directory, f"rename {directory}"]
+        assert events == [*expected, tmp_path.name]
+
+    def test_an_entry_that_may_not_be_read_is_kept(self, tmp_path):
+        data.tokenize(corpus("ab"), encode_batch, "t", tmp_path)
+        (ids,) = tmp_path.glob("*/ids.i32")
+        ids.chmod(0)
+        if os.access(ids, os.R_OK):
+            pytest.skip("this user may read everything")
+        with pytest.raises(PermissionError, match="ids.i32"):
+            data.tokenize(corpus("ab"), encode_batch, "t", tmp_path)
+
+    def test_one_large_document_is_tokenised_in_many_calls(self, tmp_path, monkeypatch):
+        text = "".join(f"word {i}\n" for i in range(60_000))
+        (tmp_path / "book.txt").write_text(text)
+        calls = []
+
+        def counting(texts):
+            calls.append(sum(map(len, texts)))
+            return encode_batch(texts)
+
+        docs = documents(f"{tmp_path}/book.txt")
+        monkeypatch.setattr(data, "CHARS_PER_CALL", 300_000)
+        out = data.tokenize(docs, counting, "t", tmp_path / "cache")
+        assert len(out) == 1
+        np.testing.assert_array_equal(out[0], np.frombuffer(text.encode(), np.uint8))
+        assert max(calls) < 600_000 < len(text)
+        whole = data.tokenize(corpus(text), encode_batch, "t", tmp_path / "cache")
+        assert out.hashes.tolist() == whole.hashes.tolist()
+
+    def test_documents_that_the_tokenizer_drops(self, tmp_path, caplog):
+        def digits(texts):
+            return [[int(c) for c in text if c.isdigit()] for text in texts]
+
+        with pytest.raises(ValueError, match="no text in test: the tokenizer drops every char"):
+            data.tokenize(corpus("hello", "world"), digits, "t", tmp_path)
+        out = data.tokenize(corpus("12", "hello", " "), digits, "t", tmp_path)
+        assert [out[d].tolist() for d in range(len(out))] == [[1, 2]]
+        (record,) = caplog.records
+        assert "test: 1 documents are left out" in record.getMessage()
 
     def test_no_text_at_all(self, tmp_path):
         with pytest.raises(ValueError, match="no text in test"):
@@ -320,6 +451,19 @@ class TestSplit:
         docs = tokenized([[i] for i in range(1, 11)])
         docs.hashes[:] = np.linspace(2**63, 2**64 - 2**50, 10).astype(np.uint64)
         assert docs.split("valid", 0.1).num_tokens == 1
+
+    @pytest.mark.parametrize("which", ["train", "valid"])
+    def test_nothing_left_to_train_on(self, which):
+        same = tokenized([[1, 2]] * 200)
+        same.hashes[:] = 2**63
+        with pytest.raises(
+            ValueError, match="all documents have the same text.*valid_fraction=0.0"
+        ):
+            same.split(which, 0.01)
+        with pytest.raises(ValueError, match="every document has one token, and the held-out"):
+            tokenized([[1], [2], [3]]).split(which, 0.01)
+        with pytest.raises(ValueError, match="held-out share .valid_fraction=0.99. took all"):
+            tokenized([[1, 2]] * 20).split(which, 0.99)
 
     @pytest.mark.parametrize("count", [1, 3])
     def test_few_documents_give_their_tails(self, count):
@@ -407,6 +551,7 @@ class TestPacking:
     def test_documents_come_back_and_every_token_is_predicted_once(self, lengths, bos, room, seed):
         # Token = 1000 * document + index, so nothing can be mistaken for something else.
         texts = [[1000 * (d + 1) + k for k in range(n)] for d, n in enumerate(lengths)]
+        assume(bos or max(lengths) > 1)
         rows = data.PackedRows(tokenized(texts), bos, len(bos) + room, seed)
         assert rows.num_tokens == sum(lengths)
         tokens = np.concatenate([rows[i].tokens[rows[i].segment_ids > 0] for i in range(len(rows))])
@@ -431,6 +576,13 @@ class TestPacking:
             data.PackedRows(tokenized([[5]]), [1], 1)
         with pytest.raises(ValueError, match="no documents"):
             data.PackedRows(tokenized([]), [1], 8)
+
+    def test_no_position_to_predict(self):
+        bytes_ = tokenized([[1], [2], [3]])
+        with pytest.raises(ValueError, match="no position to predict: .* one token .*no BOS"):
+            data.PackedRows(bytes_, [], 8)
+        assert data.PackedRows(bytes_, [9], 8)[0].weights.sum() == 3
+        assert data.PackedRows(tokenized([[1], [2, 3]]), [], 8)[0].weights.sum() == 1
 
 
 class TestBatches:

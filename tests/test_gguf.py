@@ -329,6 +329,16 @@ def test_what_is_not_implemented_is_refused_by_name(edit, words, tmp_path):
         assert word in str(error.value), error.value
 
 
+def test_weights_that_are_no_numbers_are_refused_when_read(tmp_path):
+    def edit(settings, tensors):
+        tensors["blk.1.ffn_up.weight"][3, 2] = np.nan
+
+    path = tiny_gguf(tmp_path / "m.gguf", "llama_gqa_llama3_rope", edit)
+    params, _ = gguf.open_params(path)
+    with pytest.raises(ValueError, match=f"{path}: tensor blk.1.ffn_up.weight holds NaN"):
+        params["block/mlp/up/w"]
+
+
 def test_numbers_that_agree_between_layers_are_one_number(tmp_path):
     edit = set_("attention.head_count_kv", [2, 2, 2])
     path = tiny_gguf(tmp_path / "m.gguf", "llama_gqa_llama3_rope", edit)

@@ -361,6 +361,23 @@ def test_pickles_are_never_read(tmp_path):
         hf.open_params(tmp_path, cfg)
 
 
+NAME = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+def test_weights_that_are_no_numbers_are_refused_when_read(dtype, value, tmp_path):
+    def edit(tensors):
+        tensors[NAME][3, 2] = value
+
+    source = write_directory(tmp_path, "llama_gqa_llama3_rope", dtype, edit=edit)
+    params = hf.open_params(source, hf.load_config(source))
+    params.layers("block/mlp/up/w", [0, 2])  # the others are whole
+    for read in (lambda: params["block/mlp/up/w"], lambda: params.layers("block/mlp/up/w", [1])):
+        with pytest.raises(ValueError, match=f"{source}: tensor {NAME} holds NaN or infinity"):
+            read()
+
+
 def test_config_that_is_missing_or_broken(tmp_path):
     with pytest.raises(FileNotFoundError, match="no config.json"):
         hf.load_config(tmp_path)

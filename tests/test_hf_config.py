@@ -5,6 +5,8 @@ import pathlib
 
 import numpy as np
 import pytest
+import transformers
+from golden.transformers_4 import write
 
 from recursive_jax.models import parameters
 from recursive_jax.models.config import Rope
@@ -251,6 +253,12 @@ def test_presets_and_back(name):
             (0,) * 25 + (4096,),
         ),
         (GEMMA3_1B, {"sliding_window_pattern": 2}, "windows", (512, 0) * 13),
+        (
+            GEMMA3_1B,
+            {"sliding_window_pattern": None},
+            "windows",
+            ((512,) * 5 + (0,)) * 4 + (512,) * 2,
+        ),
         (GEMMA3_1B, {"sliding_window_pattern": 2}, "rope_of_depth", (1, 0) * 13),
         # layer_types is the newer word and wins over the pattern
         (GEMMA3_270M, {"_sliding_window_pattern": 2}, "windows", ((512,) * 5 + (0,)) * 3),
@@ -284,10 +292,148 @@ def test_values_that_mean_something(base, change, field, value):
         assert actual == value
 
 
+# What says nothing: the model is that of the same config without these keys.
+SAYS_NOTHING = [
+    (PYTHIA_410M, {"rope_theta": 10000, "partial_rotary_factor": 0.25, "rope_scaling": None}),
+    (PYTHIA_410M, {"hidden_dropout": 0.1, "attention_dropout": 0.1, "classifier_dropout": 0.1}),
+    (GEMMA2_2B, {"sliding_window_size": 4096}),
+    (GEMMA2_2B, {"use_sliding_window": False}),
+    (GEMMA3_1B, {"sliding_window_pattern": None}),  # 6 is the default too
+    (MISTRAL_7B, {"use_sliding_window": False, "layer_types": None}),
+    (MISTRAL_7B, {"layer_types": ["sliding_attention"] * 32}),
+    (LLAMA3_2_1B, {"quantization_config": None, "auto_map": None, "attention_multiplier": None}),
+    (LLAMA3_2_1B, {"layer_types": None}),
+    (LLAMA3_2_1B, {"layer_types": ["full_attention"] * 16}),
+    (LLAMA3_2_1B, {"use_sliding_window": False}),
+    # a Llama made of a Qwen 2
+    (LLAMA3_2_1B, {"use_sliding_window": False, "sliding_window": 9, "max_window_layers": 21}),
+    (LLAMA3_2_1B, {"custom_pipelines": {"text-generation": {"impl": "x.Y"}}}),
+    (LLAMA3_2_1B, {"attention_dropout": 0.1, "is_causal": True, "original_x": None}),
+    (QWEN2_0_5B, {"rope_scaling": {"type": "default", "original_max_position_embeddings": 9}}),
+    (QWEN2_0_5B, {"rope_scaling": {"rope_type": "default", "factor": 1.0}}),
+    (QWEN2_0_5B, {"original_max_position_embeddings": 9}),
+    (QWEN2_0_5B, {"use_sliding_window": None, "max_window_layers": None, "rms_norm_eps": None}),
+    (GEMMA3_4B, {"quantization_config": None, "tie_word_embeddings": None}),
+]
+
+
+@pytest.mark.parametrize("base, keys", SAYS_NOTHING)
+def test_keys_that_say_nothing_count_as_absent(base, keys):
+    assert hf_config.config_from_hf(base | keys) == hf_config.config_from_hf(base)
+
+
+def test_rope_settings_saved_again_keep_their_old_name_of_the_type():
+    """transformers 5 keeps the `type` of an old file beside its own `rope_type`."""
+    old = {"type": "linear", "factor": 4.0}
+    new = old | {"rope_type": "linear", "rope_theta": 1e6}
+    saved = {k: v for k, v in QWEN2_0_5B.items() if k != "rope_theta"} | {"rope_parameters": new}
+    cfg = hf_config.config_from_hf(saved)
+    assert cfg.ropes == (Rope(theta=1e6, scaling="linear", factor=4.0),)
+    assert cfg == hf_config.config_from_hf(QWEN2_0_5B | {"rope_scaling": old})
+
+
+# Of every key of every published config; what transformers would compute with them is not defined.
+ODD_VALUES = ["1e-05", "", [], ["x"], {}, {"x": []}, True, -1, 0, 2.5, 1e999, float("nan"), 10**400]
+NUMBERS = [
+    (LLAMA3_2_1B, "rms_norm_eps"),
+    (LLAMA3_2_1B, "rope_theta"),
+    (PYTHIA_410M, "layer_norm_eps"),
+    (PYTHIA_410M, "rotary_emb_base"),
+    (PYTHIA_410M, "rotary_pct"),
+    (GEMMA2_2B, "query_pre_attn_scalar"),
+    (GEMMA2_2B, "attn_logit_softcapping"),
+    (GEMMA2_2B, "final_logit_softcapping"),
+    (GEMMA3_1B, "rope_local_base_freq"),
+    *((LLAMA3_2_1B, f"rope_scaling.{k}") for k in LLAMA3_2_1B["rope_scaling"] if k != "rope_type"),
+]
+
+
+@pytest.mark.parametrize("base, key", NUMBERS, ids=lambda x: x if isinstance(x, str) else "")
+def test_what_is_no_number_is_refused_by_name(base, key):
+    for value in ("1e-05", True, [1.0], {}, -1.0, 1e999, float("nan"), 10**400):
+        changed = {key: value}
+        if key.startswith("rope_scaling."):
+            name = key.removeprefix("rope_scaling.")
+            changed = {"rope_scaling": base["rope_scaling"] | {name: value}}
+        with pytest.raises(ValueError, match=rf"config\.json: {key} must be a number"):
+            hf_config.config_from_hf(base | changed)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_any_value_is_read_or_refused(name):
+    """No value of any key ends in another error than ValueError."""
+    refused = 0
+    keys = {**PUBLISHED[name], "rope_parameters": 0, "layer_types": 0, "text_config": 0}
+    for key in keys:
+        for value in ODD_VALUES:
+            try:
+                hf_config.config_from_hf(PUBLISHED[name] | {key: value})
+            except ValueError as error:
+                assert "\n" not in str(error)
+                refused += 1
+    assert refused > 100
+
+
+@pytest.mark.parametrize("key", ["tie_word_embeddings", "attention_bias", "mlp_bias"])
+@pytest.mark.parametrize("value", ["false", 0, 1])
+def test_a_flag_is_true_or_false(key, value):
+    with pytest.raises(ValueError, match=f"config.json: {key} must be true or false"):
+        hf_config.config_from_hf(LLAMA3_2_1B | {key: value})
+
+
+def test_yarn_settings():
+    """Defaults as in transformers; what it derives is written out, and reads back the same."""
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    cfg = hf_config.config_from_hf(QWEN2_0_5B | {"rope_scaling": yarn})
+    (rope,) = cfg.ropes
+    assert (rope.scaling, rope.factor, rope.original_length) == ("yarn", 4.0, 32768)
+    np.testing.assert_allclose(rope.attention_factor, 1.1386294, rtol=1e-7)  # 0.1 ln 4 + 1
+    written = hf_config.config_to_hf(cfg)
+    assert written["rope_scaling"]["rope_type"] == "yarn"
+    assert hf_config.config_from_hf(json.loads(json.dumps(written))) == cfg
+    more = dict(mscale=2.0, mscale_all_dim=1.0, beta_fast=16, beta_slow=2, truncate=False)
+    (rope,) = hf_config.config_from_hf(QWEN2_0_5B | {"rope_scaling": yarn | more}).ropes
+    np.testing.assert_allclose(rope.attention_factor, 1.2772589 / 1.1386294, rtol=1e-7)
+    assert (rope.beta_fast, rope.beta_slow, rope.truncate) == (16, 2, False)
+    (rope,) = hf_config.config_from_hf(
+        QWEN2_0_5B | {"rope_scaling": yarn | {"attention_factor": 1.0, "finetuned": True}}
+    ).ropes
+    assert rope.attention_factor == 1.0
+    outside = {k: v for k, v in yarn.items() if k != "original_max_position_embeddings"}
+    cfg = hf_config.config_from_hf(QWEN2_0_5B | {"rope_scaling": outside})
+    assert cfg.ropes[0].original_length == 131072  # max_position_embeddings
+    with pytest.raises(ValueError, match="original_max_position_embeddings=9 .* disagree"):
+        hf_config.config_from_hf(
+            QWEN2_0_5B | {"rope_scaling": yarn, "original_max_position_embeddings": 9}
+        )
+    with pytest.raises(ValueError, match="rope_scaling.truncate must be true or false"):
+        hf_config.config_from_hf(QWEN2_0_5B | {"rope_scaling": yarn | {"truncate": 1}})
+
+
 def test_llama3_rope_defaults_its_original_length_to_the_model_length():
     rope = dict(rope_type="llama3", factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0)
     cfg = hf_config.config_from_hf(LLAMA3_2_1B | {"rope_scaling": rope})
     assert cfg.ropes[0].original_length == 131072
+
+
+def written_by_transformers_4():
+    """label -> config.json; the label ends in the version."""
+    return json.loads((GOLDEN / "transformers_4" / "configs.json").read_text())
+
+
+@pytest.mark.parametrize("label", written_by_transformers_4())
+def test_configs_of_transformers_4_are_read(label, tmp_path):
+    """They mean what was given to transformers, and what transformers 5 reads in them."""
+    config = written_by_transformers_4()[label]
+    cfg = hf_config.config_from_hf(config)
+    model_type, _, settings = write.CONFIGS[label.rsplit(" ", 1)[0]]
+    given = {"model_type": model_type, **write.SIZES, **settings}
+    assert cfg == hf_config.config_from_hf(given)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    transformers.AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    saved_again = json.loads((tmp_path / "config.json").read_text())
+    assert "rope_parameters" in saved_again
+    assert hf_config.config_from_hf(saved_again) == cfg
 
 
 # Everything that changes the mathematics and is not implemented is refused, by name and value.
@@ -295,7 +441,10 @@ def test_llama3_rope_defaults_its_original_length_to_the_model_length():
     "base, change, words",
     [
         (LLAMA3_2_1B, {"model_type": "mamba"}, ["mamba", "llama"]),
-        (LLAMA3_2_1B, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["yarn", "linear"]),
+        (LLAMA3_2_1B, {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, ["longrope"]),
+        (LLAMA3_2_1B, {"rope_scaling": {"type": "yarn"}}, ["yarn", "miss", "factor"]),
+        (LLAMA3_2_1B, {"rope_scaling": {"type": "default", "factor": 4.0}}, ["factor"]),
+        (LLAMA3_2_1B, {"rope_scaling": "linear"}, ["rope_scaling", "'linear'"]),
         (LLAMA3_2_1B, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["dynamic"]),
         (LLAMA3_2_1B, {"rope_scaling": {"type": "linear"}}, ["linear", "miss", "factor"]),
         (
@@ -305,13 +454,19 @@ def test_llama3_rope_defaults_its_original_length_to_the_model_length():
         ),
         (LLAMA3_2_1B, {"sparse_attention": True}, ["sparse_attention=True"]),
         (LLAMA3_2_1B, {"logit_scale": 0.5}, ["logit_scale=0.5"]),
-        (LLAMA3_2_1B, {"attention_multiplier": None}, ["attention_multiplier"]),
+        (LLAMA3_2_1B, {"attention_multiplier": 2.0}, ["attention_multiplier"]),
         (LLAMA3_2_1B, {"rope_interleaved": True}, ["rope_interleaved=True"]),
         (LLAMA3_2_1B, {"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
-        (LLAMA3_2_1B, {"attention_dropout": 0.1}, ["attention_dropout=0.1"]),
         (LLAMA3_2_1B, {"sliding_window": 4096}, ["sliding_window=4096"]),
-        (LLAMA3_2_1B, {"layer_types": ["full_attention"] * 16}, ["layer_types"]),
-        (LLAMA3_2_1B, {"quantization_config": {"bits": 4}}, ["quantization_config", "bits"]),
+        (LLAMA3_2_1B, {"use_sliding_window": True}, ["use_sliding_window=True"]),
+        (LLAMA3_2_1B, {"layer_types": ["full_attention"] * 15}, ["layer_types", "16"]),
+        (LLAMA3_2_1B, {"layer_types": ["sliding_attention"] * 16}, ["layer_types", "no sliding"]),
+        (
+            LLAMA3_2_1B,
+            {"quantization_config": {"bits": 4}},
+            ["quantization_config", "bits", "dequantise"],
+        ),
+        (LLAMA3_2_1B, {"is_causal": False}, ["is_causal=False"]),
         (LLAMA3_2_1B, {"auto_map": {"AutoModel": "x.Y"}}, ["auto_map"]),
         (LLAMA3_2_1B, {"is_encoder_decoder": True}, ["is_encoder_decoder"]),
         (LLAMA3_2_1B, {"pruned_heads": {"0": [1]}}, ["pruned_heads"]),
@@ -319,13 +474,15 @@ def test_llama3_rope_defaults_its_original_length_to_the_model_length():
         (LLAMA3_2_1B, {"hidden_size": "2048"}, ["embed_dim", "'2048'"]),
         (LLAMA3_2_1B, {"num_hidden_layers": 0}, ["num_layers"]),
         (PYTHIA_410M, {"num_attention_heads": 0}, ["num_heads", "positive"]),
-        (GEMMA3_1B, {"sliding_window_pattern": None}, ["sliding_window_pattern=None"]),
+        (GEMMA3_1B, {"sliding_window_pattern": 0}, ["sliding_window_pattern=0"]),
         (LLAMA3_2_1B, {"num_key_value_heads": 5}, ["num_kv_heads"]),
         (LLAMA3_2_1B, {"query_pre_attn_scalar": 64}, ["query_pre_attn_scalar"]),
         (GEMMA_2B, {"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
+        (QWEN3_0_6B, {"head_dim": None}, ["head_dim is null", "qwen3"]),
         (GEMMA_2B, {"hidden_activation": "silu"}, ["hidden_act", "gelu"]),
         (GEMMA2_2B, {"hidden_act": "gelu"}, ["hidden_act", "contradicts"]),
         (GEMMA2_2B, {"sliding_window": None}, ["sliding_window"]),
+        (GEMMA2_2B, {"sliding_window_size": 2048}, ["sliding_window_size=2048", "4096"]),
         (GEMMA2_2B, {"layer_types": ["full_attention"]}, ["layer_types", "26"]),
         (GEMMA2_2B, {"layer_types": ["chunked_attention"] * 26}, ["chunked_attention"]),
         (GEMMA3_1B, {"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping=50.0"]),
@@ -346,7 +503,12 @@ def test_llama3_rope_defaults_its_original_length_to_the_model_length():
             ["layer_types", "no sliding_window"],
         ),
         (QWEN2_0_5B, {"use_mrope": True}, ["use_mrope"]),
-        (PYTHIA_410M, {"hidden_dropout": 0.1}, ["hidden_dropout"]),
+        (PYTHIA_410M, {"rope_theta": 500}, ["rope_theta=500", "rotary_emb_base=10000"]),
+        (
+            PYTHIA_410M,
+            {"partial_rotary_factor": 0.5},
+            ["partial_rotary_factor=0.5", "rotary_pct=0.25"],
+        ),
         (PYTHIA_410M, {"rotary_pct": 0.3}, ["rotary_fraction", "0.3"]),
         (
             PYTHIA_410M,

@@ -19,9 +19,10 @@ pytestmark = pytest.mark.torch
 TOLERANCE = 1e-5
 
 
-def torch_model(name):
-    """A tiny transformers model with the seeded weights of `cases`."""
-    kind, settings = cases.CASES[name]
+def torch_model(name, settings=None):
+    """A tiny transformers model with the seeded weights of `cases`; `settings` instead of its."""
+    kind, own = cases.CASES[name]
+    settings = settings or own
     config = transformers.AutoConfig.for_model(kind, **settings)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
@@ -78,6 +79,39 @@ def test_what_we_write_loads_in_transformers(name, tmp_path):
     tokens = cases.tokens(model.config.vocab_size)
     # not bitwise: the same activation may come back under its other name
     assert_close(torch_logits(back, tokens), torch_logits(model, tokens), tolerance=1e-6)
+
+
+def log_probs(logits):
+    return np.asarray(jax.nn.log_softmax(jnp.asarray(logits)))
+
+
+_YARN = dict(rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=16)
+
+
+@pytest.mark.parametrize(
+    "name, rope",
+    [
+        ("llama_gqa_llama3_rope", _YARN),
+        ("qwen2_last_layers_local", _YARN | {"mscale": 1.5, "mscale_all_dim": 0.5}),
+        (
+            "gpt_neox_parallel",
+            _YARN
+            | {"partial_rotary_factor": 0.5, "truncate": False}
+            | {"attention_factor": 0.8, "beta_fast": 4, "beta_slow": 2},
+        ),
+    ],
+)
+def test_yarn_gives_the_log_probabilities_of_transformers(name, rope, tmp_path):
+    kind, settings = cases.CASES[name]
+    model = torch_model(name, settings | {"rope_parameters": dict(rope)})
+    model.save_pretrained(tmp_path)
+    tokens = cases.tokens(model.config.vocab_size)
+    theirs = torch_logits(model, tokens)
+    np.testing.assert_allclose(
+        log_probs(our_logits(tmp_path, tokens)), log_probs(theirs), rtol=0, atol=1e-4
+    )
+    plain = torch_model(name, settings | {"rope_parameters": {**rope, "rope_type": "default"}})
+    assert np.abs(torch_logits(plain, tokens) - theirs).max() > 0.01  # the scaling is felt
 
 
 @pytest.mark.parametrize("wrapped", ["save_pretrained", "nested names"])

@@ -4,12 +4,14 @@ The tokenizers are built here, word by word, so that every id can be read off.
 """
 
 import importlib.resources
+import json
+import sys
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from recursive_jax import text
@@ -52,6 +54,46 @@ def test_bos_rule_is_what_the_tokenizer_does(template, prefix):
     assert text.encode(tokenizer, "b a") == [*prefix, 4, 3]
     assert text.encode(tokenizer, "") == prefix
     assert text.encode_batch(tokenizer, ["b a", "", "c"]) == [[4, 3], [], [5]]
+
+
+def letters(letters, template=None, unk_token=None, **special):
+    """A tokenizer of single letters that drops all others; `<s>` is the id after the letters."""
+    vocabulary = {letter: i for i, letter in enumerate([*letters, "<s>"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token=unk_token))
+    if template:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[("<s>", len(letters))]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", **special)
+
+
+def test_bos_rule_of_an_alphabet_without_an_a():
+    tokenizer = letters("ACGT", "<s> $A")
+    assert text.bos_prefix(tokenizer) == [4]
+    assert text.encode(tokenizer, "ACGTACGT") == [4, 0, 1, 2, 3, 0, 1, 2, 3]
+    assert text.encode(tokenizer, "ACGTACGT") == tokenizer("ACGTACGT")["input_ids"]
+    assert text.encode(tokenizer, "") == [4]
+    assert text.bos_prefix(letters("ACGT")) == []
+    assert text.bos_prefix(letters("ACGT", "$A <s>")) == []
+    tokens, scored = text.eval_windows(tokenizer, ["ACGT"], 3)
+    assert tokens.tolist() == [[4, 0, 1], [4, 2, 3]] and scored.sum() == 4
+    # The alphabet of a byte-level tokenizer has another spelling in the vocabulary.
+    spaces = letters(["Ġ"], "<s> $A")
+    spaces.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    spaces.backend_tokenizer.decoder = decoders.ByteLevel()
+    assert text.bos_prefix(spaces) == [1]
+
+
+def test_bos_rule_where_the_unknown_token_is_bos():
+    assert text.bos_prefix(letters("xy", "<s> $A", unk_token="<s>")) == [2]
+    assert text.bos_prefix(letters("xy", unk_token="<s>")) == []
+
+
+def test_a_text_of_which_nothing_is_left_is_refused():
+    for tokenizer in (letters("ACGT", "<s> $A"), letters("ACGT")):
+        with pytest.raises(ValueError, match="nothing is left of the text 'hello'"):
+            text.encode(tokenizer, "hello")
+        assert text.encode(tokenizer, "hello A")[-1] == 0
 
 
 def test_encode_batch_ignores_what_the_last_call_left_behind():
@@ -107,6 +149,14 @@ class TestWindows:
         from_text = text.eval_windows(tokenizer, ["a b c d e"], 4)
         np.testing.assert_array_equal(from_ids.tokens, from_text.tokens)
 
+    def test_of_a_long_text_only_the_beginning_is_tokenised(self):
+        """A token that the model lacks stands far behind the windows that were asked for."""
+        tokenizer, long = word_tokenizer("<s> $A"), "a b c\n" * 200_000
+        windows = text.eval_windows(tokenizer, [long + "f"], 5, 1000, vocab_size=6)
+        np.testing.assert_array_equal(windows.tokens[windows.scored], [3, 4, 5] * 333 + [3])
+        with pytest.raises(ValueError, match="contains 'f', id 8"):
+            text.eval_windows(tokenizer, [long[:60_000] + "f"], 5, vocab_size=6)
+
     @settings(max_examples=50, deadline=None)
     @given(
         st.lists(st.lists(st.integers(3, 8), max_size=20), min_size=1, max_size=5).filter(any),
@@ -123,16 +173,28 @@ class TestWindows:
             text.eval_windows(word_tokenizer("<s> $A"), ["a b"], 1)
 
 
-def test_stop_ids_prefer_the_generation_config():
+def test_stop_ids_are_all_that_are_named():
     tokenizer = word_tokenizer()
     assert text.stop_ids(tokenizer) == (2,)
     assert text.stop_ids(tokenizer, {"bos_token_id": 1}) == (2,)
-    assert text.stop_ids(tokenizer, {"eos_token_id": 7}) == (7,)
-    assert text.stop_ids(tokenizer, {"eos_token_id": [8, 7]}) == (7, 8)
+    assert text.stop_ids(tokenizer, {"eos_token_id": 7}) == (2, 7)
+    assert text.stop_ids(tokenizer, {"eos_token_id": [8, 7, 2]}) == (2, 7, 8)
+    assert text.stop_ids(tokenizer, {"eos_token_id": [7, None]}) == (2, 7)
+    assert text.stop_ids(tokenizer, {"eos_token_id": []}) == (2,)
     assert text.stop_ids(word_tokenizer(eos_token=None)) == ()
+    assert text.stop_ids(word_tokenizer(eos_token=None), {"eos_token_id": 0}) == (0,)
     tokenizer.init_kwargs["stop_token_ids"] = [5, 4]  # a GGUF's
-    assert text.stop_ids(tokenizer, {}) == (4, 5)
-    assert text.stop_ids(tokenizer, {"eos_token_id": 7}) == (7,)
+    assert text.stop_ids(tokenizer, {}) == (2, 4, 5)
+    assert text.stop_ids(tokenizer, {"eos_token_id": 7}) == (2, 4, 5, 7)
+
+
+@pytest.mark.parametrize("value", [256.0, "256", [[256]], True, [2, False], -1, {"id": 2}])
+def test_a_stop_id_that_is_no_id_is_named(value):
+    with pytest.raises(ValueError) as error:
+        text.stop_ids(word_tokenizer(), {"eos_token_id": value})
+    message = str(error.value)
+    assert f"eos_token_id in generation_config.json is {json.dumps(value)};" in message
+    assert "\n" not in message
 
 
 def test_chat_template_writes_its_own_bos():
@@ -193,6 +255,49 @@ class TestLoading:
         (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model"')
         with pytest.raises(ValueError, match="cannot be loaded"):
             text.load_tokenizer(tmp_path)
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {"initializer_range": 1},
+            {"attention_bias": 0},
+            {"model_type": "qwen3", "head_dim": None},
+        ],
+    )
+    def test_a_config_that_transformers_refuses(self, tmp_path, values):
+        for file in TINY.iterdir():
+            if "token" in file.name:
+                (tmp_path / file.name).write_bytes(file.read_bytes())
+        config = json.loads((TINY / "config.json").read_text()) | values
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError) as error:
+            text.load_tokenizer(tmp_path)
+        message, (key, value) = str(error.value), list(values.items())[-1]
+        assert f"refuses {tmp_path}/config.json" in message and "\n" not in message
+        assert f"'{key}' expected " in message and f"(value: {value})" in message
+
+    def test_sentencepiece_is_named_where_it_is_missing(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "sentencepiece", None)
+        (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
+        (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+        with pytest.raises(ValueError) as error:
+            text.load_tokenizer(tmp_path)
+        message = str(error.value)
+        assert f"{tmp_path}/tokenizer.model" in message and "\n" not in message
+        assert message.endswith("pip install sentencepiece") and "tiktoken" not in message
+
+    def test_sentencepiece_alone(self, tmp_path):
+        sentencepiece = pytest.importorskip("sentencepiece")
+        (tmp_path / "corpus.txt").write_text("the old man looked at the sea\n" * 20)
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "tokenizer"),
+            vocab_size=300, model_type="bpe", byte_fallback=True, hard_vocab_limit=False,
+            minloglevel=2,
+        )  # fmt: skip
+        (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+        reference = sentencepiece.SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
+        ids = text.encode_batch(text.load_tokenizer(tmp_path), ["the sea, 42"])[0]
+        assert ids == reference.encode("the sea, 42")
 
     def test_saved_tokenizer_comes_back(self, tmp_path):
         tokenizer = word_tokenizer("<s> $A")

@@ -51,6 +51,11 @@ def tie_with_certificate(
     with tqdm(total=projections, desc="tying", unit="projection", disable=hidden) as bar:
 
         def on_projection(name, kept):
+            if not math.isfinite(kept):
+                raise ValueError(
+                    f"{source.path}: the weights of projection {name} are so large that their "
+                    "squares exceed float32. Nothing was written; check the source"
+                )
             energy[name] = round(float(kept), 6)
             bar.set_postfix_str(f"{name} keeps {kept:.1%}")
             bar.update()
@@ -87,6 +92,11 @@ def warnings(source: DecoderConfig, cfg: DecoderConfig) -> list[str]:
     return out
 
 
+_OVERFLOW = (
+    "{} log-probabilities that are no finite numbers: activations exceed float32. Nothing was "
+    "written; check the source's weights"
+)
+
 # TPUs and some GPUs round float32 factors by default. These functions prove equalities.
 exact = jax.default_matmul_precision("highest")
 
@@ -121,7 +131,10 @@ def full_rank_identity(source: Source, recipe, windows: text.Windows) -> dict[st
     score, error, scale = _head(Decoder(cfg)), 0.0, 0.0
     for rows in _chunks(len(want)):
         a, b = (np.asarray(score(outer, hidden[rows])) for hidden in (want, got))
-        error, scale = max(error, np.abs(b - a).max()), max(scale, np.abs(a).max())
+        error = np.maximum(error, np.abs(b - a).max())  # NaN stays, unlike in max()
+        scale = np.maximum(scale, np.abs(a).max())
+    if not np.isfinite(scale):
+        raise ValueError(_OVERFLOW.format(f"{source.path} gives"))
     error = float(error / scale)
     if not error <= 1e-4:
         raise ValueError(
@@ -168,9 +181,11 @@ class Reference:
                     (np.exp(p) * (p - q)).sum(dtype=np.float64),
                     (p.argmax(-1) == q.argmax(-1)).sum(),
                 )
+        if not np.isfinite(sums).all():
+            raise ValueError(_OVERFLOW.format("the source or the result gives"))
         nll_source, nll, kl, agreement = sums / len(self._rows)
         return {
-            "source_perplexity": math.exp(nll_source),
+            "source_perplexity": math.exp(min(nll_source, 700)),
             "perplexity": math.exp(min(nll, 700)),
             "source_nll": nll_source,
             "nll": nll,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import struct
 
@@ -99,12 +100,17 @@ def rope_tables(cfg: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, ja
     """cos, sin of every rope kind: positions `[...]` -> f32 `[kind, ..., rotary_dim / 2]`.
 
     Angles are computed in float32 whatever the compute dtype: bf16 angles are wrong past
-    position 256.
+    position 256. Both tables are multiplied by the kind's `attention_factor`.
     """
     frequencies = jnp.asarray(cfg.rope_frequencies())  # [kind, rotary_dim / 2]
     frequencies = jnp.expand_dims(frequencies, range(1, 1 + positions.ndim))
     angles = positions[None, ..., None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    factors = np.array([rope.attention_factor for rope in cfg.ropes_in_use()], np.float32)
+    if (factors != 1).any():
+        factors = factors.reshape(-1, *[1] * (angles.ndim - 1))
+        cos, sin = cos * factors, sin * factors
+    return cos, sin
 
 
 def rope_rows(cos, sin, kinds: jax.Array | None, loop) -> tuple[jax.Array, jax.Array]:

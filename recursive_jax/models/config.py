@@ -18,15 +18,18 @@ import numpy as np
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 NORM_MODES = ("tied", "per_loop", "folded")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """One kind of rotary embedding. `scaling` is 'none', 'linear' or 'llama3'.
+    """One kind of rotary embedding. `scaling` is 'none', 'linear', 'llama3' or 'yarn'.
 
     'linear' divides all frequencies by `factor`. 'llama3' divides the frequencies of long
     wavelengths by `factor`, keeps those of short ones and interpolates between. Long and short are
-    relative to `original_length`.
+    relative to `original_length`. 'yarn' (arXiv 2309.00071) interpolates over the index of the
+    frequency: it keeps those that turn more than `beta_fast` times within `original_length`, and
+    divides those that turn less than `beta_slow` times.
     """
 
     theta: float = 10000.0
@@ -35,12 +38,19 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_length: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True  # 'yarn' rounds the bounds of its interpolation to whole indices
+    attention_factor: float = 1.0  # multiplies cos and sin
 
     def __post_init__(self):
-        if self.scaling not in ("none", "linear", "llama3"):
+        if self.scaling not in ROPE_SCALINGS:
             raise ValueError(
-                f"rope scaling {self.scaling!r} is not implemented; expected none, linear or llama3"
+                f"rope scaling {self.scaling!r} is not implemented; "
+                f"expected one of {', '.join(ROPE_SCALINGS)}"
             )
+        if self.scaling == "yarn" and not self.theta > 1:
+            raise ValueError(f"rope theta is {self.theta}; yarn scaling needs one above 1")
 
     def frequencies(self, rotary_dim: int) -> np.ndarray:
         """Angle per position, radians: f32 `[rotary_dim / 2]`."""
@@ -58,7 +68,26 @@ class Rope:
             between = (1 - smooth) * freqs / self.factor + smooth * freqs
             scaled = np.where(wavelength > low, freqs / self.factor, freqs)
             freqs = np.where((wavelength <= low) & (wavelength >= high), between, scaled)
+        elif self.scaling == "yarn":
+            divided = self._yarn_ramp(rotary_dim)
+            freqs = freqs / self.factor * divided + freqs * (1 - divided)
         return freqs.astype(np.float32)
+
+    def _yarn_ramp(self, rotary_dim: int) -> np.ndarray:
+        """How far a frequency is divided by `factor`, 0 to 1: f64 `[rotary_dim / 2]`."""
+
+        def index(turns: float) -> float:
+            """Of the frequency that turns so many times within `original_length`."""
+            wavelength = self.original_length / turns
+            return rotary_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(self.theta))
+
+        low, high = index(self.beta_fast), index(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, rotary_dim - 1)
+        if low == high:
+            high += 0.001  # as transformers does
+        return np.clip((np.arange(rotary_dim // 2) - low) / (high - low), 0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,13 +242,15 @@ class DecoderConfig:
         """Index into `ropes` as int32 `[layer, loop]`, None when there is only one kind."""
         return self._by_layer(self.rope_of_depth) if len(set(self.rope_of_depth)) > 1 else None
 
+    def ropes_in_use(self) -> tuple[Rope, ...]:
+        """The kinds that `rope_table` names; one where there is no table."""
+        if self.rope_table() is not None:
+            return self.ropes
+        return (self.ropes[self.rope_of_depth[0] if self.rope_of_depth else 0],)
+
     def rope_frequencies(self) -> np.ndarray:
         """Rope frequencies of every kind in use: f32 `[kind, rotary_dim / 2]`."""
-        if self.rope_table() is None:
-            used = (self.ropes[self.rope_of_depth[0] if self.rope_of_depth else 0],)
-        else:
-            used = self.ropes
-        return np.stack([rope.frequencies(self.rotary_dim) for rope in used])
+        return np.stack([rope.frequencies(self.rotary_dim) for rope in self.ropes_in_use()])
 
     def _by_layer(self, table: tuple[int, ...]) -> np.ndarray:
         by_depth = np.asarray(table, np.int32).reshape(self.num_loops, self.num_layers)

@@ -4,7 +4,8 @@ A source is a comma-separated list of
 
 * `book.txt`, `page.md`: the file;
 * `lines.jsonl`, `.jsonl.gz`, `.jsonl.zst`: the `text` field of every line;
-* `DIR`: all of these below the directory, in sorted order;
+* `DIR`: all of these below the directory, in sorted order. Other files there are counted in a
+  warning. A README.md beside nothing but other files is no corpus;
 * `tfds:NAME`, `tfds:DIR`: a TFDS data set stored as array_record, its split `train` or the one
   named behind an `@`, as in `tfds:lm1b@train[:10%]`;
 * `docstrings`, `docstrings:N`: what the installed Python packages say about themselves, N MB at
@@ -16,19 +17,24 @@ Nothing here imports TensorFlow, and nothing installed is imported in order to r
 from __future__ import annotations
 
 import ast
+import codecs
 import dataclasses
 import gzip
 import hashlib
 import inspect
 import json
+import logging
 import pathlib
 import sys
 import sysconfig
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst")
+# Names of text files that describe the other files of a directory.
+CARDS = "readme license licence copying notice changelog contributing citation authors".split()
+BLOCK_BYTES = 1 << 20  # a text file is read in blocks of this size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,16 +46,20 @@ class Documents:
       fingerprint: changes when the listing (names, sizes, modification times, versions) does, and
         is known without reading the text: the key of every cache.
       num_chars: estimate of the characters to come, for progress bars.
-      read: starts a new pass; yields `(name, text)`, where the name says where a text came from.
+      read: starts a new pass; yields `(name, text)`. The name says where the text came from. The
+        text is a string, or an iterable of strings where a document may be too large for memory.
+
+    Iterating yields `(name, text)` with every text as one string.
     """
 
     source: str
     fingerprint: str
     num_chars: int
-    read: Callable[[], Iterator[tuple[str, str]]]
+    read: Callable[[], Iterator[tuple[str, str | Iterable[str]]]]
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
-        return self.read()
+        for name, text in self.read():
+            yield name, text if isinstance(text, str) else "".join(text)
 
 
 def documents(source: str) -> Documents:
@@ -59,8 +69,8 @@ def documents(source: str) -> Documents:
       FileNotFoundError: a file, directory or TFDS data set does not exist.
       ValueError: an item is none of the above, a directory holds no text, or the package that
         reads an item is not installed.
-    While reading: ValueError naming file and line for text that is not UTF-8, malformed JSON or a
-    missing `text` field.
+    While reading: ValueError naming file and line for text that is not UTF-8, malformed JSON, a
+    missing `text` field or half a surrogate pair in it.
     """
     items = [item.strip() for item in source.split(",") if item.strip()]
     if not items:
@@ -103,9 +113,7 @@ def _open_item(item: str) -> Documents:
 
 def _files(item: str, path: pathlib.Path) -> Documents:
     if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.is_file() and f.name.endswith(SUFFIXES))
-        if not files:
-            raise ValueError(f"no text in directory {item}; expected {', '.join(SUFFIXES)} files")
+        files = _text_files(item, path)
     elif path.name.endswith(SUFFIXES):
         files = [path]
     else:
@@ -128,13 +136,71 @@ def _files(item: str, path: pathlib.Path) -> Documents:
     def read():
         for file in files:
             if file.name.endswith((".txt", ".md")):
-                yield str(file), _decode(file.read_bytes(), str(file))
+                yield str(file), _read_text(file)
             else:
                 yield from _read_jsonl(file)
 
     packed = 3  # what gzip and zstd make of English, roughly
     size = sum(n * (packed if name.endswith((".gz", ".zst")) else 1) for name, n, _ in listing)
     return Documents(item, _digest(listing), size, read)
+
+
+def _text_files(item: str, directory: pathlib.Path) -> list[pathlib.Path]:
+    """The files with text below a directory, sorted; a warning says how many others there are.
+
+    Raises:
+      ValueError: there is no text, or only a README or the like beside other files.
+    """
+    files, others = [], []
+    for file in sorted(f for f in directory.rglob("*") if f.is_file()):
+        name = file.relative_to(directory)
+        if file.name.endswith(SUFFIXES):
+            files.append(file)
+        elif not any(part.startswith(".") for part in name.parts):
+            others.append(name.as_posix())
+    expected = f"{', '.join(SUFFIXES)} files"
+    if not files and not others:
+        raise ValueError(f"no text in directory {item}; expected {expected}")
+    if others:
+        unread = others[0] + (f" and {len(others) - 1} more" if others[1:] else "")
+        if not files:
+            raise ValueError(f"no text in directory {item}; expected {expected}, found {unread}")
+        if all(_is_card(file.name) for file in files):
+            raise ValueError(
+                f"no text in directory {item} but {files[0].name}: {unread} cannot be read; "
+                f"expected {expected}. Write the texts as .jsonl, or give {files[0]} by itself"
+            )
+        logging.warning(
+            "%s: %d of %d files are left out, %s; expected %s",
+            item, len(others), len(others) + len(files), unread, expected,
+        )  # fmt: skip
+    return files
+
+
+def _is_card(name: str) -> bool:
+    """Whether a file describes its directory and holds no data: README.md, LICENSE.txt."""
+    stem, _, suffix = name.lower().partition(".")
+    return stem in CARDS and suffix in ("txt", "md")
+
+
+def _read_text(file: pathlib.Path) -> Iterator[str]:
+    """The text of a file in blocks, without a byte order mark."""
+    decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
+    with open(file, "rb") as data:
+        while True:
+            block = data.read(BLOCK_BYTES)
+            pending = len(
+                decoder.getstate()[0]
+            )  # bytes of a character that began in the last block
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                byte = position - pending + error.start
+                raise ValueError(f"{file} is not UTF-8 text (byte {byte})") from error
+            yield text if position else text.removeprefix("\ufeff")
+            if not block:
+                return
+            position += len(block)
 
 
 def _read_jsonl(file: pathlib.Path) -> Iterator[tuple[str, str]]:
@@ -144,16 +210,28 @@ def _read_jsonl(file: pathlib.Path) -> Iterator[tuple[str, str]]:
             where = f"{file}, line {number}"
             if not line.strip():
                 continue
+            content = _decode(line, where)
             try:
-                record = json.loads(_decode(line, where))
+                record = json.loads(content)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where} is not JSON: {error}") from error
+            except (ValueError, RecursionError) as error:
+                raise ValueError(
+                    f"{where} is not read: a number of too many digits, or lists too deep in each "
+                    "other; mend or remove it"
+                ) from error
             if not isinstance(record, dict) or not isinstance(record.get("text"), str):
                 found = sorted(record) if isinstance(record, dict) else type(record).__name__
                 raise ValueError(
                     f'{where} has no string field "text" (found {found}); '
                     'every line must be an object like {"text": "..."}'
                 )
+            try:
+                record["text"].encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f'{where}: half a surrogate pair in "text" (character {error.start}); mend it'
+                ) from error
             yield where, record["text"]
     except (EOFError, OSError, zlib.error) as error:  # what damaged files raise
         raise ValueError(f"{file} is damaged after line {number}: {error}") from error

@@ -8,9 +8,12 @@ tokenizer of `transformers`, which is imported only when one is loaded from disk
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+import reprlib
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +26,8 @@ def load_tokenizer(path: str | pathlib.Path) -> Any:
 
     Raises:
       FileNotFoundError: there is no such directory, or it has no tokenizer files.
-      ValueError: the files cannot be read as a tokenizer.
+      ValueError: the files cannot be read as a tokenizer, or sentencepiece is needed and not
+        installed.
     """
     directory = pathlib.Path(path).expanduser()
     if not directory.is_dir():
@@ -34,13 +38,35 @@ def load_tokenizer(path: str | pathlib.Path) -> Any:
             f"no tokenizer in {directory}; expected one of {', '.join(files)}. Copy the tokenizer "
             "files of the model there"
         )
+    if _needs_sentencepiece(directory):
+        raise ValueError(
+            f"{directory / 'tokenizer.model'}: reading a SentencePiece model needs sentencepiece, "
+            "which is not installed; pip install sentencepiece"
+        )
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise many kinds
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = textwrap.shorten(str(error) or repr(error), 400)
+        if isinstance(error, StrictDataclassError):  # of the model's config, which it reads, too
+            reason = f"transformers refuses {directory / 'config.json'}: {reason}; correct it there"
         raise ValueError(f"the tokenizer in {directory} cannot be loaded: {reason}") from error
+
+
+def _needs_sentencepiece(directory: pathlib.Path) -> bool:
+    """Whether the only tokenizer here is a SentencePiece model, and sentencepiece is missing.
+
+    Without this check transformers takes the file for one of tiktoken's, and asks for tiktoken.
+    """
+    model = directory / "tokenizer.model"
+    if importlib.util.find_spec("sentencepiece") is not None or not model.is_file():
+        return False
+    if any((directory / name).exists() for name in ("tokenizer.json", "vocab.json")):
+        return False
+    with open(model, "rb") as file:
+        return file.read(1) == b"\n"  # the tag of a vocabulary entry; tiktoken's begin with base64
 
 
 def bos_prefix(tokenizer: Any) -> list[int]:
@@ -48,24 +74,51 @@ def bos_prefix(tokenizer: Any) -> list[int]:
 
     Found by encoding a text. `bos_token` is no guide: many tokenizers define one and never add it.
     """
-    content = encode_batch(tokenizer, ["a"])[0]
-    whole = list(tokenizer.encode("a", add_special_tokens=True))
-    for start in range(len(whole) - len(content) + 1):
-        if whole[start : start + len(content)] == content:
-            return whole[:start]
+    for probe in _probes(tokenizer):
+        content = encode_batch(tokenizer, [probe])[0]
+        if not content:
+            continue
+        whole = list(tokenizer.encode(probe, add_special_tokens=True))
+        places = range(len(whole) - len(content) + 1)
+        found = [at for at in places if whole[at : at + len(content)] == content]
+        if not found:
+            raise ValueError(
+                f"cannot tell the BOS rule of {type(tokenizer).__name__}: {probe!r} is {whole} "
+                f"with special tokens and {content} without; expected the second inside the first"
+            )
+        if len(found) == 1:  # an unknown token may be the BOS token, too
+            return whole[: found[0]]
     raise ValueError(
-        f"cannot tell the BOS rule of {type(tokenizer).__name__}: 'a' is {whole} with special "
-        f"tokens and {content} without; expected the second inside the first"
+        f"cannot tell the BOS rule of {type(tokenizer).__name__}: no token of its vocabulary can "
+        "be written as a text. The tokenizer is damaged; copy it again"
     )
+
+
+def _probes(tokenizer: Any) -> Iterator[str]:
+    """Short texts; a tokenizer of a small alphabet has no id for most of them."""
+    yield "a"
+    special = set(tokenizer.all_special_ids)
+    for i in range(len(tokenizer)):
+        token = None if i in special else tokenizer.convert_ids_to_tokens(i)
+        if token:
+            yield tokenizer.decode([i])  # " the"
+            yield token  # "Ġthe": the alphabet may have this and lack the space
 
 
 def encode(tokenizer: Any, text: str, vocab_size: int | None = None) -> list[int]:
     """Ids of a prompt or document: the BOS rule, then the text; nothing after it.
 
     With `vocab_size`, ValueError for a text that contains a token without an embedding row (see
-    `check_vocabulary`). Such an id would read a wrong row.
+    `check_vocabulary`). Such an id would read a wrong row. ValueError, too, for a text of which the
+    tokenizer drops every character.
     """
-    return bos_prefix(tokenizer) + encode_batch(tokenizer, [text], vocab_size)[0]
+    prefix, content = bos_prefix(tokenizer), encode_batch(tokenizer, [text], vocab_size)[0]
+    if not content and text.strip():
+        raise ValueError(
+            f"nothing is left of the text {reprlib.repr(text)}: the tokenizer drops characters "
+            "that are not in its alphabet. Use characters that the model was trained with"
+        )
+    return prefix + content
 
 
 def encode_batch(
@@ -117,19 +170,32 @@ def fingerprint(tokenizer: Any) -> str:
 
 
 def stop_ids(tokenizer: Any, generation_config: Mapping[str, Any] | None = None) -> tuple[int, ...]:
-    """Ids that end a generated text; `()`: generate up to the token limit.
+    """Ids that end a generated text, sorted; `()`: generate up to the token limit.
 
-    The first of these that exists: the list in `generation_config.json` (the most complete one:
-    chat models end turns with a token of their own), the list of a GGUF's tokenizer, EOS.
+    They are the ids in `generation_config.json`, those in the tokenizer of a GGUF, and EOS. Any of
+    these may lack the token that ends a turn of a chat: fine-tuning often adds one in one place.
+
+    Raises:
+      ValueError: `generation_config` or the tokenizer names something else than ids.
     """
     named = (generation_config or {}).get("eos_token_id")
-    if named is None:
-        named = getattr(tokenizer, "init_kwargs", {}).get("stop_token_ids") or None
-    if named is None:
-        named = tokenizer.eos_token_id
-    if named is None:
-        return ()
-    return tuple(sorted({named} if isinstance(named, int) else set(named)))
+    kept = getattr(tokenizer, "init_kwargs", {}).get("stop_token_ids")
+    ids = _ids(named, "eos_token_id in generation_config.json")
+    ids |= _ids(kept, "stop_token_ids in tokenizer_config.json")
+    ids |= _ids(tokenizer.eos_token_id, "the tokenizer's eos_token_id")
+    return tuple(sorted(ids))
+
+
+def _ids(value: Any, where: str) -> set[int]:
+    """The ids of a JSON value: an id, or a list of ids; null is absent."""
+    values = value if isinstance(value, list | tuple) else [value]
+    ids = [i for i in values if i is not None]
+    if any(type(i) is not int or i < 0 for i in ids):  # `True` is an int, too
+        raise ValueError(
+            f"{where} is {json.dumps(value)}; expected a token id, or a list of token ids, "
+            "such as 2 or [2, 7]. Correct it there"
+        )
+    return set(ids)
 
 
 def apply_chat(tokenizer: Any, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:

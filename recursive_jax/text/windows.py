@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from recursive_jax.text.pieces import pieces
 from recursive_jax.text.tokenizer import Ids, bos_prefix, encode_batch
 
 
@@ -58,14 +60,10 @@ def eval_windows(
     step = context_length - len(prefix)
     windows = []
     for text in texts:
-        if isinstance(text, str):
-            content = encode_batch(tokenizer, [text], vocab_size)[0]
-        else:
-            content = text
-        for start in range(0, len(content), step):
+        for content in _blocks(_contents(text, tokenizer, vocab_size), step):
             if budget <= 0:
                 break
-            window = [*prefix, *content[start : start + step]]
+            window = [*prefix, *content]
             window = window[: int(min(context_length, unscored + budget))]
             if len(window) > unscored:
                 windows.append(window)
@@ -80,3 +78,24 @@ def eval_windows(
         tokens[n, : len(window)] = window
         scored[n, unscored : len(window)] = True
     return Windows(tokens, scored)
+
+
+def _contents(text: str | Ids, tokenizer: Any, vocab_size: int | None) -> Iterator[Ids]:
+    """The content ids of a text, some at a time: of a long text, a few windows may be needed."""
+    if not isinstance(text, str):
+        yield text
+        return
+    for piece in pieces(text, functools.partial(encode_batch, tokenizer)):
+        yield encode_batch(tokenizer, [piece.text], vocab_size)[0][piece.skip :]
+
+
+def _blocks(parts: Iterable[Ids], length: int) -> Iterator[list[int]]:
+    """The ids of all parts, `length` at a time; the last block may be shorter."""
+    rest: list[int] = []
+    for part in parts:
+        rest += list(part)
+        whole = len(rest) - len(rest) % length
+        yield from (rest[start : start + length] for start in range(0, whole, length))
+        rest = rest[whole:]
+    if rest:
+        yield rest

@@ -11,13 +11,8 @@ over processes and resuming are therefore index arithmetic, which grain does.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import logging
 import os
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 
 import grain
@@ -25,9 +20,10 @@ import numpy as np
 from flax import struct
 
 from recursive_jax.text.documents import Documents
+from recursive_jax.text.pieces import Piece, pieces
+from recursive_jax.training import token_cache
 
 CHARS_PER_CALL = 4_000_000  # per call of the tokenizer, which uses all cores
-CACHE_VERSION = 1  # of the cache's files
 
 
 @struct.dataclass
@@ -82,6 +78,9 @@ class TokenizedDocuments:
         range; at least one document is. A text is therefore always in the same part, whatever the
         rest of the corpus, and copies stay together. Where fewer than one held-out document is
         expected, the last `valid_fraction` of every document is held out instead.
+
+        Raises:
+          ValueError: nothing would be left to train on.
         """
         if which not in ("train", "valid"):
             raise ValueError(f"split {which!r}; expected 'train' or 'valid'")
@@ -90,6 +89,8 @@ class TokenizedDocuments:
         valid = which == "valid"
         if len(self) * valid_fraction < 1:
             tails = np.maximum((self.lengths * valid_fraction).astype(np.int64), 1)
+            if len(self) and (tails == self.lengths).all():
+                raise _nothing_to_train_on("every document has one token", valid_fraction)
             starts = self.starts + (self.lengths - tails if valid else 0)
             part = dataclasses.replace(
                 self, starts=starts, lengths=tails if valid else self.lengths - tails
@@ -97,6 +98,10 @@ class TokenizedDocuments:
             return part._take(part.lengths > 0)
         held_out = self.hashes.astype(np.float64) < valid_fraction * 2.0**64
         held_out |= self.hashes == self.hashes.min()
+        if held_out.all():
+            same = (self.hashes == self.hashes[0]).all()
+            reason = "all documents have the same text" if same else "a share takes whole documents"
+            raise _nothing_to_train_on(reason, valid_fraction)
         return self._take(held_out if valid else ~held_out)
 
     def pieces(self, length: int) -> Iterator[np.ndarray]:
@@ -133,34 +138,19 @@ def tokenize(
         not at all, so runs may share a directory and may be killed.
       progress: show a progress bar after a few seconds.
 
+    The files of an entry have checksums, which are verified here. A damaged entry is made again.
+
     Raises:
       ValueError: there is no text, or a document cannot be read.
+      OSError: the cache cannot be read or written.
     """
     cache = pathlib.Path(cache_dir or default_cache_dir()).expanduser()
-    key = hashlib.blake2b(
-        f"{CACHE_VERSION} {docs.fingerprint} {fingerprint}".encode(), digest_size=16
-    ).hexdigest()
-    entry = cache / key
-    if not _is_whole(entry):
-        shutil.rmtree(entry, ignore_errors=True)
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{key}-", dir=cache))
-        try:
-            _write_entry(partial, docs, encode_batch, progress)
-            try:
-                os.replace(partial, entry)
-            except OSError:  # another process was faster; its entry has the same content
-                if not _is_whole(entry):
-                    raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    index = np.load(entry / "index.npz")
-    return TokenizedDocuments(
-        np.memmap(entry / "ids.i32", np.int32, mode="r"),
-        np.cumsum(index["lengths"]) - index["lengths"],
-        index["lengths"],
-        index["hashes"],
-    )
+    entry = cache / token_cache.name(docs.fingerprint, fingerprint)
+    found = token_cache.load(entry)
+    if found is None:
+        found = token_cache.create(entry, docs, _contents(docs, encode_batch), progress)
+    ids, lengths, hashes = found
+    return TokenizedDocuments(ids, np.cumsum(lengths) - lengths, lengths, hashes)
 
 
 def default_cache_dir() -> pathlib.Path:
@@ -168,58 +158,34 @@ def default_cache_dir() -> pathlib.Path:
     return pathlib.Path(root).expanduser() / "recursive_jax" / "tokens"
 
 
-def _is_whole(entry: pathlib.Path) -> bool:
-    try:
-        expected = json.loads((entry / "meta.json").read_text())["ids_bytes"]
-        return (entry / "ids.i32").stat().st_size == expected
-    except (OSError, ValueError, KeyError):
-        return False
+def _contents(docs: Documents, encode_batch) -> Iterator[token_cache.Content]:
+    """The content ids of all documents, piece by piece."""
+    found = (piece for _, text in docs.read() for piece in pieces(text, encode_batch))
+    for chunk in _chunks(found):
+        for piece, ids in zip(chunk, encode_batch([p.text for p in chunk]), strict=True):
+            content = np.asarray(ids[piece.skip :], np.int32)
+            yield token_cache.Content(piece.text[piece.overlap :], content, piece.last)
 
 
-def _write_entry(entry: pathlib.Path, docs: Documents, encode_batch, progress: bool) -> None:
-    from tqdm import tqdm
-
-    lengths, hashes = [], []
-    bar = tqdm(
-        total=docs.num_chars,
-        desc=f"tokenising {docs.source}",
-        unit="char",
-        unit_scale=True,
-        delay=3,
-        disable=not progress,
-    )
-    with bar, open(entry / "ids.i32", "wb") as file:
-        for texts in _chunks(text for _, text in docs):
-            for text, ids in zip(texts, encode_batch(texts), strict=True):
-                if len(ids):
-                    file.write(np.asarray(ids, np.int32).tobytes())
-                    lengths.append(len(ids))
-                    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8)
-                    hashes.append(int.from_bytes(digest.digest(), "big"))
-                bar.update(len(text))
-        size = file.tell()
-    if not lengths:
-        raise ValueError(f"no text in {docs.source}: every document is empty")
-    np.savez(
-        entry / "index.npz",
-        lengths=np.asarray(lengths, np.int64),
-        hashes=np.asarray(hashes, np.uint64),
-    )
-    meta = {"source": docs.source, "documents": len(lengths), "ids_bytes": size}
-    (entry / "meta.json").write_text(json.dumps(meta, indent=1))
-    logging.info("tokenised %s: %d documents, %d tokens", docs.source, len(lengths), size // 4)
-
-
-def _chunks(texts: Iterator[str]) -> Iterator[list[str]]:
+def _chunks(found: Iterator[Piece]) -> Iterator[list[Piece]]:
+    """Pieces for one call of the tokenizer each."""
     chunk, size = [], 0
-    for text in texts:
-        chunk.append(text)
-        size += len(text)
+    for piece in found:
+        chunk.append(piece)
+        size += len(piece.text)
         if size >= CHARS_PER_CALL:
             yield chunk
             chunk, size = [], 0
     if chunk:
         yield chunk
+
+
+def _nothing_to_train_on(reason: str, valid_fraction: float) -> ValueError:
+    return ValueError(
+        f"nothing is left to train on: {reason}, and the held-out share "
+        f"(valid_fraction={valid_fraction}) took all; give more text, or held-out text of its own "
+        "(data.valid)"
+    )
 
 
 class PackedRows:
@@ -254,6 +220,11 @@ class PackedRows:
             )
         if not len(docs):
             raise ValueError("no documents to pack: this part of the data is empty")
+        if not len(prefix) and docs.lengths.max() < 2:
+            raise ValueError(
+                "no position to predict: every document is one token long, and the tokenizer puts "
+                "no BOS in front of it; give longer documents"
+            )
         self.docs = docs
         self._prefix = np.asarray(prefix, np.int32)
         self._length = context_length

@@ -29,20 +29,6 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
 }
-# rope_type -> (Rope.scaling, {HF key: Rope field})
-ROPE_TYPES = {
-    "default": ("none", {}),
-    "linear": ("linear", {"factor": "factor"}),
-    "llama3": (
-        "llama3",
-        {
-            "factor": "factor",
-            "low_freq_factor": "low_freq_factor",
-            "high_freq_factor": "high_freq_factor",
-            "original_max_position_embeddings": "original_length",
-        },
-    ),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +49,8 @@ class Family:
     default_thetas: tuple[float, ...] = (1e4,)
     fraction_key: str | None = None  # old key of the rotated share of head_dim
     default_fraction: float = 1.0
+    # Key -> the key whose value it repeats. It says nothing of its own; another value is refused.
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     query_scalar: bool = False  # query_pre_attn_scalar replaces head_dim in the query scale
     scaled_embedding: bool = False  # embeddings are multiplied by sqrt(hidden_size)
     fixed: Mapping[str, tuple] = dataclasses.field(default_factory=dict)  # other values refused
@@ -106,6 +94,7 @@ FAMILIES = {
             ),
             act_key="hidden_activation",
             local="pattern",
+            copies={"sliding_window_size": "sliding_window"},  # published 9B and 27B
             query_scalar=True,
             scaled_embedding=True,
         ),
@@ -131,7 +120,7 @@ FAMILIES = {
             default_thetas=(1e6, 1e4),
             query_scalar=True,
             scaled_embedding=True,
-            fixed={"attn_logit_softcapping": (None,)},  # transformers ignores it in Gemma 3
+            fixed={"attn_logit_softcapping": ()},  # transformers ignores it in Gemma 3
         ),
         Family(
             "llama",
@@ -146,9 +135,7 @@ FAMILIES = {
                 rms_norm_eps=1e-6, tie_word_embeddings=False, attention_bias=False,
                 mlp_bias=False, hidden_act="silu",
             ),
-            fixed={
-                "rope_interleaved": (False,), "is_llama_config": (True,), "sliding_window": (None,)
-            },
+            fixed={"rope_interleaved": (False,), "is_llama_config": (True,)},
         ),
         Family(
             "mistral",
@@ -205,12 +192,14 @@ FAMILIES = {
             theta_keys=("rotary_emb_base",),
             fraction_key="rotary_pct",
             default_fraction=0.25,
+            # transformers 4.45 to 4.57 wrote both; it reads the old keys only.
+            copies={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
         ),
     )
 }  # fmt: skip
 MODEL_TYPES = {row.model_type: row for row in FAMILIES.values()} | {"gemma3": FAMILIES["gemma3"]}
 
-# Keys that change nothing in the text model's computation, or affect generation only.
+# Keys that change nothing in the text model's logits: they concern training, generation or serving.
 IRRELEVANT = frozenset(
     """
     _name_or_path _model_name_or_path name_or_path model_type architectures transformers_version
@@ -218,10 +207,14 @@ IRRELEVANT = frozenset(
     bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id
     output_hidden_states output_attentions return_dict torchscript is_decoder problem_type
     id2label label2id num_labels finetuning_task task_specific_params gradient_checkpointing
-    cache_implementation attn_implementation _attn_implementation _attn_implementation_autoset
-    _flash_attn_2_enabled transformers.js_config unsloth_version unsloth_fixed prefix
+    attention_dropout hidden_dropout attention_probs_dropout_prob hidden_dropout_prob
+    attn_pdrop embd_pdrop resid_pdrop
+    cache_implementation attn_implementation _attn_implementation _attn_implementation_internal
+    _attn_implementation_autoset _experts_implementation experts_implementation
+    _flash_attn_2_enabled use_flash_attention_2 transformers.js_config custom_pipelines
+    unsloth_version unsloth_fixed prefix trust_remote_code keys_to_ignore_at_inference
     tokenizer_class chunk_size_feed_forward tie_encoder_decoder _commit_hash
-    tf_legacy_loss use_bfloat16 bos_id eos_id
+    tf_legacy_loss use_bfloat16 bos_id eos_id tie_last_hidden_states
     max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
     temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
     encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
@@ -229,17 +222,15 @@ IRRELEVANT = frozenset(
     exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
     """.split()
 )
-# Keys that change nothing while they have one of these values.
+# Keys that change nothing while they have one of these values. Null counts as absent everywhere.
 FIXED = {
-    "attention_dropout": (0, None),
-    "hidden_dropout": (0, None),
-    "attention_probs_dropout_prob": (0, None),
-    "hidden_dropout_prob": (0, None),
-    "is_encoder_decoder": (False, None),
-    "add_cross_attention": (False, None),
-    "cross_attention_hidden_size": (None,),
-    "pruned_heads": ({}, None),
-    "use_bidirectional_attention": (False, None),
+    "is_encoder_decoder": (False,),
+    "is_causal": (True,),
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (),
+    "pruned_heads": ({},),
+    "quantization_config": ({},),
+    "use_bidirectional_attention": (False,),
 }
 # Keys of a multimodal config outside its text_config; the vision tower is not loaded.
 MULTIMODAL = frozenset(

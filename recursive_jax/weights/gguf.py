@@ -163,7 +163,9 @@ class GGUFFile:
             return dequantize(tensor.data, tensor.tensor_type)
 
         rows = names.used_rows(table, shapes)
-        return names.LazyParams(rows, shapes, read, cfg, lambda name: np.dtype("f4"), dtype)
+        return names.LazyParams(
+            rows, shapes, read, cfg, lambda name: np.dtype("f4"), dtype, str(self.path)
+        )
 
     def tokenizer(self):
         """The tokenizer as a transformers `PreTrainedTokenizerFast`."""

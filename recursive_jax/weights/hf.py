@@ -146,7 +146,8 @@ def open_params(
     def stored(name):
         return np.dtype(DTYPES[types[name]])
 
-    return names.LazyParams(names.used_rows(table, shapes), shapes, read, cfg, stored, dtype)
+    rows = names.used_rows(table, shapes)
+    return names.LazyParams(rows, shapes, read, cfg, stored, dtype, str(path))
 
 
 def load_params(

@@ -1,8 +1,10 @@
 """Hugging Face `config.json` to `DecoderConfig` and back. Each family is a row of `families`.
 
 `config_from_hf` refuses every key that it does not implement, by name. Skipping a key that changes
-the mathematics would give a model that runs and is wrong. `config_to_hf` is its inverse. `preset`
-returns full-size configs by name, for shapes, costs and parameter counts.
+the mathematics would give a model that runs and is wrong. A key counts as absent if its value is
+null or neutral (`FIXED`), or if it only concerns training, generation or serving (`IRRELEVANT`).
+`config_to_hf` is its inverse. `preset` returns full-size configs by name, for shapes, costs and
+parameter counts.
 
 To add a family: add a row to `families`, a name table in `weights.hf`, a case in
 `tests/test_hf_consistency.py`, and run `tests/golden/generate.py`.
@@ -14,7 +16,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from recursive_jax.models.config import DecoderConfig, Rope
+from recursive_jax.models.config import DecoderConfig
 from recursive_jax.weights.families import (
     ACTIVATIONS,
     COMMON_KEYS,
@@ -25,13 +27,22 @@ from recursive_jax.weights.families import (
     MODEL_TYPES,
     MULTIMODAL,
     PRESETS,
-    ROPE_TYPES,
     Family,
 )
+from recursive_jax.weights.hf_rope import ORIGINAL_LENGTH, number, ropes_from_hf, ropes_to_hf
 
 SIZES = (
     "vocab_size embed_dim mlp_dim num_layers num_heads num_kv_heads max_length head_dim"
 ).split()
+LARGEST = 2**31 - 1  # of a size or window: sizes are int32 on the device
+# Keys of which null is a value: no window, no cap, or a size that follows from the others.
+NULLABLE = (
+    "sliding_window",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "head_dim",
+    "num_key_value_heads",
+)
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
@@ -40,41 +51,64 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     Raises:
       ValueError: the model type, a key or a value is not implemented; the message names it.
     """
-    family = MODEL_TYPES.get(hf.get("model_type"))
+    model_type = hf.get("model_type")
+    family = MODEL_TYPES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise ValueError(
-            f"config.json: model_type {hf.get('model_type')!r} is not supported; "
+            f"config.json: model_type {model_type!r} is not supported; "
             f"expected one of {sorted(MODEL_TYPES)}"
         )
     if "text_config" in hf:
         hf = _text_config(hf)
     _audit(family, hf)
-    values = dict(family.defaults) | dict(hf)
+    given = {key: value for key, value in hf.items() if value is not None or key in NULLABLE}
+    values = dict(family.defaults) | given
+    if values.get("head_dim", 0) is None and "head_dim" in family.defaults:
+        raise ValueError(
+            f"config.json: head_dim is null; a {family.name} model needs a number, which does not "
+            "follow from its other sizes"
+        )
     fields = {"family": family.name, **family.fields}
     for key, names in (COMMON_KEYS | dict(family.keys)).items():
         if key not in values and key not in HEADS:
             raise ValueError(f"config.json: {key!r} is missing; a {family.name} model needs it")
-        fields |= dict.fromkeys(names, values.get(key))
+        value = values.get(key)
+        if names[0] not in SIZES:
+            _check(key, value, names[0])
+        fields |= dict.fromkeys(names, value)
     fields["num_kv_heads"] = fields.get("num_kv_heads") or fields["num_heads"]
     for name in SIZES:
         if name == "head_dim" and not fields.get(name):
             fields[name] = fields["embed_dim"] // fields["num_heads"]
-        if type(fields[name]) is not int or fields[name] < 1:
+        if type(fields[name]) is not int or not 0 < fields[name] <= LARGEST:
             raise ValueError(
                 f"config.json: {name} must be a positive integer, got {fields[name]!r}"
             )
     fields["activation"] = _activation(family, values)
-    if family.query_scalar and values["query_pre_attn_scalar"] != fields["head_dim"]:
-        fields["query_scale"] = values["query_pre_attn_scalar"] ** -0.5
+    if family.query_scalar:
+        scalar = number("query_pre_attn_scalar", values["query_pre_attn_scalar"])
+        if scalar != fields["head_dim"]:
+            fields["query_scale"] = scalar**-0.5
     if family.scaled_embedding:
         fields["embed_scale"] = fields["embed_dim"] ** 0.5
     is_local = _local_layers(family, values)
     if any(is_local):
         fields["windows"] = tuple(values["sliding_window"] if loc else 0 for loc in is_local)
-    ropes, fields["rotary_fraction"] = _ropes(family, values)
+    ropes, fields["rotary_fraction"] = ropes_from_hf(family, values)
     fields["ropes"] = ropes
     if family.rope_by_layer_type:
         fields["rope_of_depth"] = tuple(int(loc) for loc in is_local)
+    in_use = {
+        "sliding_window": values.get("sliding_window"),
+        family.theta_keys[0]: ropes[0].theta,
+        family.fraction_key: fields["rotary_fraction"],
+    }
+    for copy, key in family.copies.items():
+        if copy in given and given[copy] != in_use[key]:
+            raise ValueError(
+                f"config.json: {copy}={given[copy]!r} and {key}={in_use[key]!r} disagree; keep the "
+                "one the model was trained with"
+            )
     return DecoderConfig(**fields)
 
 
@@ -103,7 +137,7 @@ def config_to_hf(cfg: DecoderConfig) -> dict[str, Any]:
         hf["query_pre_attn_scalar"] = cfg.head_dim if scale is None else round(scale**-2)
     if family.local != "none":
         hf |= _local_to_hf(family, cfg)
-    hf |= _rope_to_hf(family, cfg)
+    hf |= ropes_to_hf(family, cfg)
     hf |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     # A field that these keys cannot express differs when the config is read back.
     back = config_from_hf(hf)
@@ -125,14 +159,30 @@ def preset(name: str) -> DecoderConfig:
     return config_from_hf(PRESETS[name])
 
 
+def _check(key: str, value: Any, field: str) -> None:
+    """ValueError unless the value of a key is one for this field of `DecoderConfig`."""
+    if isinstance(getattr(DecoderConfig, field), bool):  # the field's default
+        _flag(key, value)
+    elif value is not None or key not in NULLABLE:
+        number(key, value, zero=field == "norm_eps")
+
+
+def _flag(key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"config.json: {key} must be true or false, got {value!r}")
+    return value
+
+
 def _text_config(hf: Mapping[str, Any]) -> dict[str, Any]:
     """The text part of a multimodal config; its own keys are audited here."""
-    text = dict(hf["text_config"])
+    if not isinstance(hf["text_config"], Mapping):
+        raise ValueError(f"config.json: text_config must be an object, got {hf['text_config']!r}")
+    text = {k: v for k, v in hf["text_config"].items() if v is not None or k in NULLABLE}
     # transformers ties by the outer key
-    text["tie_word_embeddings"] = hf.get(
-        "tie_word_embeddings", text.get("tie_word_embeddings", True)
-    )
+    tied = [part.get("tie_word_embeddings") for part in (hf, text)]
+    text["tie_word_embeddings"] = next((t for t in tied if t is not None), True)
     outer = {k: v for k, v in hf.items() if k not in MULTIMODAL | {"tie_word_embeddings"}}
+    outer = {k: v for k, v in outer.items() if v is not None}
     clash = {k: v for k, v in outer.items() if k in text and k not in IRRELEVANT and text[k] != v}
     if clash:
         raise ValueError(f"config.json: {clash} contradicts the same keys of text_config")
@@ -140,24 +190,34 @@ def _text_config(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _audit(family: Family, hf: Mapping[str, Any]) -> None:
-    """ValueError for every key that is neither handled nor listed as irrelevant."""
-    handled = set(COMMON_KEYS) | set(family.keys) | {"hidden_act", "hidden_activation"}
-    handled |= {"rope_parameters", "rope_scaling", "partial_rotary_factor", *family.theta_keys}
-    handled |= {family.fraction_key, "head_dim", "num_key_value_heads"}
+    """ValueError for every key that is neither handled nor listed as without effect."""
+    if hf.get("quantization_config"):
+        raise ValueError(
+            "config.json: the weights are quantised (quantization_config: "
+            f"{hf['quantization_config']}); dequantise them first, for example with dequantize() "
+            "and save_pretrained() of transformers"
+        )
+    handled = set(COMMON_KEYS) | set(family.keys) | set(family.copies)
+    handled |= {"hidden_act", "hidden_activation", "head_dim", "num_key_value_heads"}
+    handled |= {"rope_parameters", "rope_scaling", "partial_rotary_factor", ORIGINAL_LENGTH}
+    handled |= {*family.theta_keys, family.fraction_key, "layer_types"}
+    fixed = FIXED | dict(family.fixed)
     if family.query_scalar:
         handled.add("query_pre_attn_scalar")
-    if family.local != "none":
-        handled |= {"sliding_window", "layer_types"}
-    if family.local == "pattern":
-        handled |= {"sliding_window_pattern", "_sliding_window_pattern"}
     if family.local == "tail":
         handled |= {"use_sliding_window", "max_window_layers"}
-    fixed = FIXED | dict(family.fixed)
+    else:  # transformers reads neither of them in these families
+        handled |= {"max_window_layers"} if family.local == "none" else set()
+        fixed["use_sliding_window"] = (False, family.local != "none")
+    if family.local != "none" or hf.get("use_sliding_window") is False:
+        handled.add("sliding_window")
+    if family.local == "pattern":
+        handled |= {"sliding_window_pattern", "_sliding_window_pattern"}
     refused = {}
     for key, value in hf.items():
-        if key in fixed and value not in fixed[key]:
-            refused[key] = value
-        elif key not in handled and key not in IRRELEVANT and key not in fixed:
+        if value is None or key in IRRELEVANT:
+            continue
+        if (key not in fixed and key not in handled) or (key in fixed and value not in fixed[key]):
             refused[key] = value
     if refused:
         raise ValueError(
@@ -169,7 +229,7 @@ def _audit(family: Family, hf: Mapping[str, Any]) -> None:
 
 def _activation(family: Family, values: Mapping[str, Any]) -> str:
     name = values.get(family.act_key)
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(
             f"config.json: {family.act_key}={name!r} is not implemented; "
             f"expected one of {sorted(ACTIVATIONS)}"
@@ -179,7 +239,7 @@ def _activation(family: Family, values: Mapping[str, Any]) -> str:
     activation = names[name]
     for key in ("hidden_act", "hidden_activation"):
         other = values.get(key)
-        if other is not None and names.get(other) != activation:
+        if other is not None and names.get(str(other)) != activation:
             raise ValueError(
                 f"config.json: {key}={other!r} contradicts {family.act_key}={name!r}; "
                 "keep the one the model was trained with"
@@ -190,16 +250,17 @@ def _activation(family: Family, values: Mapping[str, Any]) -> str:
 def _local_layers(family: Family, values: Mapping[str, Any]) -> list[bool]:
     """By depth: whether the layer attends within `sliding_window` only."""
     depth, window = values["num_hidden_layers"], values.get("sliding_window")
-    if family.local == "none":
-        return [False] * depth
-    if window is not None and (not isinstance(window, int) or window < 1):
+    if window is not None and (type(window) is not int or not 0 < window <= LARGEST):
         raise ValueError(f"config.json: sliding_window={window!r}; expected a positive integer")
-    if family.local == "tail" and not values["use_sliding_window"]:
+    if family.local == "none":
         window = None
+    if family.local == "tail":
+        window = window if _flag("use_sliding_window", values["use_sliding_window"]) else None
     types = values.get("layer_types")
     if types is not None:
         known = {"sliding_attention": True, "full_attention": False}
-        if len(types) != depth or not set(types) <= set(known):
+        fits = isinstance(types, list) and len(types) == depth
+        if not fits or not all(isinstance(t, str) and t in known for t in types):
             raise ValueError(
                 f"config.json: layer_types={types} ; expected {depth} entries, "
                 f"each one of {sorted(known)}"
@@ -215,6 +276,8 @@ def _local_layers(family: Family, values: Mapping[str, Any]) -> list[bool]:
                 f"sliding_window={window}; the family has no alternating attention"
             )
         return local
+    if family.local == "none":
+        return [False] * depth
     if family.local == "pattern":
         if window is None:
             raise ValueError(f"config.json: sliding_window is null; {family.name} needs a number")
@@ -225,6 +288,8 @@ def _local_layers(family: Family, values: Mapping[str, Any]) -> list[bool]:
             )
         return [bool((i + 1) % n) for i in range(depth)]
     first = 0 if family.local == "all" else values["max_window_layers"]
+    if type(first) is not int:
+        raise ValueError(f"config.json: max_window_layers={first!r}; expected an integer")
     return [window is not None and i >= first for i in range(depth)]
 
 
@@ -235,91 +300,3 @@ def _local_to_hf(family: Family, cfg: DecoderConfig) -> dict[str, Any]:
     if family.local == "tail":
         out |= {"use_sliding_window": any(windows), "max_window_layers": cfg.depth}
     return out if family.local == "all" else out | {"layer_types": types}
-
-
-def _ropes(family: Family, values: Mapping[str, Any]) -> tuple[tuple[Rope, ...], float]:
-    """Rope kinds, (full,) or (full, sliding), and the share of head_dim that is rotated."""
-    new = values.get("rope_parameters") or {}
-    scaling = values.get("rope_scaling") or {}
-    kinds = ("full_attention", "sliding_attention") if family.rope_by_layer_type else (None,)
-    if family.rope_by_layer_type and set(new) - set(kinds):
-        raise ValueError(
-            f"config.json: rope_parameters has keys {sorted(set(new) - set(kinds))}; a "
-            f"{family.name} model has one entry per layer type, {list(kinds)}"
-        )
-    ropes, fractions = [], set()
-    for i, kind in enumerate(kinds):
-        # Scaling in its old form applies to the full-attention layers only.
-        merged = dict(scaling) if i == 0 else {}
-        if "type" in merged:
-            merged.setdefault("rope_type", merged.pop("type"))
-        for old, key in ((family.theta_keys[i], "rope_theta"),) + tuple(
-            (old, "partial_rotary_factor")
-            for old in (family.fraction_key, "partial_rotary_factor")
-            if old
-        ):
-            if values.get(old) is not None:
-                merged.setdefault(key, values[old])
-        current = dict(new if kind is None else new.get(kind) or {})
-        clash = {k: (merged[k], v) for k, v in current.items() if merged.get(k, v) != v}
-        if clash:
-            raise ValueError(
-                f"config.json: old and new rope settings disagree, as (old, new): {clash}"
-            )
-        params = {
-            "rope_theta": family.default_thetas[i],
-            "partial_rotary_factor": family.default_fraction,
-            **merged,
-            **current,
-        }
-        fractions.add(float(params.pop("partial_rotary_factor")))
-        ropes.append(_rope(params, values["max_position_embeddings"]))
-    if len(fractions) > 1 or (fractions != {1.0} and not family.fraction_key):
-        raise ValueError(
-            f"config.json: partial_rotary_factor {sorted(fractions)} of a {family.name} model "
-            "is not implemented; expected 1.0"
-        )
-    return tuple(ropes), fractions.pop()
-
-
-def _rope(params: Mapping[str, Any], max_length: int) -> Rope:
-    given = dict(params)
-    rope_type, theta = given.pop("rope_type", None) or "default", given.pop("rope_theta")
-    if rope_type not in ROPE_TYPES:
-        raise ValueError(
-            f"config.json: rope scaling {rope_type!r} is not implemented, got {params}; "
-            f"expected one of {sorted(ROPE_TYPES)}"
-        )
-    scaling, names = ROPE_TYPES[rope_type]
-    if rope_type == "llama3":
-        given.setdefault("original_max_position_embeddings", max_length)
-    if set(given) != set(names):
-        raise ValueError(
-            f"config.json: rope settings {params} of type {rope_type!r} have unknown keys "
-            f"{sorted(set(given) - set(names))} and miss {sorted(set(names) - set(given))}"
-        )
-    fields = {ours: given[theirs] for theirs, ours in names.items()}
-    return Rope(theta=float(theta), scaling=scaling, **fields)
-
-
-def _rope_to_hf(family: Family, cfg: DecoderConfig) -> dict[str, Any]:
-    """Rope keys of `config.json` for transformers 5 (rope_parameters) and 4 (all others)."""
-    scaling_names = {ours: theirs for theirs, (ours, _) in ROPE_TYPES.items()}
-    entries = []
-    for rope in cfg.ropes:
-        rope_type = scaling_names[rope.scaling]
-        names = ROPE_TYPES[rope_type][1]
-        entries.append(
-            {"rope_theta": rope.theta, "rope_type": rope_type}
-            | {theirs: getattr(rope, ours) for theirs, ours in names.items()}
-        )
-    out = {key: rope.theta for key, rope in zip(family.theta_keys, cfg.ropes, strict=False)}
-    scaling = {k: v for k, v in entries[0].items() if k != "rope_theta"}
-    out["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
-    if family.fraction_key:
-        out[family.fraction_key] = cfg.rotary_fraction
-        entries[0]["partial_rotary_factor"] = cfg.rotary_fraction
-    if family.rope_by_layer_type:
-        kinds = ("full_attention", "sliding_attention")
-        return out | {"rope_parameters": dict(zip(kinds, entries, strict=False))}
-    return out | {"rope_parameters": entries[0]}

@@ -208,7 +208,8 @@ def _some(names: Sequence[str], limit: int = 6) -> str:
 class LazyParams(Mapping):
     """Flat mapping of our parameters, `{'block/attention/q/w': array}`, read on access.
 
-    Each access reads, transforms and stacks the layers of one parameter. Nothing is kept.
+    Each access reads, transforms and stacks the layers of one parameter. Nothing is kept. A tensor
+    with a value that is no finite number raises a ValueError when it is read.
     """
 
     def __init__(
@@ -219,9 +220,11 @@ class LazyParams(Mapping):
         cfg: DecoderConfig,
         stored: Callable[[str], np.dtype],
         dtype: np.dtype | None = None,
+        where: str = "the model",
     ):
+        """`where`: file or directory, for error messages; the others as the attributes."""
         self._rows, self._shapes, self._read, self._cfg = rows, shapes, read, cfg
-        self._stored, self.dtype = stored, dtype
+        self._stored, self.dtype, self._where = stored, dtype, where
 
     @property
     def num_tensors(self) -> int:
@@ -244,7 +247,14 @@ class LazyParams(Mapping):
         by_layer = "{}" in row.theirs
         out = np.empty((len(names), *shape[1:]) if by_layer else shape, dtype)
         for name, piece in zip(names, out if by_layer else [out], strict=True):
-            piece[...] = row.transform.split(self._read(name), self._cfg)
+            with np.errstate(over="ignore"):  # float64 may exceed float32: infinity, found below
+                piece[...] = row.transform.split(self._read(name), self._cfg)
+            if not _all_finite(piece):
+                raise ValueError(
+                    f"{self._where}: tensor {name} holds NaN or infinity in {dtype}; the file is "
+                    "damaged or the model's training diverged. Take another copy or an earlier "
+                    "checkpoint"
+                )
         return out
 
     def __iter__(self) -> Iterator[str]:
@@ -252,6 +262,19 @@ class LazyParams(Mapping):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+
+def _all_finite(x: np.ndarray) -> bool:
+    """Whether an array of floats has no NaN and no infinity.
+
+    Seen as integers, these are the largest positive and the largest negative numbers. Two maxima
+    take a fifth of the time of `np.isfinite` for 16-bit types, and no memory.
+    """
+    infinity, size = np.array(np.inf, x.dtype), x.dtype.itemsize
+    return bool(
+        x.view(f"i{size}").max() < infinity.view(f"i{size}")
+        and x.view(f"u{size}").max() < (-infinity).view(f"u{size}")
+    )
 
 
 def nested(flat: Mapping[str, np.ndarray]) -> dict:
