@@ -9,6 +9,8 @@ import logging
 import os
 import pathlib
 import re
+import sys
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -96,13 +98,14 @@ def explain(path: pathlib.Path, error: Exception) -> Exception:
     """
     chain = list(_chain(error))
     reason = _brief(chain[-1])
-    codes = set(re.findall(r"\b[A-Z]+(?:_[A-Z]+)*\b", "\n".join(map(str, chain))))
+    text = "\n".join(map(str, chain))
+    codes = set(re.findall(r"\b([A-Z_]+):", text))
     if any(isinstance(e, MemoryError) for e in chain):
         return error
     if "RESOURCE_EXHAUSTED" in codes:
         return ValueError(f"checkpoint {path} does not fit into memory: {reason}")
     numbers = {e.errno for e in chain if isinstance(e, OSError)}
-    numbers |= {int(n) for n in re.findall(r"os_error_code='(\d+)'", "\n".join(map(str, chain)))}
+    numbers |= {int(n) for n in re.findall(r"os_error_code='(\d+)'", text)}
     blocked = _first_blocked(path)
     if blocked or codes & set(OTHER_CODES) or numbers - {None, errno.ENOENT, errno.ENOTDIR}:
         return ValueError(
@@ -145,15 +148,27 @@ def storage_fault(error: Exception) -> str | None:
 
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
-    """A context without Orbax's warnings and tracebacks on the log: it raises the error as well.
+    """A context without Orbax's warnings and tracebacks: it raises the error as well.
 
-    Its unfinished tasks are reported when they are collected, so that filter stays.
+    After an error, reads that are under way end later, on an event loop that is closed. Their
+    reports are left out for the rest of the process.
     """
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
     logging.getLogger("asyncio").addFilter(_is_no_orbax_task)
-    logger = logging.getLogger("absl")
     logger.addFilter(_is_not_orbax)
+
+    def report(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = report
     try:
         yield
+    except Exception:
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        raise
+    else:
+        sys.unraisablehook = hook
     finally:
         logger.removeFilter(_is_not_orbax)
 
