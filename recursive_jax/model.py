@@ -327,7 +327,7 @@ def load(spec: str | os.PathLike, step: int | None = None) -> Model:
             thresholds = thresholds.compare(newest, params)
         # While a training runs there, the newest step may be another one when it is read.
         step = step if thresholds is None or thresholds.stale else newest
-        weights = CheckpointWeights(spec, step)
+        weights = CheckpointWeights(spec, step, note)
         name = spec
     else:
         if step is not None:

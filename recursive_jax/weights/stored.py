@@ -6,9 +6,10 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -63,20 +64,27 @@ class SourceWeights:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointWeights:
-    """Those of a step of a checkpoint directory, read straight onto their devices."""
+    """Those of a step of a checkpoint directory, read straight onto their devices.
+
+    Attributes:
+      directory: of the checkpoint.
+      step: None: the latest that is not damaged.
+      say: is given a line per step that is set aside as damaged.
+    """
 
     directory: str | os.PathLike
-    step: int | None = None  # None: the latest
+    step: int | None = None
+    say: Callable[[str], None] = logging.warning
 
     def load(self, shardings, dtype):
-        return checkpoint.load_params(self.directory, shardings, dtype, self.step)[0]
+        return checkpoint.load_params(self.directory, shardings, dtype, self.step, self.say)[0]
 
     def as_source(self, cfg, tokenizer, facts):
-        params, _ = checkpoint.load_params(self.directory, step=self.step)
+        params, _ = checkpoint.load_params(self.directory, step=self.step, say=self.say)
         return ArrayWeights(params, str(self.directory)).as_source(cfg, tokenizer, facts)
 
     def content(self):
-        sums = checkpoint.weights_of(self.directory, self.step)[2]
+        sums = checkpoint.weights_of(self.directory, self.step, self.say)[2]
         return hashlib.blake2b(json.dumps(sums).encode(), digest_size=12).hexdigest()
 
 
