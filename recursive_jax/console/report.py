@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from recursive_jax import files
 from recursive_jax.analysis.timing import Times
 from recursive_jax.console import tables
 from recursive_jax.decoding.engine import Engine
@@ -108,6 +109,7 @@ def table(record: Mapping[str, Any]) -> str:
 
 
 def write(path: str | pathlib.Path, record: Mapping[str, Any]) -> None:
-    """Write a record as JSON, on process 0 only."""
+    """Write a record as JSON, on process 0 only. An OSError names the file."""
     if jax.process_index() == 0:
-        pathlib.Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        with files.naming(path):
+            pathlib.Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
