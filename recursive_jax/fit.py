@@ -30,6 +30,7 @@ from recursive_jax.training.corpus import Corpus
 from recursive_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from recursive_jax.training.setup import TrainSetup
 from recursive_jax.weights import checkpoint
+from recursive_jax.weights.integrity import together
 
 if TYPE_CHECKING:
     from recursive_jax.model import Model
@@ -87,7 +88,8 @@ def fit(
     saved = None
     if workdir is not None and checkpoint.latest_step(workdir) is not None:
         saved = checkpoint.load_progress(workdir, say=output.say)
-        contract.check(saved[PROGRESS_KEY], workdir)
+        # On all processes, before any of them opens arrays.
+        together(lambda: contract.check(saved[PROGRESS_KEY], workdir))
     teacher_params = None
     if teacher is not None and setup.teacher is not None:
         places = teacher_shardings(teacher.cfg, mesh)

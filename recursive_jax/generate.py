@@ -28,11 +28,10 @@ import time
 import jax
 from absl import flags
 
-from recursive_jax import answering, generation, sharding
+from recursive_jax import answering, files, generation, sharding
 from recursive_jax.analysis import timing
 from recursive_jax.console import app, engine_flags, heatmap, prompt_flags, report, stop, tables
 from recursive_jax.console.output import note, say
-from recursive_jax.decoding import answers as answers_lib
 from recursive_jax.decoding.answers import Answers, check_writable
 from recursive_jax.decoding.session import Session
 from recursive_jax.model import load
@@ -119,11 +118,11 @@ def run(options: flags.FlagValues) -> None:
     if options.heatmap and is_first():
         make_row = functools.partial(heatmap.make_row, model.tokenizer)
         drawn = [make_row(i.prompt, i.request, i.completion) for i in items if i.request]
-        with answers_lib.naming(options.heatmap):
+        with files.naming(options.heatmap):
             title = f"{options.checkpoint}, exits: {rows['exits']}"
             heatmap.save(options.heatmap, drawn, engine.num_loops, title)
-    files = {"answers": options.out, "stats": options.stats, "heat map": options.heatmap}
-    lines = [report.table(record), *(f"{name}: {file}" for name, file in files.items() if file)]
+    written = {"answers": options.out, "stats": options.stats, "heat map": options.heatmap}
+    lines = [report.table(record), *(f"{name}: {file}" for name, file in written.items() if file)]
     (note if one else say)("\n".join(lines))
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from recursive_jax import files, start
+from recursive_jax.console import report
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.text import load_tokenizer
 from recursive_jax.weights import checkpoint, workdir_lock
@@ -207,6 +208,8 @@ def test_a_full_disk_names_the_file(tmp_path):
     full = pathlib.Path("/dev/full")
     if not full.exists():
         pytest.skip("no /dev/full")
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        report.write(full, {"answers": "x" * 100_000})
     with pytest.raises(OSError, match="No space left on device: '.*facts.json'"):
         with files.naming(tmp_path / "facts.json"), open(full, "w") as f:
             f.write("x" * 100_000)

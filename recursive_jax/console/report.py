@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
+from recursive_jax import files
 from recursive_jax.analysis.timing import Times
 from recursive_jax.console import tables
-from recursive_jax.decoding.answers import naming
 from recursive_jax.decoding.engine import Engine
 from recursive_jax.decoding.requests import Completion
 from recursive_jax.decoding.session import Stats
@@ -123,7 +123,7 @@ def describe_model(name: str, placed: Any) -> dict[str, str]:
 
 
 def write(path: str | pathlib.Path, record: Mapping[str, Any]) -> None:
-    """Write a record as JSON, on process 0 only."""
+    """Write a record as JSON, on process 0 only. An OSError names the file."""
     if jax.process_index() == 0:
-        with naming(path):
+        with files.naming(path):
             pathlib.Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

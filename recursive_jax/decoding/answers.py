@@ -41,7 +41,7 @@ def check_writable(path: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def naming(path: str | os.PathLike, more: Callable[[], str] = str) -> Iterator[None]:
+def _explained(path: str | os.PathLike, more: Callable[[], str] = str) -> Iterator[None]:
     """A context whose OSErrors, such as that of a full disk, name the file. `more`: added words."""
     try:
         yield
@@ -158,7 +158,7 @@ class Answers:
         if not self._write:
             return
         if self._stream:
-            with naming(self.path):
+            with _explained(self.path):
                 self._write_all(self.path)
         elif self._lines:
             sorted_ = pathlib.Path(f"{self.path}.sorted")
@@ -181,7 +181,7 @@ class Answers:
                 "the same command again to go on from there"
             )
 
-        return naming(path, finished)
+        return _explained(path, finished)
 
     def _write_all(self, path: pathlib.Path) -> None:
         with _open(path, "w") as f:
