@@ -107,6 +107,8 @@ def fit(
         history, spent = saved["history"], saved["seconds"]
     else:
         trainer.start(model.weights.load(trainer.param_shardings, jax.numpy.float32))
+    # A caller that keeps no reference to the model frees the arrays it started from.
+    model = dataclasses.replace(model, weights=None)
 
     clock = StepProgress(config.num_steps, first_step)
     report = Report(config, clock, quiet)

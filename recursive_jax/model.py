@@ -9,6 +9,7 @@ The jobs and notebooks call the same methods.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -32,7 +33,7 @@ from recursive_jax.models.decoder import Decoder
 from recursive_jax.models.parameters import logical_axes
 from recursive_jax.text.documents import documents
 from recursive_jax.training.config import TrainConfig
-from recursive_jax.weights import checkpoint, tie_config, tying
+from recursive_jax.weights import checkpoint, tie_config, tying, workdir_lock
 from recursive_jax.weights.source import open_source
 from recursive_jax.weights.stored import (
     ArrayWeights,
@@ -159,13 +160,32 @@ class Model:
         if train_text is not None:
             changes["train"] = train_text
         config = config.with_changes(**changes)
-        corpus = open_corpus(
-            config.data, self.tokenizer, self.cfg.vocab_size, config.seed, not quiet
-        )
-        end = fit(self, config, corpus, teacher, workdir, quiet=quiet)
+        sizes = self.cfg.vocab_size, config.seed
+        corpus = open_corpus(config.data, self.tokenizer, *sizes, progress=not quiet)
+        with contextlib.ExitStack() as stack:
+            if workdir is not None:
+                stack.enter_context(workdir_lock.hold(workdir, note))
+                self._check_run(workdir)
+            end = fit(self, config, corpus, teacher, workdir, quiet=quiet)
         name = f"{self.name}, trained on {end.summary['tokens']:,} tokens"
         weights = ArrayWeights(end.trainer.state.weights, name)
         return dataclasses.replace(self, weights=weights, name=name, thresholds=None)
+
+    def _check_run(self, workdir: str | os.PathLike) -> None:
+        """Raise ValueError if `workdir` has a run of another model."""
+        if checkpoint.latest_step(workdir) is None:
+            return
+        cfg, facts = checkpoint.load_config(workdir, note)
+        for what, there, here in (
+            ("sizes", cfg, self.cfg),
+            ("source", facts.get("source"), self.facts.get("source")),
+            ("conversion", facts.get("tying"), self.facts.get("tying")),
+        ):
+            if there != here:
+                raise ValueError(
+                    f"{workdir} holds a run of another model: its {what} is {there}, now {here}. "
+                    "Give another workdir"
+                )
 
     def generate(
         self,

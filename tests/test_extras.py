@@ -2,8 +2,10 @@
 
 import ast
 import json
+import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -113,3 +115,35 @@ def test_every_extra_that_is_named_exists():
     offered = {key.value for key in keys if isinstance(key, ast.Constant)}
     for name, file in named.items():
         assert name in offered, f"{file} names [{name}]"
+
+
+def test_an_installed_package_has_the_configs(tmp_path):
+    """Built as a wheel is: configs/ goes into the package, and `--config=NAME` finds it there."""
+    files = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "configs", "recursive_jax")
+    for name in files:
+        place = ROOT / name
+        copy = shutil.copytree if place.is_dir() else shutil.copy
+        copy(place, tmp_path / name)
+    built = tmp_path / "built"
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_py", f"--build-lib={built}"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (built / "recursive_jax" / "cpu" / "kernels" / "vectors.h").is_file()
+    program = (
+        "from recursive_jax.console import config_files\n"
+        "argument = config_files.resolve('--config=gemma_rrt:paper')\n"
+        "file = argument.partition('=')[2].removesuffix(':paper')\n"
+        "config_files.make_importable(file)\n"
+        "import runpy; print(file, runpy.run_path(file)['get_config']('paper').tokens)\n"
+    )
+    (tmp_path / "elsewhere").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path / "elsewhere", capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(built)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [
+        str(built / "recursive_jax" / "configs" / "gemma_rrt.py"), "60000000000"
+    ]  # fmt: skip

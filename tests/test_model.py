@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -141,6 +142,21 @@ def test_nothing_that_the_caller_holds_is_changed(source, words):
         assert not got.is_deleted()
         np.testing.assert_array_equal(got, want)
     assert dict(jax.config.values) == settings
+
+
+def test_a_run_in_a_workdir_goes_on(source, words, tmp_path):
+    """Without its newest step, the same call gives the bits of one run."""
+    settings = {"tokens": 6 * 256, "kd": 0.0, "checkpoint_every": 2, "quiet": True, **SMALL}
+    whole = source.train(words, workdir=tmp_path / "whole", **settings)
+    steps = tmp_path / "whole" / "checkpoints"
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    shutil.rmtree(tmp_path / "part" / "checkpoints" / max(p.name for p in steps.iterdir()))
+    resumed = source.train(words, workdir=tmp_path / "part", **settings)
+    np.testing.assert_array_equal(logits(resumed), logits(whole))
+    with pytest.raises(ValueError, match="holds a run of another model: its sizes"):
+        source.convert(lora_rank=2, quiet=True).train(words, workdir=tmp_path / "part", **settings)
+    with pytest.raises(ValueError, match="num_steps was 6; now num_steps is 7"):
+        source.train(words, workdir=tmp_path / "part", **settings | {"tokens": 7 * 256})
 
 
 def test_generate_and_stream_agree(source):

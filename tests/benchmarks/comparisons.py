@@ -26,6 +26,11 @@ ROWS = {
     "average, zero LoRA": {"model.method": "average", "model.lora_init": "zero"},
     "average, SVD LoRA": {"model.method": "average", "model.lora_init": "svd"},
     "average, SVD LoRA, distilled": {"model.method": "average", "objective.kd": 1.0},
+    "distilled, decay of weights only": {  # no weight decay of LoRA factors and embeddings
+        "model.method": "average",
+        "objective.kd": 1.0,
+        "optimizer.decay_on": "weights",
+    },
 }
 
 
