@@ -1,4 +1,4 @@
-"""Exit thresholds: of an engine, and calibrated ones in a checkpoint's `thresholds.json`."""
+"""Calibrated exit thresholds: a checkpoint's `thresholds.json`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ import json
 import os
 import pathlib
 import zlib
-from collections.abc import Sequence
 from typing import ClassVar
 
-import numpy as np
-
 from recursive_jax import files
-from recursive_jax.decoding.exit_measures import Measure, make_measure
+from recursive_jax.decoding.exit_measures import make_measure
 from recursive_jax.decoding.requests import check_number
 
 
@@ -103,25 +100,3 @@ class Thresholds:
 
 def _checksum(record: dict) -> int:
     return zlib.crc32(json.dumps(record, sort_keys=True).encode())
-
-
-def threshold_row(
-    measure: Measure | None, thresholds: Sequence[float] | float | None, num_loops: int
-) -> np.ndarray:
-    """Thresholds as `Engine` takes them -> f32 `[L]`, the last entry unused; ValueError if bad."""
-    row = np.zeros(num_loops, np.float32)
-    if thresholds is None:
-        row[:-1] = measure.default_threshold if measure else 0.0
-        return row
-    if measure is None:
-        raise ValueError("exit thresholds without an exit measure; name one")
-    per_loop = np.atleast_1d(np.asarray(thresholds, np.float64)).tolist()
-    if len(per_loop) not in (1, num_loops - 1):
-        raise ValueError(
-            f"{len(per_loop)} exit thresholds; expected one, or one after each of the first "
-            f"{num_loops - 1} loops"
-        )
-    for value in per_loop:
-        measure.check_threshold(value)
-    row[:-1] = per_loop
-    return row
