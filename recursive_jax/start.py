@@ -59,6 +59,7 @@ def choose(config: Any, source: Model | None, workdir: str | os.PathLike) -> Sta
         return Start(model.cfg, model.tokenizer, f"resumed from {workdir}", lambda: model, True)
     checkpoint.check_ours(workdir)  # nothing else there is read: it is made anew
     if config.init_from:
+        checkpoint.load_config(config.init_from)  # raises where there is no checkpoint
         model = load(config.init_from)
         start = Start(model.cfg, model.tokenizer, f"checkpoint {config.init_from}", lambda: model)
     elif source is not None and config.model.reduced_baseline:
