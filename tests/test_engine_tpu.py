@@ -10,8 +10,9 @@ from decode_models import make_engine
 from test_engine_mesh import collectives
 
 from recursive_jax import sharding
+from recursive_jax.decode_model import decode_model
+from recursive_jax.decoding.donation import copies
 from recursive_jax.decoding.exit_measures import TopProbability
-from recursive_jax.model import decode_model
 from recursive_jax.models.parameters import abstract_params, logical_axes
 from recursive_jax.weights import hf_config
 
@@ -82,6 +83,7 @@ def test_ticks_compile_for_tpus_that_are_not_here(cfg, topology, data, tensor):
         assert any(KERNEL in line for line in calls) == fits
         count, crossing = collectives(text, tensor)
         assert crossing == 0 and (count > 0) == (tensor > 1)
+        assert copies(engine.executables[name], engine.cache) == []
         memory = engine.memory()[name]  # of one device
         assert memory.alias_size_in_bytes >= cache, "the cache is donated"
         # A head_dim of 64 fills half of what a TPU keeps for it.
