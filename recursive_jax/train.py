@@ -94,7 +94,7 @@ def main() -> None:
     try:
         with loop.Stop(output.say) as stop:
             end = train(options.config, options.workdir, stop)
-    except loop.Stopped as signal:
+    except loop.NotStarted as signal:
         output.say(f"\n{signal}: stopped before the first step; run the same command to start")
         sys.exit(STOPPED)
     if end.stopped:

@@ -28,7 +28,7 @@ class Schedule:
     checkpoint_every: int
 
 
-class Stopped(Exception):
+class NotStarted(Exception):
     """A signal arrived before the first step, so that there is nothing to save."""
 
 
@@ -36,7 +36,7 @@ class Stop:
     """Whether the run has to stop: SIGTERM (the machine is preempted) or Ctrl-C has arrived.
 
     A context manager, to be entered after `jax.distributed.initialize`. On exit the previous signal
-    handlers are restored. Before `begin_steps`, a signal raises `Stopped`. Afterwards, it stops the
+    handlers are restored. Before `begin_steps`, a signal raises `NotStarted`. Afterwards, it stops the
     run behind the step that is running. With several processes JAX's preemption service handles
     SIGTERM and informs all of them; Ctrl-C at one of them becomes a SIGTERM.
 
@@ -71,7 +71,7 @@ class Stop:
             os.kill(os.getpid(), signal.SIGTERM)  # JAX tells all processes of it
             return
         if not self._stepping:
-            raise Stopped(signal.Signals(number).name)
+            raise NotStarted(signal.Signals(number).name)
         if self._requested:  # the second signal stops at once
             raise KeyboardInterrupt
         self._requested = True
