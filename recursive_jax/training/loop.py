@@ -36,8 +36,8 @@ class Stop:
     """Whether the run has to stop: SIGTERM (the machine is preempted) or Ctrl-C has arrived.
 
     A context manager, to be entered after `jax.distributed.initialize`. On exit the previous signal
-    handlers are restored. Before `begin_steps`, a signal raises `NotStarted`. Afterwards, it stops the
-    run behind the step that is running. With several processes JAX's preemption service handles
+    handlers are restored. Before `begin_steps`, a signal raises `NotStarted`. Afterwards, it stops
+    the run behind the step that is running. With several processes JAX's preemption service handles
     SIGTERM and informs all of them; Ctrl-C at one of them becomes a SIGTERM.
 
     Args:

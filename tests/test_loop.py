@@ -1,0 +1,106 @@
+"""The training loop and its signals, with a trainer of plain Python."""
+
+import os
+import signal
+import types
+
+import pytest
+
+from recursive_jax import train as job
+from recursive_jax.training import loop
+from recursive_jax.training.callbacks import Callback
+
+
+class Counting:
+    """A trainer whose state is the number of steps, with a loss per step."""
+
+    def __init__(self, losses=()):
+        self.state, self.losses = 0, dict(losses)
+
+    def step(self, batch):
+        assert batch == self.state
+        self.state += 1
+        return {"loss": self.losses.get(self.state, 0.5)}
+
+
+class Diary(Callback):
+    def __init__(self):
+        self.entries = []
+
+    def on_log(self, step, metrics):
+        self.entries.append(("log", step))
+
+    def on_evaluate(self, step, state):
+        self.entries.append(("evaluate", step, state))
+
+    def on_save(self, step, state):
+        self.entries.append(("save", step, state))
+
+
+def run(num_steps, stop=None, trainer=None, first=0, log=2, evaluate=3, save=4, also=()):
+    trainer, diary = trainer or Counting(), Diary()
+    trainer.state = first
+    schedule = loop.Schedule(num_steps, log, evaluate, save)
+    batches = iter(range(first, 100))
+    stop = stop or loop.Stop(handles=False)
+    last = loop.run(trainer, batches, first, schedule, [diary, *also], stop)
+    return last, diary.entries
+
+
+def test_everything_happens_on_schedule_and_at_the_end():
+    last, entries = run(5)
+    assert last == 5
+    assert entries == [
+        ("log", 1), ("log", 2), ("evaluate", 3, 3), ("log", 4), ("save", 4, 4),
+        ("log", 5), ("evaluate", 5, 5), ("save", 5, 5),
+    ]  # fmt: skip
+    assert run(5, first=3)[1][0] == ("log", 4), "the first step of a resumed run is logged"
+    assert run(5, first=5) == (5, [])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_between_steps_saves_and_stops(number):
+    class Signals(Callback):
+        def on_step(self, step):
+            if step == 3:
+                os.kill(os.getpid(), number)
+
+    said = []
+    before = signal.getsignal(number)
+    with loop.Stop(said.append) as stop:
+        stop.begin_steps()
+        last, entries = run(9, stop, also=[Signals()])
+    # the signal comes behind step 3, so step 4 is the one that is running
+    assert (last, entries[-1]) == (4, ("save", 4, 4)) and len(said) == 1
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_first_step_ends_the_job_with_its_own_code(number, monkeypatch, capsys):
+    def train(config, workdir, stop):
+        os.kill(os.getpid(), number)
+        raise AssertionError("the signal was lost")
+
+    monkeypatch.setattr(job, "train", train)
+    options = types.SimpleNamespace(distributed=False, config=None, workdir="run")
+    monkeypatch.setattr(job.flags, "FLAGS", options)
+    with pytest.raises(SystemExit) as end:
+        job.main()
+    assert end.value.code == 75
+    assert f"{signal.Signals(number).name}: stopped before the first" in capsys.readouterr().out
+
+
+def test_a_second_signal_stops_at_once():
+    with loop.Stop(lambda line: None) as stop:
+        stop.begin_steps()
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_state_that_is_not_finite_is_never_saved():
+    trainer = Counting({4: float("nan")})
+    diary = Diary()
+    with pytest.raises(FloatingPointError, match="loss nan .* at step 4 are not finite"):
+        run(9, trainer=trainer, save=1, also=[diary])
+    assert [entry[1] for entry in diary.entries if entry[0] == "save"] == [1, 2, 3]
