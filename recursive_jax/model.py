@@ -231,6 +231,8 @@ class Model:
         """Events as the answers grow: `index` of the prompt, `piece` of text, at last `completion`.
 
         `max_ticks`: passes of the block between events, at most; other arguments as `generate`.
+        A call may end the streams of earlier calls that are not read to their end: reading on from
+        such a stream raises ValueError.
         """
         from recursive_jax.decoding.session import stream
 
@@ -253,10 +255,8 @@ class Model:
         if config not in self._engines:
             self._engines.clear()  # and one cache
             self._engines[config] = generation.make_engine(placed, config)
-        made = self._engines[config]
-        made.reset()
         ticks = {} if max_ticks is None else {"max_ticks": max_ticks}
-        return stream(made, requests, self.tokenizer, **ticks)
+        return stream(self._engines[config], requests, self.tokenizer, **ticks)
 
     def perplexity(
         self,

@@ -179,6 +179,11 @@ def test_generate_and_stream_agree(source):
     )
     request = rj.Request("mine", (5, 6, 7), 3)
     assert model.generate([request])[0].id == "mine"
+    left, other = (model.stream(prompts[0], max_new_tokens=6) for _ in range(2))
+    next(left)
+    assert "".join(e.piece for e in other) == answers[0].text
+    with pytest.raises(ValueError, match="a newer session uses this engine"):
+        next(left)
 
 
 @pytest.mark.parametrize(
