@@ -88,6 +88,11 @@ def fit(
     saved = None
     if workdir is not None and checkpoint.latest_step(workdir) is not None:
         saved = checkpoint.load_progress(workdir, say=output.say)
+        if PROGRESS_KEY not in saved:
+            raise ValueError(
+                f"{workdir} holds a model that was saved, not a run that can go on; give another "
+                "workdir"
+            )
         # On all processes, before any of them opens arrays.
         together(lambda: contract.check(saved[PROGRESS_KEY], workdir))
     teacher_params = None
@@ -244,9 +249,8 @@ def measure(
 
 def create(model: Model, workdir: str | os.PathLike) -> None:
     """Write config, tokenizer and certificate of a new run."""
-    if jax.process_index() == 0:
-        model.write_description(workdir)
-    sharding.wait_for_all("checkpoint directory")
+    # If process 0 cannot write, the others must not wait for it.
+    together(lambda: model.write_description(workdir) if jax.process_index() == 0 else None)
 
 
 def open_files(

@@ -24,7 +24,7 @@ from recursive_jax import generation, sharding, text
 from recursive_jax.console.output import note
 from recursive_jax.decoding.config import EngineConfig
 from recursive_jax.decoding.exit_measures import Measure
-from recursive_jax.decoding.requests import Completion, Event
+from recursive_jax.decoding.requests import Completion, Event, check_number, shown
 from recursive_jax.decoding.thresholds import Thresholds
 from recursive_jax.evaluation import certificate as certify
 from recursive_jax.evaluation.perplexity import perplexity
@@ -131,7 +131,7 @@ class Model:
 
     def train(
         self,
-        train_text: str | None = None,
+        train_text: str | os.PathLike | None = None,
         config: TrainConfig | None = None,
         *,
         teacher: Model | None = None,
@@ -146,6 +146,7 @@ class Model:
           config: settings; None: the defaults, with distillation if there is a teacher.
           teacher: vanilla model to distil from, usually the source.
           workdir: for checkpoints and metrics. A run that it has goes on. None writes nothing.
+            Ctrl-C raises KeyboardInterrupt; the same call then goes on from the last saved step.
           quiet: print nothing.
           changes: settings by name, such as `tokens=100_000` or `learning_rate=1e-3`.
 
@@ -155,11 +156,19 @@ class Model:
         from recursive_jax.fit import fit
         from recursive_jax.training.corpus import open_corpus
 
+        if not isinstance(teacher, Model | None):
+            raise ValueError(f"teacher={shown(teacher)}; expected a Model, as load(...) returns")
         if config is None:
             config = TrainConfig().with_changes(kd=0.0 if teacher is None else 1.0)
+        if not isinstance(config, TrainConfig):
+            raise ValueError(f"config={shown(config)}; expected a TrainConfig")
         if train_text is not None:
-            changes["train"] = train_text
+            changes["train"] = os.fspath(train_text)
         config = config.with_changes(**changes)
+        if teacher is not None and not config.objective.kd:
+            raise ValueError("a teacher with kd=0 would teach nothing; leave it out, or set kd > 0")
+        if workdir is not None:
+            workdir = checkpoint.local(workdir)
         sizes = self.cfg.vocab_size, config.seed
         corpus = open_corpus(config.data, self.tokenizer, *sizes, progress=not quiet)
         with contextlib.ExitStack() as stack:
@@ -172,8 +181,9 @@ class Model:
         return dataclasses.replace(self, weights=weights, name=name, thresholds=None)
 
     def _check_run(self, workdir: str | os.PathLike) -> None:
-        """Raise ValueError if `workdir` has a run of another model."""
+        """Raise ValueError if `workdir` has a run of another model, or files of other programs."""
         if checkpoint.latest_step(workdir) is None:
+            checkpoint.check_ours(workdir)
             return
         cfg, facts = checkpoint.load_config(workdir, note)
         for what, there, here in (
@@ -236,7 +246,9 @@ class Model:
         """
         from recursive_jax.decoding.session import stream
 
-        config = engine or EngineConfig()
+        config = EngineConfig() if engine is None else engine
+        if not isinstance(config, EngineConfig):
+            raise ValueError(f"engine={shown(engine)}; expected an EngineConfig")
         if exits is not None:
             config = dataclasses.replace(config, measure=exits, thresholds=None)
         config.check_loops(self.cfg.num_loops)
@@ -260,7 +272,7 @@ class Model:
 
     def perplexity(
         self,
-        text: str | Iterable[str],
+        text: str | os.PathLike | Iterable[str],
         tokens: int = 20_000,
         context_length: int = 512,
         batch_size: int = 8,
@@ -275,6 +287,7 @@ class Model:
           batch_size: windows per call of the model, over all devices.
           dtype: compute dtype.
         """
+        check_number("batch_size", batch_size, True, 1, 2**31 - 1)
         windows = self.windows(text, tokens, context_length)
         mesh, compute = sharding.make_mesh(), sharding.compute_dtype(dtype)
         shards = sharding.data_shards(mesh)
@@ -293,9 +306,11 @@ class Model:
             )
 
     def windows(
-        self, source: str | Iterable[str], tokens: int, context_length: int
+        self, source: str | os.PathLike | Iterable[str], tokens: int, context_length: int
     ) -> text.Windows:
         """Windows of a text, to score `tokens` tokens of it."""
+        if isinstance(source, os.PathLike):
+            source = os.fspath(source)
         texts = (t for _, t in documents(source)) if isinstance(source, str) else source
         length = min(context_length, self.cfg.max_length)
         return text.eval_windows(self.tokenizer, texts, length, tokens, self.cfg.vocab_size)

@@ -159,6 +159,20 @@ def test_a_run_in_a_workdir_goes_on(source, words, tmp_path):
         source.train(words, workdir=tmp_path / "part", **settings | {"tokens": 7 * 256})
 
 
+def test_a_run_does_not_write_into_a_directory_of_another_kind(source, words, tmp_path):
+    settings = SMALL | {"tokens": 256, "quiet": True}
+    model = source.convert(num_loops=2, quiet=True)
+    model.save(tmp_path / "saved")
+    with pytest.raises(ValueError, match="holds a model that was saved, not a run"):
+        model.train(words, workdir=tmp_path / "saved", **settings)
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="has format None"):
+        model.train(pathlib.Path(words), workdir=theirs, **settings)
+    assert (theirs / "config.json").read_text() == '{"model_type": "llama"}'
+
+
 def test_generate_and_stream_agree(source):
     model = source.convert(num_loops=2, lora_rank=4, quiet=True)
     prompts = ["the loop runs", "a block", [{"role": "user", "content": "again"}]]
@@ -197,6 +211,15 @@ def test_generate_and_stream_agree(source):
             "unknown training setting 'learn",
         ),
         (lambda m: m.train("docstrings", tokens=0), "tokens must be at least 1"),
+        (lambda m: m.train("docstrings", tokens=1e6), "tokens=1000000.0; expected an integer"),
+        (lambda m: m.train("docstrings", learning_rate="1"), "learning_rate='1'; expected a num"),
+        (lambda m: m.train("docstrings", m), "config=Model.*expected a TrainConfig"),
+        (lambda m: m.train("docstrings", teacher="tiny"), "teacher='tiny'; expected a Model"),
+        (lambda m: m.train("docstrings", teacher=m, kd=0.0), "a teacher with kd=0"),
+        (lambda m: m.train("docstrings", workdir="gs://bucket/run"), "is a URL"),
+        (lambda m: m.convert(num_loops="2"), "num_loops='2'; expected an integer"),
+        (lambda m: m.perplexity(["a b c"], batch_size=0), "batch_size=0; expected an integer"),
+        (lambda m: m.generate("x", engine={}), "engine={}; expected an EngineConfig"),
         (lambda m: m.train("docstrings", accumulate=3), "accumulate=3 does not divide data.batch"),
         (lambda m: m.train("docstrings", kd=1.0, quiet=True), "teacher=MODEL in Python"),
         (lambda m: m.generate("x", max_tokens=3), r"unknown options \['max_tokens'\]"),
