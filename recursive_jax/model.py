@@ -74,7 +74,7 @@ class Model:
     @functools.cached_property
     def params(self) -> Any:
         """Nested float32 params on the default device. Read once, then kept."""
-        return self.weights.load(on_one_device(self.cfg), jnp.float32)
+        return self.weights.read(on_one_device(self.cfg), jnp.float32)
 
     @functools.cached_property
     def stop(self) -> tuple[int, ...]:
@@ -175,10 +175,14 @@ class Model:
             if workdir is not None:
                 stack.enter_context(workdir_lock.hold(workdir, note))
                 self._check_run(workdir)
-            end = fit(self, config, corpus, teacher, workdir, quiet=quiet)
-        name = f"{self.name}, trained on {end.summary['tokens']:,} tokens"
+            # No name refers to the model while it trains: if the caller has none either, the arrays
+            # that it starts from are freed.
+            after, start = dataclasses.replace(self, weights=None, thresholds=None), [self]
+            del self
+            end = fit(start.pop(), config, corpus, teacher, workdir, quiet=quiet)
+        name = f"{after.name}, trained on {end.summary['tokens']:,} tokens"
         weights = ArrayWeights(end.trainer.state.weights, name)
-        return dataclasses.replace(self, weights=weights, name=name, thresholds=None)
+        return dataclasses.replace(after, weights=weights, name=name)
 
     def _check_run(self, workdir: str | os.PathLike) -> None:
         """Raise ValueError if `workdir` has a run of another model, or files of other programs."""
@@ -298,7 +302,7 @@ class Model:
         with sharding.use(mesh, rules), sharding.matmul_precision(compute):
             return perplexity(
                 Decoder(self.cfg, dtype=compute, data_shards=shards),
-                self.weights.load(places, jnp.float32),
+                self.weights.read(places, jnp.float32),
                 *windows,
                 batch_size=rows,
                 all_loops=self.cfg.num_loops > 1,

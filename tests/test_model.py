@@ -1,12 +1,14 @@
 """The Python API: a model from its source to its checkpoint, and docs/api.md."""
 
 import dataclasses
+import gc
 import os
 import pathlib
 import re
 import shutil
 import subprocess
 import sys
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ import recursive_jax as rj
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import Decoder
 from recursive_jax.models.parameters import init_params
+from recursive_jax.training import loop
 from recursive_jax.weights import hf
 from recursive_jax.weights.source import ASSETS
 from recursive_jax.weights.stored import ArrayWeights
@@ -142,6 +145,32 @@ def test_nothing_that_the_caller_holds_is_changed(source, words):
         assert not got.is_deleted()
         np.testing.assert_array_equal(got, want)
     assert dict(jax.config.values) == settings
+
+
+def test_weights_are_in_memory_once(source, words, tmp_path, monkeypatch):
+    """A model that its caller does not keep is freed while it trains; saving copies nothing."""
+
+    def live():
+        gc.collect()
+        pieces = (s.data for x in jax.live_arrays() for s in x.addressable_shards)
+        return sum({x.unsafe_buffer_pointer(): x.nbytes for x in pieces}.values())
+
+    models = [source.convert(num_loops=2, lora_rank=4, quiet=True)]
+    started, seen, run = weakref.ref(models[0].weights), [], loop.run
+
+    def look(*arguments):
+        gc.collect()
+        seen.append(started())
+        return run(*arguments)
+
+    monkeypatch.setattr(loop, "run", look)
+    trained = models.pop().train(
+        words, tokens=256, quiet=True, context_length=32, batch_size=8, eval_tokens=200
+    )
+    assert seen == [None]
+    before = live()
+    trained.save(tmp_path / "saved")
+    assert live() == before
 
 
 def test_a_run_in_a_workdir_goes_on(source, words, tmp_path):
