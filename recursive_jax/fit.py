@@ -70,7 +70,8 @@ def fit(
       model: what to start from. A run in `workdir` replaces its weights.
       config: of the run.
       corpus: its text, as `corpus.open_corpus` returns it.
-      teacher: vanilla model to distil from; needed if `config.objective.kd` > 0.
+      teacher: vanilla model to distil from; needed if `config.objective.kd` > 0. Without
+        distillation only its size is in the summary.
       workdir: for checkpoints, metrics and the summary; None writes nothing.
       stop: tells when to stop; None runs to the end.
       quiet: print nothing.
