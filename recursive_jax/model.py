@@ -88,6 +88,7 @@ class Model:
         text: str | None = None,
         text_tokens: int = 2048,
         context_length: int = 512,
+        scratch: str | os.PathLike | None = None,
         quiet: bool = False,
         **options: Any,
     ) -> Model:
@@ -99,6 +100,8 @@ class Model:
             text, the full-rank identity is proved too.
           text_tokens: scored tokens of it.
           context_length: tokens per window.
+          scratch: directory for the source's log-probabilities while the certificate is measured,
+            4 bytes for each scored token and id; None: the system's, which may be in memory.
           quiet: show no progress bar.
 
         Raises:
@@ -108,12 +111,12 @@ class Model:
         tie_config.tied_config(self.cfg, how)  # raises before any reading
         source = self.weights.as_source(self.cfg, self.tokenizer, self.facts)
         windows = identity = reference = None
-        with tempfile.TemporaryDirectory(prefix="recursive_jax-") as scratch:
+        with tempfile.TemporaryDirectory(prefix=".recursive_jax-", dir=scratch) as place:
             if text is not None:  # the source runs first: two models are never in memory at once
                 windows = self.windows(text, text_tokens, context_length)
                 identity = certify.full_rank_identity(source, how, windows)
-                rows = pathlib.Path(scratch) / "log_probabilities.f32"
-                reference = certify.Reference(rows, source, windows)
+                rows = pathlib.Path(place) / "log_probabilities.f32"
+                reference = certify.Reference(rows, source, windows, not quiet)
             params, cfg, certificate = certify.tie_with_certificate(source, how, not quiet)
             if reference is not None:
                 certificate |= reference.compare(Decoder(cfg), params)

@@ -202,6 +202,14 @@ def test_a_run_does_not_write_into_a_directory_of_another_kind(source, words, tm
     assert (theirs / "config.json").read_text() == '{"model_type": "llama"}'
 
 
+def test_a_quiet_conversion_shows_no_bar(source, words, tmp_path, capfd):
+    model = source.convert(
+        num_loops=2, text=words, text_tokens=40, context_length=32, scratch=tmp_path, quiet=True
+    )
+    assert model.certificate["text_tokens"] == 40
+    assert capfd.readouterr() == ("", "") and not any(tmp_path.iterdir())
+
+
 def test_generate_and_stream_agree(source):
     model = source.convert(num_loops=2, lora_rank=4, quiet=True)
     prompts = ["the loop runs", "a block", [{"role": "user", "content": "again"}]]
