@@ -218,12 +218,13 @@ class Model:
 
         Args:
           prompts: a text, or a list of texts, conversations and `Request`s.
-          exits: which tokens leave early, such as `TopProbability(0.9)`; None: as `engine` says.
+          exits: which tokens leave early, such as `TopProbability(0.9)`; None: as `engine` says. A
+            measure without a threshold takes that of `thresholds`, if they are for it.
           engine: sizes and exits of the engine; None: the defaults.
           chat: apply the chat template to texts too.
           dtype: compute dtype.
-          options: for all prompts: `max_new_tokens` (default 128), `temperature`, `seed`, `stop`,
-            and the others of `decoding.prompts.OPTIONS`.
+          options: for all prompts that are no `Request`s: `max_new_tokens` (default 128),
+            `temperature`, `seed`, `stop`, and the others of `decoding.prompts.OPTIONS`.
 
         Raises:
           ValueError: a bad setting, or a prompt that cannot be answered.
@@ -259,6 +260,7 @@ class Model:
         if exits is not None:
             config = dataclasses.replace(config, measure=exits, thresholds=None)
         config.check_loops(self.cfg.num_loops)
+        config = generation.with_thresholds(config, self)
         length = config.context_length or self.cfg.max_length
         requests = generation.make_requests(self, prompts, options, length, chat)
         compute = sharding.compute_dtype(dtype)
