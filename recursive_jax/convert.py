@@ -69,11 +69,13 @@ def main() -> None:
     cfg = tied_config(source.cfg, how)
     output.say(certificate_report.start(source, cfg, how) + "\n")
     began = time.time()
+    out.parent.mkdir(parents=True, exist_ok=True)
     model = source.convert(
         how,
         text=options.text if options.text_tokens else None,
         text_tokens=options.text_tokens,
         context_length=options.context_length,
+        scratch=out.parent,  # large, and /tmp may be in memory
     )
     model.certificate["seconds"] = round(time.time() - began, 1)
     model.save(out)

@@ -70,7 +70,8 @@ def fit(
       model: what to start from. A run in `workdir` replaces its weights.
       config: of the run.
       corpus: its text, as `corpus.open_corpus` returns it.
-      teacher: vanilla model to distil from; needed if `config.objective.kd` > 0.
+      teacher: vanilla model to distil from; needed if `config.objective.kd` > 0. Without
+        distillation only its size is in the summary.
       workdir: for checkpoints, metrics and the summary; None writes nothing.
       stop: tells when to stop; None runs to the end.
       quiet: print nothing.
@@ -88,6 +89,11 @@ def fit(
     saved = None
     if workdir is not None and checkpoint.latest_step(workdir) is not None:
         saved = checkpoint.load_progress(workdir, say=output.say)
+        if PROGRESS_KEY not in saved:
+            raise ValueError(
+                f"{workdir} holds a model that was saved, not a run that can go on; give another "
+                "workdir"
+            )
         # On all processes, before any of them opens arrays.
         together(lambda: contract.check(saved[PROGRESS_KEY], workdir))
     teacher_params = None
@@ -244,9 +250,8 @@ def measure(
 
 def create(model: Model, workdir: str | os.PathLike) -> None:
     """Write config, tokenizer and certificate of a new run."""
-    if jax.process_index() == 0:
-        model.write_description(workdir)
-    sharding.wait_for_all("checkpoint directory")
+    # If process 0 cannot write, the others must not wait for it.
+    together(lambda: model.write_description(workdir) if jax.process_index() == 0 else None)
 
 
 def open_files(

@@ -79,6 +79,26 @@ def make_requests(
     return requests
 
 
+def with_thresholds(config: EngineConfig, model: Model) -> EngineConfig:
+    """The config with the model's calibrated thresholds, if they are for a measure without its own.
+
+    Raises:
+      ValueError: they were calibrated on other weights, or are not for so many loops.
+    """
+    calibrated = model.thresholds
+    if config.measure is None or config.thresholds is not None or calibrated is None:
+        return config
+    if calibrated.measure != config.measure.name:
+        return config
+    calibrated.check_current()
+    try:
+        config = dataclasses.replace(config, thresholds=calibrated.thresholds)
+        config.check_loops(model.cfg.num_loops)
+    except ValueError as error:
+        raise ValueError(f"{model.name}: thresholds.json: {error}; calibrate again") from error
+    return config
+
+
 def needed_context(requests: Sequence[Request]) -> int:
     """Cache rows that the longest request needs, in whole tiles of a TPU."""
     longest = max(len(r.tokens) + r.max_new_tokens for r in requests)

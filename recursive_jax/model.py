@@ -24,7 +24,7 @@ from recursive_jax import generation, sharding, text
 from recursive_jax.console.output import note
 from recursive_jax.decoding.config import EngineConfig
 from recursive_jax.decoding.exit_measures import Measure
-from recursive_jax.decoding.requests import Completion, Event
+from recursive_jax.decoding.requests import Completion, Event, check_number, shown
 from recursive_jax.decoding.thresholds import Thresholds
 from recursive_jax.evaluation import certificate as certify
 from recursive_jax.evaluation.perplexity import perplexity
@@ -74,7 +74,7 @@ class Model:
     @functools.cached_property
     def params(self) -> Any:
         """Nested float32 params on the default device. Read once, then kept."""
-        return self.weights.load(on_one_device(self.cfg), jnp.float32)
+        return self.weights.read(on_one_device(self.cfg), jnp.float32)
 
     @functools.cached_property
     def stop(self) -> tuple[int, ...]:
@@ -88,6 +88,7 @@ class Model:
         text: str | None = None,
         text_tokens: int = 2048,
         context_length: int = 512,
+        scratch: str | os.PathLike | None = None,
         quiet: bool = False,
         **options: Any,
     ) -> Model:
@@ -99,6 +100,8 @@ class Model:
             text, the full-rank identity is proved too.
           text_tokens: scored tokens of it.
           context_length: tokens per window.
+          scratch: directory for the source's log-probabilities while the certificate is measured,
+            4 bytes for each scored token and id; None: the system's, which may be in memory.
           quiet: show no progress bar.
 
         Raises:
@@ -108,12 +111,12 @@ class Model:
         tie_config.tied_config(self.cfg, how)  # raises before any reading
         source = self.weights.as_source(self.cfg, self.tokenizer, self.facts)
         windows = identity = reference = None
-        with tempfile.TemporaryDirectory(prefix="recursive_jax-") as scratch:
+        with tempfile.TemporaryDirectory(prefix=".recursive_jax-", dir=scratch) as place:
             if text is not None:  # the source runs first: two models are never in memory at once
                 windows = self.windows(text, text_tokens, context_length)
                 identity = certify.full_rank_identity(source, how, windows)
-                rows = pathlib.Path(scratch) / "log_probabilities.f32"
-                reference = certify.Reference(rows, source, windows)
+                rows = pathlib.Path(place) / "log_probabilities.f32"
+                reference = certify.Reference(rows, source, windows, not quiet)
             params, cfg, certificate = certify.tie_with_certificate(source, how, not quiet)
             if reference is not None:
                 certificate |= reference.compare(Decoder(cfg), params)
@@ -131,7 +134,7 @@ class Model:
 
     def train(
         self,
-        train_text: str | None = None,
+        train_text: str | os.PathLike | None = None,
         config: TrainConfig | None = None,
         *,
         teacher: Model | None = None,
@@ -146,6 +149,7 @@ class Model:
           config: settings; None: the defaults, with distillation if there is a teacher.
           teacher: vanilla model to distil from, usually the source.
           workdir: for checkpoints and metrics. A run that it has goes on. None writes nothing.
+            Ctrl-C raises KeyboardInterrupt; the same call then goes on from the last saved step.
           quiet: print nothing.
           changes: settings by name, such as `tokens=100_000` or `learning_rate=1e-3`.
 
@@ -155,25 +159,38 @@ class Model:
         from recursive_jax.fit import fit
         from recursive_jax.training.corpus import open_corpus
 
+        if not isinstance(teacher, Model | None):
+            raise ValueError(f"teacher={shown(teacher)}; expected a Model, as load(...) returns")
         if config is None:
             config = TrainConfig().with_changes(kd=0.0 if teacher is None else 1.0)
+        if not isinstance(config, TrainConfig):
+            raise ValueError(f"config={shown(config)}; expected a TrainConfig")
         if train_text is not None:
-            changes["train"] = train_text
+            changes["train"] = os.fspath(train_text)
         config = config.with_changes(**changes)
+        if teacher is not None and not config.objective.kd:
+            raise ValueError("a teacher with kd=0 would teach nothing; leave it out, or set kd > 0")
+        if workdir is not None:
+            workdir = checkpoint.local(workdir)
         sizes = self.cfg.vocab_size, config.seed
         corpus = open_corpus(config.data, self.tokenizer, *sizes, progress=not quiet)
         with contextlib.ExitStack() as stack:
             if workdir is not None:
                 stack.enter_context(workdir_lock.hold(workdir, note))
                 self._check_run(workdir)
-            end = fit(self, config, corpus, teacher, workdir, quiet=quiet)
-        name = f"{self.name}, trained on {end.summary['tokens']:,} tokens"
+            # No name refers to the model while it trains: if the caller has none either, the arrays
+            # that it starts from are freed.
+            after, start = dataclasses.replace(self, weights=None, thresholds=None), [self]
+            del self
+            end = fit(start.pop(), config, corpus, teacher, workdir, quiet=quiet)
+        name = f"{after.name}, trained on {end.summary['tokens']:,} tokens"
         weights = ArrayWeights(end.trainer.state.weights, name)
-        return dataclasses.replace(self, weights=weights, name=name, thresholds=None)
+        return dataclasses.replace(after, weights=weights, name=name)
 
     def _check_run(self, workdir: str | os.PathLike) -> None:
-        """Raise ValueError if `workdir` has a run of another model."""
+        """Raise ValueError if `workdir` has a run of another model, or files of other programs."""
         if checkpoint.latest_step(workdir) is None:
+            checkpoint.check_ours(workdir)
             return
         cfg, facts = checkpoint.load_config(workdir, note)
         for what, there, here in (
@@ -201,12 +218,13 @@ class Model:
 
         Args:
           prompts: a text, or a list of texts, conversations and `Request`s.
-          exits: which tokens leave early, such as `TopProbability(0.9)`; None: as `engine` says.
+          exits: which tokens leave early, such as `TopProbability(0.9)`; None: as `engine` says. A
+            measure without a threshold takes that of `thresholds`, if they are for it.
           engine: sizes and exits of the engine; None: the defaults.
           chat: apply the chat template to texts too.
           dtype: compute dtype.
-          options: for all prompts: `max_new_tokens` (default 128), `temperature`, `seed`, `stop`,
-            and the others of `decoding.prompts.OPTIONS`.
+          options: for all prompts that are no `Request`s: `max_new_tokens` (default 128),
+            `temperature`, `seed`, `stop`, and the others of `decoding.prompts.OPTIONS`.
 
         Raises:
           ValueError: a bad setting, or a prompt that cannot be answered.
@@ -231,13 +249,18 @@ class Model:
         """Events as the answers grow: `index` of the prompt, `piece` of text, at last `completion`.
 
         `max_ticks`: passes of the block between events, at most; other arguments as `generate`.
+        A call may end the streams of earlier calls that are not read to their end: reading on from
+        such a stream raises ValueError.
         """
         from recursive_jax.decoding.session import stream
 
-        config = engine or EngineConfig()
+        config = EngineConfig() if engine is None else engine
+        if not isinstance(config, EngineConfig):
+            raise ValueError(f"engine={shown(engine)}; expected an EngineConfig")
         if exits is not None:
             config = dataclasses.replace(config, measure=exits, thresholds=None)
         config.check_loops(self.cfg.num_loops)
+        config = generation.with_thresholds(config, self)
         length = config.context_length or self.cfg.max_length
         requests = generation.make_requests(self, prompts, options, length, chat)
         compute = sharding.compute_dtype(dtype)
@@ -253,14 +276,12 @@ class Model:
         if config not in self._engines:
             self._engines.clear()  # and one cache
             self._engines[config] = generation.make_engine(placed, config)
-        made = self._engines[config]
-        made.reset()
         ticks = {} if max_ticks is None else {"max_ticks": max_ticks}
-        return stream(made, requests, self.tokenizer, **ticks)
+        return stream(self._engines[config], requests, self.tokenizer, **ticks)
 
     def perplexity(
         self,
-        text: str | Iterable[str],
+        text: str | os.PathLike | Iterable[str],
         tokens: int = 20_000,
         context_length: int = 512,
         batch_size: int = 8,
@@ -275,6 +296,7 @@ class Model:
           batch_size: windows per call of the model, over all devices.
           dtype: compute dtype.
         """
+        check_number("batch_size", batch_size, True, 1, 2**31 - 1)
         windows = self.windows(text, tokens, context_length)
         mesh, compute = sharding.make_mesh(), sharding.compute_dtype(dtype)
         shards = sharding.data_shards(mesh)
@@ -285,7 +307,7 @@ class Model:
         with sharding.use(mesh, rules), sharding.matmul_precision(compute):
             return perplexity(
                 Decoder(self.cfg, dtype=compute, data_shards=shards),
-                self.weights.load(places, jnp.float32),
+                self.weights.read(places, jnp.float32),
                 *windows,
                 batch_size=rows,
                 all_loops=self.cfg.num_loops > 1,
@@ -293,9 +315,11 @@ class Model:
             )
 
     def windows(
-        self, source: str | Iterable[str], tokens: int, context_length: int
+        self, source: str | os.PathLike | Iterable[str], tokens: int, context_length: int
     ) -> text.Windows:
         """Windows of a text, to score `tokens` tokens of it."""
+        if isinstance(source, os.PathLike):
+            source = os.fspath(source)
         texts = (t for _, t in documents(source)) if isinstance(source, str) else source
         length = min(context_length, self.cfg.max_length)
         return text.eval_windows(self.tokenizer, texts, length, tokens, self.cfg.vocab_size)

@@ -146,16 +146,18 @@ def check_recipe(workdir: str | os.PathLike, recipe: Mapping[str, Any]) -> None:
     """Raise ValueError, with both values, if the run in `workdir` has another recipe.
 
     Keys that an older version did not record have today's defaults. A source is compared by
-    content, so that it may have been moved.
+    content, so that it may have been moved; another one at the same path is another model.
     """
     facts = checkpoint.load_config(workdir)[1]
     there = dict(facts.get("recipe") or {})
     if there.get("model") is not None:
         how, baseline = TieConfig.from_json(there["model"]), there["model"].get("reduced_baseline")
         there["model"] = _model_section(how, bool(baseline))
+    names = [name for name in recipe if name != "source_content"]
     if _same_source(there, recipe):
         there["source"] = recipe["source"]
-    names = [name for name in recipe if name != "source_content"]
+    elif there.get("source") == recipe["source"]:
+        names.append("source_content")  # checksums: the files were replaced
     changed = [name for name in names if there.get(name) != recipe[name]]
     if changed:
         differences = "; ".join(

@@ -79,7 +79,7 @@ def _train_alone(config, settings, source, workdir, stop) -> Fit:
         begin.make(),
         settings,
         corpus,
-        teacher=source if settings.objective.kd else None,
+        teacher=source,
         workdir=workdir,
         stop=stop,
         origin=begin.origin,

@@ -7,6 +7,7 @@ import runpy
 import pytest
 
 from configs import common
+from recursive_jax.console import config_files
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.start import tie_config
 from recursive_jax.training.config import TrainConfig
@@ -109,3 +110,21 @@ def test_arguments():
         read("loops=three")
     with pytest.raises(ValueError, match="config argument paper='maybe': expected true or false"):
         read("paper=maybe")
+
+
+def test_a_config_is_found_by_name_however_the_flag_is_written():
+    path = str(ROOT / "configs" / "gemma_rrt.py")
+    assert config_files.resolve(["train", "--config=gemma_rrt:paper"])[1:] == [
+        f"--config={path}:paper"
+    ]
+    assert config_files.resolve(["train", "--config", "gemma_rrt"])[1:] == ["--config", path]
+    for untouched in (["--config=elsewhere.py"], ["--config", "no_such"], ["--out", "gemma_rrt"]):
+        assert config_files.resolve(["train", *untouched])[1:] == untouched
+
+
+def test_an_unknown_setting_of_a_section_is_named():
+    config = common.get_config()
+    config.unlock()
+    config.data.shuffel = 3
+    with pytest.raises(ValueError, match=r"unknown settings \['shuffel'\] in data; expected some"):
+        TrainConfig.from_mapping(config)

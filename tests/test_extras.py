@@ -133,7 +133,7 @@ def test_an_installed_package_has_the_configs(tmp_path):
     assert (built / "recursive_jax" / "cpu" / "kernels" / "vectors.h").is_file()
     program = (
         "from recursive_jax.console import config_files\n"
-        "argument = config_files.resolve('--config=gemma_rrt:paper')\n"
+        "(argument,) = config_files.resolve(['--config=gemma_rrt:paper'])\n"
         "file = argument.partition('=')[2].removesuffix(':paper')\n"
         "config_files.make_importable(file)\n"
         "import runpy; print(file, runpy.run_path(file)['get_config']('paper').tokens)\n"

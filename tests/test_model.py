@@ -1,12 +1,14 @@
 """The Python API: a model from its source to its checkpoint, and docs/api.md."""
 
 import dataclasses
+import gc
 import os
 import pathlib
 import re
 import shutil
 import subprocess
 import sys
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ import recursive_jax as rj
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import Decoder
 from recursive_jax.models.parameters import init_params
+from recursive_jax.training import loop
 from recursive_jax.weights import hf
 from recursive_jax.weights.source import ASSETS
 from recursive_jax.weights.stored import ArrayWeights
@@ -144,6 +147,32 @@ def test_nothing_that_the_caller_holds_is_changed(source, words):
     assert dict(jax.config.values) == settings
 
 
+def test_weights_are_in_memory_once(source, words, tmp_path, monkeypatch):
+    """A model that its caller does not keep is freed while it trains; saving copies nothing."""
+
+    def live():
+        gc.collect()
+        pieces = (s.data for x in jax.live_arrays() for s in x.addressable_shards)
+        return sum({x.unsafe_buffer_pointer(): x.nbytes for x in pieces}.values())
+
+    models = [source.convert(num_loops=2, lora_rank=4, quiet=True)]
+    started, seen, run = weakref.ref(models[0].weights), [], loop.run
+
+    def look(*arguments):
+        gc.collect()
+        seen.append(started())
+        return run(*arguments)
+
+    monkeypatch.setattr(loop, "run", look)
+    trained = models.pop().train(
+        words, tokens=256, quiet=True, context_length=32, batch_size=8, eval_tokens=200
+    )
+    assert seen == [None]
+    before = live()
+    trained.save(tmp_path / "saved")
+    assert live() == before
+
+
 def test_a_run_in_a_workdir_goes_on(source, words, tmp_path):
     """Without its newest step, the same call gives the bits of one run."""
     settings = {"tokens": 6 * 256, "kd": 0.0, "checkpoint_every": 2, "quiet": True, **SMALL}
@@ -157,6 +186,28 @@ def test_a_run_in_a_workdir_goes_on(source, words, tmp_path):
         source.convert(lora_rank=2, quiet=True).train(words, workdir=tmp_path / "part", **settings)
     with pytest.raises(ValueError, match="num_steps was 6; now num_steps is 7"):
         source.train(words, workdir=tmp_path / "part", **settings | {"tokens": 7 * 256})
+
+
+def test_a_run_does_not_write_into_a_directory_of_another_kind(source, words, tmp_path):
+    settings = SMALL | {"tokens": 256, "quiet": True}
+    model = source.convert(num_loops=2, quiet=True)
+    model.save(tmp_path / "saved")
+    with pytest.raises(ValueError, match="holds a model that was saved, not a run"):
+        model.train(words, workdir=tmp_path / "saved", **settings)
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="has format None"):
+        model.train(pathlib.Path(words), workdir=theirs, **settings)
+    assert (theirs / "config.json").read_text() == '{"model_type": "llama"}'
+
+
+def test_a_quiet_conversion_shows_no_bar(source, words, tmp_path, capfd):
+    model = source.convert(
+        num_loops=2, text=words, text_tokens=40, context_length=32, scratch=tmp_path, quiet=True
+    )
+    assert model.certificate["text_tokens"] == 40
+    assert capfd.readouterr() == ("", "") and not any(tmp_path.iterdir())
 
 
 def test_generate_and_stream_agree(source):
@@ -179,6 +230,11 @@ def test_generate_and_stream_agree(source):
     )
     request = rj.Request("mine", (5, 6, 7), 3)
     assert model.generate([request])[0].id == "mine"
+    left, other = (model.stream(prompts[0], max_new_tokens=6) for _ in range(2))
+    next(left)
+    assert "".join(e.piece for e in other) == answers[0].text
+    with pytest.raises(ValueError, match="a newer session uses this engine"):
+        next(left)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +248,15 @@ def test_generate_and_stream_agree(source):
             "unknown training setting 'learn",
         ),
         (lambda m: m.train("docstrings", tokens=0), "tokens must be at least 1"),
+        (lambda m: m.train("docstrings", tokens=1e6), "tokens=1000000.0; expected an integer"),
+        (lambda m: m.train("docstrings", learning_rate="1"), "learning_rate='1'; expected a num"),
+        (lambda m: m.train("docstrings", m), "config=Model.*expected a TrainConfig"),
+        (lambda m: m.train("docstrings", teacher="tiny"), "teacher='tiny'; expected a Model"),
+        (lambda m: m.train("docstrings", teacher=m, kd=0.0), "a teacher with kd=0"),
+        (lambda m: m.train("docstrings", workdir="gs://bucket/run"), "is a URL"),
+        (lambda m: m.convert(num_loops="2"), "num_loops='2'; expected an integer"),
+        (lambda m: m.perplexity(["a b c"], batch_size=0), "batch_size=0; expected an integer"),
+        (lambda m: m.generate("x", engine={}), "engine={}; expected an EngineConfig"),
         (lambda m: m.train("docstrings", accumulate=3), "accumulate=3 does not divide data.batch"),
         (lambda m: m.train("docstrings", kd=1.0, quiet=True), "teacher=MODEL in Python"),
         (lambda m: m.generate("x", max_tokens=3), r"unknown options \['max_tokens'\]"),

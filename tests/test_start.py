@@ -52,12 +52,18 @@ def test_a_source_may_move(source, workdir, tmp_path):
 def test_another_content_under_the_same_path_is_another_model(source, workdir, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(source, other)
+    before = recipe_of(config_of(other))
     file = next(other.glob("*.safetensors"))
     tensors = load_file(file)
     tensors = {name: np.asarray(x + np.asarray(0.5, x.dtype)) for name, x in tensors.items()}
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"source was .*{source}.*, now .*other"):
         start.check_recipe(workdir, recipe_of(config_of(other)))
+    model = load(source)
+    checkpoint.create(tmp_path / "run of other", model.cfg, model.tokenizer, recipe=before)
+    start.check_recipe(tmp_path / "run of other", before)
+    with pytest.raises(ValueError, match="source_content was .*, now "):
+        start.check_recipe(tmp_path / "run of other", recipe_of(config_of(other)))
 
 
 def test_a_record_of_an_older_version_is_understood(source, workdir):

@@ -5,6 +5,9 @@ import json
 import jax
 import pytest
 
+from recursive_jax import generation
+from recursive_jax.decoding.config import EngineConfig
+from recursive_jax.decoding.exit_measures import Cosine
 from recursive_jax.decoding.thresholds import Thresholds
 from recursive_jax.model import load
 from recursive_jax.models.config import DecoderConfig
@@ -52,12 +55,18 @@ def test_thresholds_are_for_the_weights_they_were_calibrated_on(tmp_path):
     Thresholds("cosine", (0.9,), 0.01, "a text", "2026-01-02", step, checksum).save(tmp_path)
     model = load(tmp_path)
     model.thresholds.check_current()
+    config = generation.with_thresholds(EngineConfig(measure=Cosine()), model)
+    assert config.thresholds == (0.9,)
+    own = EngineConfig(measure=Cosine(0.5))
+    assert generation.with_thresholds(own, model) == own
     assert model.weights.step == 10
     writer.save(20, params[1], wait=True)
     writer.save(30, params[0], wait=True)
     writer.close()
     with pytest.raises(ValueError, match="on step 10, and step 20 has other weights; calibrate"):
         load(tmp_path, step=20).thresholds.check_current()
+    with pytest.raises(ValueError, match="step 20 has other weights"):
+        load(tmp_path, step=20).generate("a", exits=Cosine())
     for step in (10, 30):  # the same weights
         load(tmp_path, step).thresholds.check_current()
     assert load(tmp_path, 20).weights.step == 20

@@ -21,6 +21,7 @@ import pytest
 
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.parameters import abstract_params
+from recursive_jax.training import loop
 from recursive_jax.training.optimizer import OptimizerConfig, make_optimizer
 from recursive_jax.weights import checkpoint, hf
 from recursive_jax.weights.source import ASSETS
@@ -508,3 +509,13 @@ def test_refusals_leave_no_other_files(refusals, place):
     assert found == expected
     entries = {p.name[:1] for p in (place / "cache").iterdir()}
     assert "." not in entries, "half-written token caches"
+
+
+def test_a_signal_passes_code_that_catches_every_exception():
+    """Libraries that a start calls, such as Orbax and transformers, do so."""
+    with pytest.raises(loop.NotStarted, match="SIGTERM"), loop.Stop():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except Exception:
+            pass

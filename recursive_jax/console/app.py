@@ -35,7 +35,7 @@ def run(main: Callable[[], None]) -> None:
 
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
-        argv = [config_files.resolve(argument) for argument in argv]
+        argv = config_files.resolve(argv)
         _check_config(argv)
         return flags.FLAGS(argv)
     except ImportError as error:

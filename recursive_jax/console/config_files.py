@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -21,13 +22,21 @@ def names() -> list[str]:
     return sorted(name for name in found if name[0] != "_" and name != "common")
 
 
-def resolve(argument: str) -> str:
-    """A command line argument, where `--config=NAME[:arg]` becomes `--config=PATH[:arg]`."""
-    given = re.fullmatch(r"(--?config=)(\w+)(:.*)?", argument, re.DOTALL)
-    if given is None or Path(given[2]).is_file():
-        return argument
-    file = directory() / f"{given[2]}.py"
-    return f"{given[1]}{file}{given[3] or ''}" if file.is_file() else argument
+def resolve(arguments: Sequence[str]) -> list[str]:
+    """A command line where NAME of `--config=NAME[:arg]` or `--config NAME[:arg]` is a path."""
+    out = list(arguments)
+    for n, argument in enumerate(arguments):
+        flag, value = "", argument
+        if re.match(r"--?config=", argument):
+            flag, _, value = argument.partition("=")
+            flag += "="
+        elif not n or arguments[n - 1] not in ("--config", "-config"):
+            continue
+        name, colon, rest = value.partition(":")
+        file = directory() / f"{name}.py"
+        if re.fullmatch(r"\w+", name) and not Path(name).is_file() and file.is_file():
+            out[n] = f"{flag}{file}{colon}{rest}"
+    return out
 
 
 def make_importable(file: str) -> None:

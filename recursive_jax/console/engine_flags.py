@@ -7,6 +7,7 @@ import functools
 
 from absl import flags
 
+from recursive_jax import generation
 from recursive_jax.decoding.config import MISSING_KV, EngineConfig
 from recursive_jax.decoding.engine import Engine
 from recursive_jax.decoding.exit_measures import MEASURE_NAMES, Measure, Static, make_measure
@@ -123,14 +124,9 @@ def complete(
     config.check_loops(num_loops)
     if config.thresholds is not None:
         return config, "--exit_threshold"
-    if config.measure is None or calibrated is None or calibrated.measure != config.measure.name:
+    config = generation.with_thresholds(config, model)
+    if config.thresholds is None:
         return config, "the measure's own"
-    calibrated.check_current()
-    try:
-        config = dataclasses.replace(config, thresholds=calibrated.thresholds)
-        config.check_loops(num_loops)
-    except ValueError as error:
-        raise ValueError(f"{model.name}: thresholds.json: {error}; calibrate again") from error
     return config, f"thresholds.json, at most {calibrated.bound:.2%} of tokens differ"
 
 

@@ -78,6 +78,7 @@ class Engine:
       config: with the sizes that this model and `thresholds` have.
       loop: the compiled decode loop of one shard.
       limits: the requests that it accepts.
+      resets: how often `reset` has run; a session ends with the next one.
       executables: 'tick', 'chunk' (a tick with prompt work) and 'wipe', after `compile`.
 
     With a mesh of devices that are only described (`jax.experimental.topologies`) and params that
@@ -135,6 +136,7 @@ class Engine:
         )
         self.executables: dict[str, Any] = {}
         self._cache: Cache | None = None
+        self.resets = 0
         self.reset()
 
     @property
@@ -183,6 +185,7 @@ class Engine:
 
     def reset(self) -> None:
         """Forget all requests. An engine that failed in a step works again afterwards."""
+        self.resets += 1
         if self._cache is None:
             self._cache = self._placement.make(self._new_cache, self._cache_formats)
             self._tainted: set[int] = set()  # slots that hold NaN

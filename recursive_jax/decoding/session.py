@@ -108,7 +108,7 @@ class Session:
 
     def __init__(self, engine: Engine, tokenizer: Any = None):
         engine.reset()
-        self._engine, self._tokenizer = engine, tokenizer
+        self._engine, self._tokenizer, self._reset = engine, tokenizer, engine.resets
         self.scheduler = Scheduler(
             engine.num_slots,
             engine.num_loops,
@@ -129,8 +129,10 @@ class Session:
         """Queue a request; returns its index.
 
         Raises:
-          ValueError: the engine cannot answer the request. Its index is not used again.
+          ValueError: the engine cannot answer the request. Its index is not used again. Or a newer
+            session has the engine.
         """
+        self._check_engine()
         index, self._submitted = self._submitted, self._submitted + 1
         self._engine.check(request)
         self.scheduler.submit(index, len(request.tokens) - 1)
@@ -141,7 +143,7 @@ class Session:
         """End a request without further events. A request that is over is no error."""
         if self._answers.pop(index, None) is not None:
             slot = self.scheduler.cancel(index)
-            if slot is not None:
+            if slot is not None and self._engine.resets == self._reset:
                 self._engine.release(slot)
 
     def round(self, max_ticks: int = MAX_TICKS) -> tuple[list[Event], list[Tick]]:
@@ -149,7 +151,11 @@ class Session:
 
         Returns:
           one event for every request with new tokens, and the ticks that ran.
+
+        Raises:
+          ValueError: a newer session has the engine.
         """
+        self._check_engine()
         scheduler, engine = self.scheduler, self._engine
         for slot, index in scheduler.admit():
             engine.admit(slot, self._answers[index].request)
@@ -174,6 +180,13 @@ class Session:
         """Run rounds of `max_ticks` ticks until all requests are over; yields their events."""
         while not self.idle:
             yield from self.round(max_ticks)[0]
+
+    def _check_engine(self) -> None:
+        if self._engine.resets != self._reset:
+            raise ValueError(
+                "a newer session uses this engine, which has forgotten the requests of this one; "
+                "read all answers of one session before the next one begins"
+            )
 
 
 class _Answer:

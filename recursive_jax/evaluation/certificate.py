@@ -150,11 +150,16 @@ def full_rank_identity(source: Source, how: TieConfig, windows: text.Windows) ->
 
 
 class Reference:
-    """The source's log-probabilities on windows of text, stored on disk at `path`."""
+    """The source's log-probabilities on windows of text, stored on disk at `path`.
+
+    Shows progress bars if `progress`.
+    """
 
     @exact
-    def __init__(self, path: pathlib.Path, source: Source, windows: text.Windows):
-        self._windows = windows
+    def __init__(
+        self, path: pathlib.Path, source: Source, windows: text.Windows, progress: bool = True
+    ):
+        self._windows, self._progress = windows, progress
         self._mask = windows.scored[:, 1:]
         shape = (int(self._mask.sum()), source.cfg.vocab_size)
         with open(path, "wb") as file:
@@ -165,7 +170,7 @@ class Reference:
                 file.truncate(size)
         self._rows = np.memmap(path, np.float32, "r+", shape=shape)
         outer = jax.tree.map(on_device, source.outer_params())
-        hidden = layerwise_hidden_states(source, outer, windows.tokens)
+        hidden = layerwise_hidden_states(source, outer, windows.tokens, progress)
         for start, rows, _ in self._scan(Decoder(source.cfg), outer, hidden):
             self._rows[start : start + len(rows)] = rows
 
@@ -174,7 +179,8 @@ class Reference:
         """Perplexities, KL(source ‖ model) in nats and top-1 agreement, means per scored token."""
         hidden = hidden_states(model, params, self._windows.tokens)
         sums = np.zeros(4)
-        bar = tqdm(hidden, total=len(self._mask), desc="result on the text", unit="window")
+        total, quiet = len(self._mask), not self._progress
+        bar = tqdm(hidden, total=total, desc="result on the text", unit="window", disable=quiet)
         with bar:
             for start, q, targets in self._scan(model, params, bar):
                 p = np.asarray(self._rows[start : start + len(q)])
@@ -228,7 +234,7 @@ def hidden_states(model: Decoder, params: Any, tokens: np.ndarray) -> Iterator[j
 
 
 def layerwise_hidden_states(
-    source: Source, outer: Mapping[str, Any], tokens: np.ndarray
+    source: Source, outer: Mapping[str, Any], tokens: np.ndarray, progress: bool = True
 ) -> list[jax.Array]:
     """`hidden_states` of a vanilla model, with one layer in memory at a time.
 
@@ -238,7 +244,8 @@ def layerwise_hidden_states(
     positions = jnp.arange(inputs.shape[1], dtype=jnp.int32)[None]
     embed = functools.partial(Decoder(source.cfg).apply, {"params": outer}, method="embed")
     hidden = [embed(row[None]) for row in inputs]
-    for depth in trange(source.cfg.depth, desc="source on the text", unit="layer"):
+    quiet = not progress
+    for depth in trange(source.cfg.depth, desc="source on the text", unit="layer", disable=quiet):
         cfg, block = source.layers([depth])
         params = outer | jax.tree.map(on_device, block)
         hidden = [_layer(Decoder(cfg))(params, x, positions) for x in hidden]

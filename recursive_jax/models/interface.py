@@ -1,7 +1,7 @@
 """What the decode engine needs of a model, and of a model's key/value cache.
 
 Two models implement it: `scanned.ScannedModel` (XLA on any device, a paged cache on TPUs) and
-`cpu.decoder.CpuModel` (kernels for one CPU). `recursive_jax.model` chooses between the two.
+`cpu.decoder.CpuModel` (kernels for one CPU). `decode_model` chooses between the two.
 
 Axes: R rows of a pass, M backfill rows, N query heads, K kv heads, H head_dim, D embed, V vocab.
 """

@@ -9,6 +9,7 @@ from typing import Any
 from recursive_jax.models.decoder import REMAT_CHOICES
 from recursive_jax.training.losses import Objective
 from recursive_jax.training.optimizer import OptimizerConfig
+from recursive_jax.training.values import check_kinds
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -42,6 +43,7 @@ class DataConfig:
     eval_tokens: int = 20_000
 
     def __post_init__(self):
+        check_kinds(self, "data.")
         _at_least(
             "data.",
             1,
@@ -58,6 +60,9 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+
+    def __post_init__(self):
+        check_kinds(self, "mesh.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +102,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self):
+        check_kinds(self)
         _at_least("", 1, tokens=self.tokens, keep_checkpoints=self.keep_checkpoints)
         for name in ("log_every", "eval_every", "checkpoint_every"):
             if getattr(self, name) < 1:
@@ -125,12 +131,20 @@ class TrainConfig:
     def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
         """The settings in a nested mapping, such as the ConfigDict of a config file.
 
-        Other keys (where the model comes from) are left out.
+        Other keys (where the model comes from) are left out. Raises ValueError for an unknown key
+        of a section.
         """
         sections = {
             "data": DataConfig, "objective": Objective, "optimizer": OptimizerConfig,
             "mesh": MeshConfig,
         }  # fmt: skip
+        for name, section in sections.items():
+            known = [field.name for field in dataclasses.fields(section)]
+            unknown = sorted(set(values.get(name, ())) - set(known))
+            if unknown:
+                raise ValueError(
+                    f"unknown settings {unknown} in {name}; expected some of {', '.join(known)}"
+                )
         names = [field.name for field in dataclasses.fields(cls) if field.name in values]
         given = {n: sections[n](**values[n]) if n in sections else values[n] for n in names}
         return cls(**given)

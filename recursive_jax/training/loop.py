@@ -28,8 +28,11 @@ class Schedule:
     checkpoint_every: int
 
 
-class NotStarted(Exception):
-    """A signal arrived before the first step, so that there is nothing to save."""
+class NotStarted(KeyboardInterrupt):
+    """A signal arrived before the first step, so that there is nothing to save.
+
+    No `Exception`: libraries that a run calls catch these, and the signal would be lost.
+    """
 
 
 class Stop:

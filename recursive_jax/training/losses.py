@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from recursive_jax.models.chunked_head import cross_entropy
+from recursive_jax.training.values import check_kinds
 
 KD_LOSSES = ("forward_kl", "reverse_kl", "jsd", "tvd")
 
@@ -42,6 +43,7 @@ class Objective:
     exit_kd: float = 0.0
 
     def __post_init__(self):
+        check_kinds(self, "objective.")
         if self.kd_loss not in KD_LOSSES:
             raise ValueError(f"kd_loss={self.kd_loss!r}; expected one of {KD_LOSSES}")
         for name in ("ce", "kd", "exit_coefficient", "exit_kd"):

@@ -10,6 +10,7 @@ import jax
 import optax
 
 from recursive_jax.models.parameters import LORA, MATRICES, kinds
+from recursive_jax.training.values import check_kinds
 
 DECAYED = {"matrices": MATRICES, "weights": ("weight", "head")}  # kinds of parameters
 
@@ -43,6 +44,7 @@ class OptimizerConfig:
     lora_lr_scale: float = 1.0
 
     def __post_init__(self):
+        check_kinds(self, "optimizer.")
         if self.learning_rate <= 0:
             raise ValueError(f"optimizer.learning_rate must be > 0, got {self.learning_rate}")
         if self.warmup_steps < 0:

@@ -28,6 +28,9 @@ class Weights(Protocol):
     def load(self, shardings: Any, dtype: Any) -> Any:
         """New nested params in `dtype` and `shardings` (a tree like the params)."""
 
+    def read(self, shardings: Any, dtype: Any) -> Any:
+        """As `load`, but arrays that are there already are not copied: do not donate them."""
+
     def as_source(self, cfg: DecoderConfig, tokenizer: Any, facts: Mapping[str, Any]) -> Source:
         """The vanilla model as `tying` and the certificate read it, a layer at a time."""
 
@@ -47,6 +50,8 @@ class SourceWeights:
             return _put(np.asarray(self.source.params[name]).astype(dtype), sharding)
 
         return jax.tree_util.tree_map_with_path(put, shardings)
+
+    read = load
 
     def as_source(self, cfg, tokenizer, facts):
         return self.source
@@ -79,6 +84,8 @@ class CheckpointWeights:
     def load(self, shardings, dtype):
         return checkpoint.load_params(self.directory, shardings, dtype, self.step, self.say)[0]
 
+    read = load
+
     def as_source(self, cfg, tokenizer, facts):
         params, _ = checkpoint.load_params(self.directory, step=self.step, say=self.say)
         return ArrayWeights(params, str(self.directory)).as_source(cfg, tokenizer, facts)
@@ -100,6 +107,14 @@ class ArrayWeights:
             if isinstance(x, jax.Array):  # a copy: the caller's array must survive a donation
                 return jax.device_put(jnp.array(x, dtype, copy=True), sharding)
             return _put(np.array(x, dtype, copy=True), sharding)
+
+        return jax.tree.map(put, self.params, shardings)
+
+    def read(self, shardings, dtype):
+        def put(x, sharding):
+            if isinstance(x, jax.Array):
+                return jax.device_put(x.astype(dtype), sharding)
+            return _put(np.array(x, dtype), sharding)
 
         return jax.tree.map(put, self.params, shardings)
 

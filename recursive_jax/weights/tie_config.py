@@ -65,6 +65,11 @@ class TieConfig:
     seed: int = 0
 
     def __post_init__(self):
+        for name in ("num_loops", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, int | np.integer) or isinstance(value, bool):
+                raise ValueError(f"{name}={value!r}; expected an integer")
+            object.__setattr__(self, name, int(value))  # JSON knows no numpy numbers
         for name, allowed in (
             ("method", (None, *METHODS)),
             ("lora_init", (None, *LORA_STARTS)),
