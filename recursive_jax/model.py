@@ -34,6 +34,7 @@ from recursive_jax.models.parameters import logical_axes
 from recursive_jax.text.documents import documents
 from recursive_jax.training.config import TrainConfig
 from recursive_jax.weights import checkpoint, tie_config, tying, workdir_lock
+from recursive_jax.weights.integrity import together
 from recursive_jax.weights.source import open_source
 from recursive_jax.weights.stored import (
     ArrayWeights,
@@ -177,17 +178,23 @@ class Model:
         with contextlib.ExitStack() as stack:
             if workdir is not None:
                 stack.enter_context(workdir_lock.hold(workdir, note))
-                self._check_run(workdir)
+                begun = {"start": self.weights.content()}
+                begun["teacher"] = None if teacher is None else teacher.weights.content()
+                together(functools.partial(self._check_run, workdir, begun))
             # No name refers to the model while it trains: if the caller has none either, the arrays
             # that it starts from are freed.
-            after, start = dataclasses.replace(self, weights=None, thresholds=None), [self]
+            after = dataclasses.replace(self, weights=None, thresholds=None)
+            start = [self if workdir is None else self._with_facts(begun=begun)]
             del self
             end = fit(start.pop(), config, corpus, teacher, workdir, quiet=quiet)
         name = f"{after.name}, trained on {end.summary['tokens']:,} tokens"
         weights = ArrayWeights(end.trainer.state.weights, name)
         return dataclasses.replace(after, weights=weights, name=name)
 
-    def _check_run(self, workdir: str | os.PathLike) -> None:
+    def _with_facts(self, **more: Any) -> Model:
+        return dataclasses.replace(self, facts=self.facts | more)
+
+    def _check_run(self, workdir: str | os.PathLike, begun: dict[str, Any]) -> None:
         """Raise ValueError if `workdir` has a run of another model, or files of other programs."""
         if checkpoint.latest_step(workdir) is None:
             checkpoint.check_ours(workdir)
@@ -197,6 +204,7 @@ class Model:
             ("sizes", cfg, self.cfg),
             ("source", facts.get("source"), self.facts.get("source")),
             ("conversion", facts.get("tying"), self.facts.get("tying")),
+            ("start or teacher", facts.get("begun", begun), begun),
         ):
             if there != here:
                 raise ValueError(

@@ -60,9 +60,7 @@ def engine_for(cfg, mesh):
     ("cfg", "topology", "data", "tensor"),
     [
         pytest.param(GEMMA_2B, "v6e:2x2", 2, 2, id="gemma_2b-v6e"),
-        pytest.param(GEMMA_2B, "v5e:2x2", 1, 1, id="gemma_2b-v5e", marks=pytest.mark.slow),
         pytest.param(SMOLLM2, "v5e:2x2", 2, 1, id="smollm2-v5e", marks=pytest.mark.slow),
-        pytest.param(SMOLLM2, "v6e:2x2", 1, 1, id="smollm2-v6e", marks=pytest.mark.slow),
     ],
 )
 def test_ticks_compile_for_tpus_that_are_not_here(cfg, topology, data, tensor):

@@ -184,6 +184,8 @@ def test_a_run_in_a_workdir_goes_on(source, words, tmp_path):
     np.testing.assert_array_equal(logits(resumed), logits(whole))
     with pytest.raises(ValueError, match="holds a run of another model: its sizes"):
         source.convert(lora_rank=2, quiet=True).train(words, workdir=tmp_path / "part", **settings)
+    with pytest.raises(ValueError, match="its start or teacher is"):
+        whole.train(words, workdir=tmp_path / "part", **settings)
     with pytest.raises(ValueError, match="num_steps was 6; now num_steps is 7"):
         source.train(words, workdir=tmp_path / "part", **settings | {"tokens": 7 * 256})
 
