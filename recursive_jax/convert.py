@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import functools
 import shlex
+import sys
 import time
 
 from absl import flags
 from ml_collections import config_flags
 
 from recursive_jax import model as model_lib
-from recursive_jax.console import app, certificate_report, output
+from recursive_jax.console import app, certificate_report, output, stop
 from recursive_jax.start import tie_config
 from recursive_jax.weights import checkpoint
 from recursive_jax.weights.tie_config import (
@@ -61,7 +62,16 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def main() -> None:
-    options = flags.FLAGS
+    with stop.on_signals():
+        try:
+            convert(flags.FLAGS)
+        except stop.Stopped as signal:
+            output.note(f"\n{signal}: stopped")
+            sys.exit(signal.exit_code)
+
+
+def convert(options: flags.FlagValues) -> None:
+    """Run the job. A ValueError or OSError is a mistake of the user."""
     spec, how = arguments(options)
     out = checkpoint.local(options.out)
     model_lib.check_free(out)

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from recursive_jax import generation, sharding, text
+from recursive_jax import files, generation, sharding, text
 from recursive_jax.console.output import note
 from recursive_jax.decoding.config import EngineConfig
 from recursive_jax.decoding.exit_measures import Measure
@@ -157,7 +157,7 @@ class Model:
         Raises:
           ValueError: an impossible setting; FloatingPointError: the loss is not finite.
         """
-        from recursive_jax.fit import fit
+        from recursive_jax.fit import fit, make_mesh
         from recursive_jax.training.corpus import open_corpus
 
         if not isinstance(teacher, Model | None):
@@ -173,6 +173,7 @@ class Model:
             raise ValueError("a teacher with kd=0 would teach nothing; leave it out, or set kd > 0")
         if workdir is not None:
             workdir = checkpoint.local(workdir)
+        make_mesh(config)  # refused before any text is read
         sizes = self.cfg.vocab_size, config.seed
         corpus = open_corpus(config.data, self.tokenizer, *sizes, progress=not quiet)
         with contextlib.ExitStack() as stack:
@@ -187,6 +188,9 @@ class Model:
             start = [self if workdir is None else self._with_facts(begun=begun)]
             del self
             end = fit(start.pop(), config, corpus, teacher, workdir, quiet=quiet)
+        if end.stopped:  # of several processes, one got a signal
+            step = end.summary["steps"]
+            raise InterruptedError(f"stopped at step {step} and saved; call again to go on")
         name = f"{after.name}, trained on {end.summary['tokens']:,} tokens"
         weights = ArrayWeights(end.trainer.state.weights, name)
         return dataclasses.replace(after, weights=weights, name=name)
@@ -200,12 +204,13 @@ class Model:
             checkpoint.check_ours(workdir)
             return
         cfg, facts = checkpoint.load_config(workdir, note)
-        for what, there, here in (
-            ("sizes", cfg, self.cfg),
-            ("source", facts.get("source"), self.facts.get("source")),
-            ("conversion", facts.get("tying"), self.facts.get("tying")),
-            ("start or teacher", facts.get("begun", begun), begun),
-        ):
+        compared = [("sizes", cfg, self.cfg)]
+        compared.append(("conversion", facts.get("tying"), self.facts.get("tying")))
+        if "begun" in facts:
+            compared.append(("start or teacher", facts["begun"], begun))
+        else:  # a run of the job, which names its source
+            compared.append(("source", facts.get("source"), self.facts.get("source")))
+        for what, there, here in compared:
             if there != here:
                 raise ValueError(
                     f"{workdir} holds a run of another model: its {what} is {there}, now {here}. "
@@ -347,7 +352,10 @@ class Model:
             writer = checkpoint.Writer(made)
             writer.save(0, self.params, wait=True)
             writer.close()
-            os.replace(made, out)
+            if self.thresholds is not None and not self.thresholds.stale:
+                step, params = checkpoint.params_checksum(made)
+                dataclasses.replace(self.thresholds, step=step, params=params).save(made)
+            files.put_in_place(made, out)
 
     def write_description(self, directory: str | os.PathLike) -> None:
         """Write all of a checkpoint but its weights: config, tokenizer, certificate."""

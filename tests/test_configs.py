@@ -10,7 +10,7 @@ from configs import common
 from recursive_jax.console import config_files
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.start import tie_config
-from recursive_jax.training.config import TrainConfig
+from recursive_jax.training.config import DataConfig, TrainConfig
 from recursive_jax.weights.tie_config import TieConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -77,6 +77,19 @@ def test_defaults_are_those_of_the_dataclasses():
     model = config["model"]
     assert model.pop("reduced_baseline") is False
     assert model | {"seed": config["seed"]} == TieConfig().to_json()
+
+
+def test_settings_are_changed_by_name():
+    config = TrainConfig().with_changes(
+        data=DataConfig(batch_size=4), context_length=32, learning_rate=1e-3, b1=0.8,
+        **{"mesh.data": 2},
+    )  # fmt: skip
+    assert (config.data.batch_size, config.data.context_length) == (4, 32)
+    assert (config.optimizer.learning_rate, config.optimizer.b1) == (1e-3, 0.8)
+    assert (config.mesh.data, config.tokens_per_step) == (2, 128)
+    assert config.objective == TrainConfig().objective
+    with pytest.raises(ValueError, match="unknown training setting 'lr'; expected one of .*b1"):
+        config.with_changes(lr=1)
 
 
 @pytest.mark.parametrize("name", ["gemma_rrt", "llama_rrt", "pythia_rrt"])

@@ -155,8 +155,8 @@ class TrainConfig:
     def with_changes(self, **changes: Any) -> TrainConfig:
         """The settings with other values, each named as `learning_rate` or `optimizer.b1`.
 
-        A name without its section is looked up in all of them. Raises ValueError for an unknown or
-        ambiguous name.
+        A name without its section is looked up in all of them. `data` is the section, not the mesh
+        axis. Raises ValueError for an unknown or ambiguous name.
         """
         places: dict[str, list[tuple[str, str]]] = {}
         for field in dataclasses.fields(self):
@@ -165,7 +165,8 @@ class TrainConfig:
             for part in inner:
                 for name in (part.name, f"{field.name}.{part.name}"):
                     places.setdefault(name, []).append((field.name, part.name))
-            places.setdefault(field.name, []).append(("", field.name))
+        for field in dataclasses.fields(self):
+            places[field.name] = [("", field.name)]  # a whole section goes before a part's name
         top: dict[str, Any] = {}
         parts: dict[str, dict[str, Any]] = {}
         for name, value in changes.items():

@@ -136,7 +136,7 @@ def local(directory: str | os.PathLike) -> pathlib.Path:
             f"{directory} is a URL, and checkpoints are files; mount it (a bucket with gcsfuse) "
             "and give the path. Several hosts need one that all of them see"
         )
-    return pathlib.Path(directory)
+    return pathlib.Path(directory).expanduser()
 
 
 def is_checkpoint(directory: str | os.PathLike) -> bool:
