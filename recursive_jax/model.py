@@ -157,7 +157,7 @@ class Model:
         Raises:
           ValueError: an impossible setting; FloatingPointError: the loss is not finite.
         """
-        from recursive_jax.fit import fit, make_mesh
+        from recursive_jax.fit import fit, make_mesh, make_setup
         from recursive_jax.training.corpus import open_corpus
 
         if not isinstance(teacher, Model | None):
@@ -173,7 +173,7 @@ class Model:
             raise ValueError("a teacher with kd=0 would teach nothing; leave it out, or set kd > 0")
         if workdir is not None:
             workdir = checkpoint.local(workdir)
-        make_mesh(config)  # refused before any text is read
+        make_setup(self, config, teacher, make_mesh(config))  # refused before any text is read
         sizes = self.cfg.vocab_size, config.seed
         corpus = open_corpus(config.data, self.tokenizer, *sizes, progress=not quiet)
         with contextlib.ExitStack() as stack:

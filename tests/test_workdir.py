@@ -10,8 +10,10 @@ import sys
 import jax.numpy as jnp
 import pytest
 
+from configs import tiny_smoke
 from recursive_jax import files, start
 from recursive_jax.console import report
+from recursive_jax.model import load
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.text import load_tokenizer
 from recursive_jax.weights import checkpoint, workdir_lock
@@ -32,6 +34,11 @@ def saved(tmp_path_factory):
     writer.save(2, {"x": jnp.arange(4.0)}, wait=True)
     writer.close()
     return directory
+
+
+def begin(workdir):
+    """What a run of the embedded model starts from in a workdir."""
+    return start.choose(tiny_smoke.get_config(), load("tiny"), workdir)
 
 
 # config.json and the tokenizer
@@ -57,7 +64,7 @@ def test_steps_without_a_config_are_not_trained_over(tmp_path):
     writer = checkpoint.Writer(tmp_path)
     writer.save(5, {"x": jnp.arange(4.0)}, wait=True)
     writer.close()
-    for function in (checkpoint.load_config, lambda run: start.from_workdir(run, {})):
+    for function in (checkpoint.load_config, begin):
         with pytest.raises(ValueError, match="config.json is missing.* steps 5 without a copy"):
             function(tmp_path)
 
@@ -69,15 +76,15 @@ def test_a_workdir_without_a_step_is_begun_anew_whatever_is_there(tmp_path):
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("")
     (tmp_path / ".tokenizer-left").mkdir()
     recipe = {"source": "another"}
-    assert start.from_workdir(tmp_path, recipe) is None
+    assert not begin(tmp_path).resumes
     checkpoint.create(tmp_path, CFG, tokenizer, recipe=recipe)
     assert checkpoint.load_config(tmp_path)[1]["recipe"] == recipe
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "tokenizer"]
     (tmp_path / "config.json").write_text("")
-    assert start.from_workdir(tmp_path, recipe) is None
+    assert not begin(tmp_path).resumes
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')  # a model of the user's
     with pytest.raises(ValueError, match="Hugging Face model"):
-        start.from_workdir(tmp_path, recipe)
+        begin(tmp_path)
 
 
 def test_a_tokenizer_that_cannot_be_written_leaves_the_old_one(tmp_path):
