@@ -43,10 +43,14 @@ def workdir(source, tmp_path):
 
 
 def test_a_source_may_move(source, workdir, tmp_path):
-    recipe = recipe_of(config_of(f"{source}/"))
-    start.check_recipe(workdir, recipe)
-    shutil.copytree(source, tmp_path / "elsewhere")
-    start.check_recipe(workdir, recipe_of(config_of(tmp_path / "elsewhere")))
+    """What is compared is the content. The path alone would refuse all three of these."""
+    began_with = recipe_of(config_of(source))
+    moved = shutil.copytree(source, tmp_path / "elsewhere")
+    for spec in (f"{source}/", moved, f"{moved}/."):
+        recipe = recipe_of(config_of(spec))
+        assert recipe["source"] != began_with["source"]
+        assert recipe["source_content"] == began_with["source_content"]
+        start.check_recipe(workdir, recipe)  # raises for a run of another model
 
 
 def test_another_content_under_the_same_path_is_another_model(source, workdir, tmp_path):
