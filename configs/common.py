@@ -54,7 +54,7 @@ def get_config() -> ConfigDict:
     c.optimizer.b2 = 0.95
     c.optimizer.eps = 1e-8
     c.optimizer.weight_decay = 0.1
-    c.optimizer.decay_on = "matrices"  # or weights: not LoRA factors and embeddings
+    c.optimizer.decay_on = "weights"  # or matrices: LoRA factors and embeddings as well
     c.optimizer.clip_norm = 1.0
     c.optimizer.lora_lr_scale = 1.0
 

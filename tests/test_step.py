@@ -291,13 +291,21 @@ def test_lora_forms_agree():
 # The step and its optimiser
 
 
-def test_updates_are_adamw_by_hand():
-    """Three steps in numpy float64: clipping, warm-up, bias correction, decay of matrices."""
+@pytest.mark.parametrize(
+    "decay, decayed",
+    [
+        ({}, ("w", "head")),
+        ({"decay_on": "matrices"}, ("w", "head", "lora_a", "lora_b", "embedding")),
+    ],
+)
+def test_updates_are_adamw_by_hand(decay, decayed):
+    """Three steps in numpy float64: clipping, warm-up, bias correction, weight decay."""
     cfg = OptimizerConfig(
-        learning_rate=1e-2, warmup_steps=2, clip_norm=0.5, weight_decay=0.1, lora_lr_scale=0.5
+        **dict(learning_rate=1e-2, warmup_steps=2, clip_norm=0.5, weight_decay=0.1),
+        **dict(lora_lr_scale=0.5),
+        **decay,
     )
     rng = np.random.default_rng(0)
-    matrices = ("w", "lora_a", "lora_b", "embedding", "head")
 
     def draw(*shape):
         return rng.standard_normal(shape).astype(np.float32)
@@ -328,7 +336,7 @@ def test_updates_are_adamw_by_hand():
             name = path[-1].key
             change = m / (1 - cfg.b1 ** (n + 1))
             change = change / (np.sqrt(v / (1 - cfg.b2 ** (n + 1))) + cfg.eps)
-            change = change + (cfg.weight_decay * p if name in matrices else 0.0)
+            change = change + (cfg.weight_decay * p if name in decayed else 0.0)
             return p - rate * change * (0.5 if name.startswith("lora_") else 1.0)
 
         want = jax.tree_util.tree_map_with_path(step, want, m, v)

@@ -26,10 +26,10 @@ ROWS = {
     "average, zero LoRA": {"model.method": "average", "model.lora_init": "zero"},
     "average, SVD LoRA": {"model.method": "average", "model.lora_init": "svd"},
     "average, SVD LoRA, distilled": {"model.method": "average", "objective.kd": 1.0},
-    "distilled, decay of weights only": {  # no weight decay of LoRA factors and embeddings
+    "average, SVD LoRA, distilled, all decayed": {  # LoRA factors and embeddings as well
         "model.method": "average",
         "objective.kd": 1.0,
-        "optimizer.decay_on": "weights",
+        "optimizer.decay_on": "matrices",
     },
 }
 
