@@ -19,7 +19,10 @@ def get_config() -> ConfigDict:
     c.model.num_loops = 2
     # stepwise average lower upper random; None = stepwise, or average with SVD
     c.model.method = config_dict.placeholder(str)
-    c.model.lora_init = config_dict.placeholder(str)  # svd zero split none; None = by method
+    c.model.lora_init = config_dict.placeholder(str)  # joint svd zero split none; None = by method
+    c.model.metric = "auto"  # of lora_init=joint: auto fisher activations none
+    c.model.calibrate = "docstrings:1"  # text of that metric, as data.train
+    c.model.calibration_tokens = 16_384
     # N for every projection, clamped to its size; 'full'; or a rank by projection
     c.model.lora_rank = config_dict.placeholder(object)
     c.model.lora_rank = 0
@@ -80,8 +83,9 @@ def get_config() -> ConfigDict:
 
 
 def paper_training(c: ConfigDict) -> None:
-    """The paper's uptraining (App. E): 60B tokens, 2M a step, lr 2e-4, norms tied."""
+    """The paper's start and uptraining (App. E): 60B tokens, 2M a step, lr 2e-4, norms tied."""
     c.model.norms = "tied"
+    c.model.lora_init = "svd"
     c.data.train = "tfds:slim_pajama"  # not in the TFDS catalogue: give your copy
     c.data.context_length = 2048
     c.data.batch_size = 1024

@@ -16,6 +16,7 @@ def get_config(arg=None):
     c.source = "tiny"
     c.model.num_loops = 2
     c.model.lora_rank = 4
+    c.model.lora_init = "svd"  # needs no calibration
     c.data.train = "docstrings:1"
     c.data.context_length = 64
     c.data.batch_size = 8

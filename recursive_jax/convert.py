@@ -3,9 +3,10 @@
     python -m recursive_jax.convert --source=MODEL_DIR_OR_GGUF --out=CKPT --num_loops=2 \
         --lora_rank=64 --text=FILE
 
-A converted model generates noise until it is uptrained (python -m recursive_jax.train). The
-certificate lists what the conversion preserved. It also proves that the code path is exact: with
-full-rank LoRA the recursive model must give the source's logits.
+Shared weights and LoRAs are fitted together on calibration text (--calibrate). Training (python -m
+recursive_jax.train) closes the rest of the gap to the source. The certificate lists what the
+conversion preserved. It also proves that the code path is exact: with full-rank LoRA the recursive
+model must give the source's logits.
 """
 
 from __future__ import annotations
@@ -25,12 +26,16 @@ from recursive_jax.weights import checkpoint
 from recursive_jax.weights.tie_config import (
     LORA_STARTS,
     METHODS,
+    METRICS,
     ROUNDINGS,
     TieConfig,
     tied_config,
 )
 
-HOW = ("num_loops", "method", "lora_init", "lora_rank", "norms", "rounding", "seed")
+HOW = (
+    *("num_loops", "method", "lora_init", "lora_rank", "norms", "rounding", "seed"),
+    *("metric", "calibrate", "calibration_tokens"),
+)
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -58,6 +63,9 @@ def define_flags(values: flags.FlagValues) -> None:
     integer("text_tokens", 2048, "scored tokens of it; 0 = no measurement")
     integer("context_length", 512, "tokens per window")
     integer("seed", 0, "of random starts")
+    choice("metric", "auto", METRICS, "of lora_init=joint; auto measures which is better")
+    string("calibrate", "docstrings:1", "text for lora_init=joint: files, directories, tfds:NAME …")
+    integer("calibration_tokens", 16_384, "tokens of it")
     flags.mark_flag_as_required("out", flag_values=values)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from recursive_jax import files, generation, sharding, text
+from recursive_jax import calibration, files, generation, sharding, text
 from recursive_jax.console.output import note
 from recursive_jax.decoding.config import EngineConfig
 from recursive_jax.decoding.exit_measures import Measure
@@ -96,13 +96,15 @@ class Model:
         """The relaxed recursive model of a vanilla one, with its `certificate`.
 
         Args:
-          how: of the conversion; or give fields of `TieConfig` by name.
+          how: of the conversion; or give fields of `TieConfig` by name. By default the shared
+            weights and the LoRAs are fitted on calibration text (`lora_init="joint"`). The moments
+            of that text are cached in the user's cache directory.
           text: to measure the certificate on (see `text.documents`); None measures nothing. With a
             text, the full-rank identity is proved too.
           text_tokens: scored tokens of it.
           context_length: tokens per window.
-          scratch: directory for the source's log-probabilities while the certificate is measured,
-            4 bytes for each scored token and id; None: the system's, which may be in memory.
+          scratch: directory for the source's log-probabilities, 4 bytes for each scored token and
+            id; None: the system's, which may be in memory.
           quiet: show no progress bar.
 
         Raises:
@@ -111,14 +113,30 @@ class Model:
         how = _one_of("how", how, TieConfig, options)
         tie_config.tied_config(self.cfg, how)  # raises before any reading
         source = self.weights.as_source(self.cfg, self.tokenizer, self.facts)
-        windows = identity = reference = None
+        windows = identity = reference = calibrated = None
+        if calibration.needed(how):
+            same = text_tokens if text == how.calibrate else 0
+            calibrated = calibration.read(
+                how.calibrate, how.calibration_tokens, self.tokenizer, self.cfg.vocab_size,
+                self.cfg.max_length, skip=2 * same, progress=not quiet,
+            )  # fmt: skip
+            if calibrated.tokens < 0.9 * how.calibration_tokens:
+                note(f"{how.calibrate} has only {calibrated.tokens:,} tokens to calibrate on")
         with tempfile.TemporaryDirectory(prefix=".recursive_jax-", dir=scratch) as place:
             if text is not None:  # the source runs first: two models are never in memory at once
                 windows = self.windows(text, text_tokens, context_length)
                 identity = certify.full_rank_identity(source, how, windows)
                 rows = pathlib.Path(place) / "log_probabilities.f32"
                 reference = certify.Reference(rows, source, windows, not quiet)
-            params, cfg, certificate = certify.tie_with_certificate(source, how, not quiet)
+            if calibrated is None:
+                params, cfg, certificate = certify.tie_with_certificate(source, how, not quiet)
+            else:
+                found = calibration.measure(
+                    source, self.weights.content(), calibrated, note, not quiet
+                )
+                params, cfg, certificate = calibration.tie(
+                    source, how, found, calibrated, pathlib.Path(place), not quiet
+                )
             if reference is not None:
                 certificate |= reference.compare(Decoder(cfg), params)
                 certificate |= {"full_rank_identity": identity, "text": text}

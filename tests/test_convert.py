@@ -78,7 +78,7 @@ def test_command_line_writes_a_checkpoint_and_an_honest_certificate(
     out = tmp_path / "ckpt"
     done = run(
         f"--source={source_dir}", f"--out={out}", "--lora_rank=8", f"--text={text_file}",
-        "--text_tokens=300", "--context_length=64",
+        "--text_tokens=300", "--context_length=64", "--lora_init=svd",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     certificate = json.loads((out / "certificate.json").read_text())
@@ -131,7 +131,12 @@ def test_certificate_and_evaluation_have_one_perplexity(source_dir, text_file):
     """The certificate runs the source layer by layer; `Model.perplexity` runs models whole."""
     source = load(source_dir)
     model = source.convert(
-        lora_rank=8, text=str(text_file), text_tokens=300, context_length=64, quiet=True
+        lora_rank=8,
+        lora_init="svd",
+        text=str(text_file),
+        text_tokens=300,
+        context_length=64,
+        quiet=True,
     )
     for measured, name in ((source, "source_nll"), (model, "nll")):
         quality = measured.perplexity(str(text_file), tokens=300, context_length=64)
@@ -152,7 +157,7 @@ def test_a_broken_tie_stops_the_conversion(source_dir, text_file, monkeypatch):
     monkeypatch.setattr(tying, "tie", doubled)
     with pytest.raises(ValueError, match="full-rank identity fails"):
         load(source_dir).convert(
-            lora_rank=8, text=str(text_file), text_tokens=200, context_length=64
+            lora_rank=8, lora_init="svd", text=str(text_file), text_tokens=200, context_length=64
         )
 
 

@@ -155,7 +155,7 @@ def test_weights_are_in_memory_once(source, words, tmp_path, monkeypatch):
         pieces = (s.data for x in jax.live_arrays() for s in x.addressable_shards)
         return sum({x.unsafe_buffer_pointer(): x.nbytes for x in pieces}.values())
 
-    models = [source.convert(num_loops=2, lora_rank=4, quiet=True)]
+    models = [source.convert(num_loops=2, lora_rank=4, lora_init="svd", quiet=True)]
     started, seen, run = weakref.ref(models[0].weights), [], loop.run
 
     def look(*arguments):
@@ -183,7 +183,9 @@ def test_a_run_in_a_workdir_goes_on(source, words, tmp_path):
     resumed = source.train(words, workdir=tmp_path / "part", **settings)
     np.testing.assert_array_equal(logits(resumed), logits(whole))
     with pytest.raises(ValueError, match="holds a run of another model: its sizes"):
-        source.convert(lora_rank=2, quiet=True).train(words, workdir=tmp_path / "part", **settings)
+        source.convert(lora_rank=2, lora_init="svd", quiet=True).train(
+            words, workdir=tmp_path / "part", **settings
+        )
     with pytest.raises(ValueError, match="its start or teacher is"):
         whole.train(words, workdir=tmp_path / "part", **settings)
     with pytest.raises(ValueError, match="num_steps was 6; now num_steps is 7"):
@@ -213,7 +215,7 @@ def test_a_quiet_conversion_shows_no_bar(source, words, tmp_path, capfd):
 
 
 def test_generate_and_stream_agree(source):
-    model = source.convert(num_loops=2, lora_rank=4, quiet=True)
+    model = source.convert(num_loops=2, lora_rank=4, lora_init="svd", quiet=True)
     prompts = ["the loop runs", "a block", [{"role": "user", "content": "again"}]]
     with pytest.raises(ValueError, match="prompt 2: .*chat template"):
         model.generate(prompts, max_new_tokens=4)

@@ -629,7 +629,8 @@ def test_defaults_follow_the_paper():
 
     tie = functools.partial(tie_by, params, cfg, 2)
     assert same(tie(), tie("stepwise", "none"))
-    assert same(tie(lora_rank=3), tie("average", "svd", 3))
+    assert same(tie(lora_rank=3), tie("average", "joint", 3))
+    assert same(tie(lora_rank="full"), tie("average", "svd", "full"))
     assert same(tie("stepwise", lora_rank=3), tie("stepwise", "zero", 3))
     assert same(tie("lower", lora_rank=3), tie("lower", "svd", 3))
     assert same(tie(lora_init="svd", lora_rank=0), tie())

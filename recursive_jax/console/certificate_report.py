@@ -42,6 +42,8 @@ def table(certificate: Mapping[str, Any]) -> str:
     if kept:
         shares = "  ".join(f"{name} {share:.1%}" for name, share in kept.items())
         lines.append(f"energy of the residual kept: {shares}")
+    if "calibration" in certificate:
+        lines.append(_calibration(certificate["calibration"]))
     if "perplexity" in certificate:
         lines += _measured(certificate)
     lines += [f"warning: {warning}" for warning in certificate["warnings"]]
@@ -57,6 +59,20 @@ def _measured(c: Mapping[str, Any]) -> list[str]:
     error = c["full_rank_identity"].get("max_logit_error")
     if error is not None:
         lines.append(f"full-rank identity holds: max |Δlogit| {error:.1e} of scale")
-    if c["kl"] > 0.1:
-        lines.append("expected: a converted model has to be uptrained before it is of use")
+    gap = c["nll"] - c["source_nll"]
+    if gap > 0.01:
+        lines.append(f"{gap:.2f} nats per token behind the source; training closes this gap")
     return lines
+
+
+def _calibration(c: Mapping[str, Any]) -> str:
+    line = (
+        f"fitted on {c['tokens']:,} tokens of {c['text']}, in the metric of {_METRICS[c['metric']]}"
+    )
+    if "kl_by_metric" in c:
+        kls = ", ".join(f"{kind} {kl:.3f}" for kind, kl in c["kl_by_metric"].items())
+        line += f" (KL on {c['held_out_tokens']:,} other tokens: {kls})"
+    return line
+
+
+_METRICS = {"fisher": "activations and gradients", "activations": "activations"}

@@ -43,15 +43,19 @@ def sizes(source: DecoderConfig, cfg: DecoderConfig) -> dict[str, Any]:
 
 
 def tie_with_certificate(
-    source: Source, how: TieConfig, progress: bool = True
+    source: Source,
+    how: TieConfig,
+    progress: bool = True,
+    metric: tying.MetricOf | None = None,
+    name: str = "tying",
 ) -> tuple[Any, DecoderConfig, dict[str, Any]]:
     """Params and config of `tying.tie`, and a certificate without measurements on text.
 
-    Shows a progress bar, on process 0 and if `progress`.
+    Shows a progress bar, called `name`, on process 0 and if `progress`.
     """
     energy: dict[str, float] = {}
     projections, hidden = len(source.cfg.projections), not progress or jax.process_index() != 0
-    with tqdm(total=projections, desc="tying", unit="projection", disable=hidden) as bar:
+    with tqdm(total=projections, desc=name, unit="projection", disable=hidden) as bar:
 
         def on_projection(name, kept):
             if not math.isfinite(kept):
@@ -64,7 +68,12 @@ def tie_with_certificate(
             bar.update()
 
         params, cfg = tying.tie(
-            source.params, source.cfg, how, on_projection=on_projection, place=on_device
+            source.params,
+            source.cfg,
+            how,
+            on_projection=on_projection,
+            place=on_device,
+            metric=metric,
         )
     certificate = {
         "source": str(source.path),

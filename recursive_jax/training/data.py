@@ -104,6 +104,12 @@ class TokenizedDocuments:
             raise _nothing_to_train_on(reason, valid_fraction)
         return self._take(held_out if valid else ~held_out)
 
+    def without_first(self, tokens: int) -> TokenizedDocuments:
+        """The documents without the first tokens of the corpus."""
+        cut = np.clip(tokens - self.starts, 0, self.lengths)
+        part = dataclasses.replace(self, starts=self.starts + cut, lengths=self.lengths - cut)
+        return part._take(part.lengths > 0)
+
     def pieces(self, length: int) -> Iterator[np.ndarray]:
         """Content ids in pieces of at most `length`.
 

@@ -44,12 +44,12 @@ def truncated_svd(residual: np.ndarray, rank: int) -> Factors:
       `b [R, out]` with orthogonal rows whose norms are the singular values, descending.
     """
     tall = residual.shape[0] > residual.shape[1]
-    directions = _leading_eigenvectors(_gram(residual.T if tall else residual), rank)
+    directions = leading_eigenvectors(_gram(residual.T if tall else residual), rank)
     if tall:
         # Columns of `residual @ U` have the norms Σ. Where the residual is rank-deficient, dividing
         # by Σ would give meaningless columns; QR gives orthonormal ones.
         images = _matmul64(directions.T, residual.T).T
-        with _one_blas_thread():
+        with one_blas_thread():
             a, triangle = np.linalg.qr(images)
         b = (triangle @ directions.T).astype(np.float32)
     else:
@@ -175,10 +175,10 @@ def _matmul64(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return out
 
 
-def _leading_eigenvectors(gram: np.ndarray, count: int) -> np.ndarray:
+def leading_eigenvectors(gram: np.ndarray, count: int) -> np.ndarray:
     """Eigenvectors `[n, count]` of the largest eigenvalues, descending; overwrites `gram`."""
     n = gram.shape[0]
-    with _one_blas_thread():
+    with one_blas_thread():
         _, vectors = scipy.linalg.eigh(
             gram, subset_by_index=(n - count, n - 1), overwrite_a=True, check_finite=False
         )
@@ -187,7 +187,7 @@ def _leading_eigenvectors(gram: np.ndarray, count: int) -> np.ndarray:
     return vectors[:, ::-1]
 
 
-def _one_blas_thread():
+def one_blas_thread():
     """A context in which BLAS uses one thread, for `eigh` and `qr`.
 
     They take thousands of small steps, and threads would spin after each until all are done. For

@@ -11,7 +11,8 @@ import numpy as np
 from recursive_jax.models.config import NORM_MODES, DecoderConfig
 
 METHODS = ("stepwise", "average", "lower", "upper", "random")
-LORA_STARTS = ("svd", "zero", "split", "none")
+LORA_STARTS = ("joint", "svd", "zero", "split", "none")
+METRICS = ("auto", "fisher", "activations", "none")
 NORM_STARTS = ("average", "choice", "zero", "own")
 ROUNDINGS = {
     "even": round,  # Python's banker's rounding, which reproduces the paper's Figure 2
@@ -31,11 +32,13 @@ class TieConfig:
         included. 'average': the mean over loops. 'lower' / 'upper': the first / last `num_layers`
         layers. 'random': fresh weights and norms with the source's embedding, final norm and head.
         (The paper's random models, App. F, have fresh embeddings too: train one from scratch.)
+        'joint' and 'split' fit the weights themselves, and take 'average' only.
         None: 'stepwise' without LoRA or with a 'zero' LoRA, else 'average' (paper §3.4, §3.5).
-      lora_init: how the LoRAs start. 'svd': truncated SVD of the residuals. 'zero': Gaussian times
-        zero. 'split': shared weights and LoRAs fitted together, starting from 'average'. 'none'.
-        None: 'zero' under 'stepwise' (the paper found that SVD hurts there) and under 'random',
-        else 'svd'.
+      lora_init: how the LoRAs start. 'joint': shared weights and LoRAs are fitted together, in a
+        `metric` of calibration text; not in the paper. 'svd': truncated SVD of the residuals.
+        'zero': Gaussian times zero. 'split': 'joint' in the plain metric. 'none'.
+        None: with no method given 'joint', 'zero' under 'stepwise' (the paper found that SVD hurts
+        there) and under 'random', else 'svd', the paper's.
       lora_rank: one rank for all projections, or a rank by projection (absent means 0). 'full' is
         min(in, out), which also caps every number. 0: no LoRA, whatever `lora_init` is.
       norms: 'tied', 'per_loop' or 'folded'; see `DecoderConfig.vector_loops`. 'folded' multiplies
@@ -46,10 +49,14 @@ class TieConfig:
         vectors of the selected layer ('average' selects none; its first loop is taken). 'zero'
         (paper App. F): zero norms; linear biases keep the method's default. 'own': each depth keeps
         its own vectors, which needs a loop axis.
-        None: 'own' with a loop axis and an 'svd' or 'split' LoRA. Such a LoRA moves each loop's
+        None: 'own' with a loop axis and a 'joint', 'svd' or 'split' LoRA. It moves each loop's
         weights towards those of its depth, and at full rank the model is then exact. Otherwise
         'average' under method 'average', else 'choice', so that vectors and weights match.
       seed: of Gaussian LoRA starts and of 'random'.
+      metric: of 'joint', see `weights.joint`. 'fisher': activations and gradients. 'activations'.
+        'none': the plain squared error. 'auto': the better of the first two, as measured.
+      calibrate: text of the metric, as `text.documents` takes it.
+      calibration_tokens: how much of it.
 
     Raises:
       ValueError: an unknown value, or two values that contradict each other.
@@ -63,9 +70,12 @@ class TieConfig:
     rounding: str = "even"
     norm_start: str | None = None
     seed: int = 0
+    metric: str = "auto"
+    calibrate: str = "docstrings:1"
+    calibration_tokens: int = 16_384
 
     def __post_init__(self):
-        for name in ("num_loops", "seed"):
+        for name in ("num_loops", "seed", "calibration_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int | np.integer) or isinstance(value, bool):
                 raise ValueError(f"{name}={value!r}; expected an integer")
@@ -76,6 +86,7 @@ class TieConfig:
             ("norms", NORM_MODES),
             ("rounding", tuple(ROUNDINGS)),
             ("norm_start", (None, *NORM_STARTS)),
+            ("metric", METRICS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}; expected one of {allowed}")
@@ -83,16 +94,22 @@ class TieConfig:
             raise ValueError(
                 f"lora_init='none' contradicts lora_rank={self.lora_rank}; leave one of them out"
             )
-        if self.method == "random" and (self.lora_init in ("svd", "split") or self.norm_start):
+        fitted = self.lora_init in ("joint", "split")
+        if self.method == "random" and (self.lora_init == "svd" or fitted or self.norm_start):
             raise ValueError(
                 f"method='random' keeps nothing of the layers that lora_init={self.lora_init!r} "
                 f"with norm_start={self.norm_start!r} could start from; use lora_init='zero' and "
                 "no norm_start"
             )
-        if self.has_lora and self.lora_init == "split" and self.method not in (None, "average"):
+        if self.calibration_tokens < 64:
             raise ValueError(
-                f"lora_init='split' fits the shared weights anew and starts from method='average', "
-                f"got method={self.method!r}; use lora_init='svd' with it"
+                f"calibration_tokens={self.calibration_tokens}; expected at least 64, or "
+                "lora_init='svd', which needs no calibration"
+            )
+        if self.has_lora and fitted and self.method not in (None, "average"):
+            raise ValueError(
+                f"lora_init={self.lora_init!r} fits the shared weights anew and starts from "
+                f"method='average', got method={self.method!r}; use lora_init='svd' with it"
             )
         impossible = {"tied": "own", "folded": "zero"}  # no loop axis; folded scales are gone
         if self.norm_start and self.norm_start == impossible.get(self.norms):
@@ -109,14 +126,15 @@ class TieConfig:
     def resolved(self) -> TieConfig:
         """The config with every None replaced by its default."""
         lora, method, norm_start = self.lora_init, self.method, self.norm_start
-        if not self.has_lora:
+        if not self.has_lora and lora != "joint":
             lora = "none"
         if method is None:
+            lora = lora or ("svd" if self.lora_rank == "full" else "joint")  # both are exact
             method = "stepwise" if lora in ("none", "zero") else "average"
         if lora is None:
             lora = "zero" if method in ("stepwise", "random") else "svd"
         if norm_start is None and method != "random":
-            own = lora in ("svd", "split") and self.norms != "tied"
+            own = lora in ("joint", "svd", "split") and self.norms != "tied"
             norm_start = "own" if own else "average" if method == "average" else "choice"
         return dataclasses.replace(self, method=method, lora_init=lora, norm_start=norm_start)
 

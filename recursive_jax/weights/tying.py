@@ -8,8 +8,11 @@ starts the LoRA of that loop (§2.3, `low_rank`).
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -17,13 +20,17 @@ import numpy as np
 
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.parameters import LORA, Leaf, init_params, leaves
-from recursive_jax.weights import low_rank, names
+from recursive_jax.weights import joint, low_rank, names
 from recursive_jax.weights.tie_config import TieConfig, selected_depths, tied_config
 
 # The projections that read each pre-norm's output: its scale is folded into their weights.
 _FOLDED_INTO = {"pre_attention_norm": ("q", "k", "v"), "pre_mlp_norm": ("gate", "up")}
 
+_LAYERS_AT_ONCE = 2  # 'joint' holds some ten float64 matrices of a layer
 Params = Mapping[str, Any]  # nested, or flat with keys like 'block/attention/q/w' (may be lazy)
+# (projection, source layer, scale, bias) -> metric of its weight. Scale and bias `[in]` are those
+# of the norm in front where they are folded into the weight, else None.
+MetricOf = Callable[[str, int, np.ndarray | None, np.ndarray | None], joint.Metric]
 
 
 def tie(
@@ -32,6 +39,7 @@ def tie(
     how: TieConfig,
     on_projection: Callable[[str, float], None] | None = None,
     place: Callable[[Any], Any] = lambda leaf: _float32(leaf),
+    metric: MetricOf | None = None,
 ) -> tuple[dict[str, Any], DecoderConfig]:
     """Params and config of the recursive model: a block that runs `num_loops` times.
 
@@ -47,6 +55,7 @@ def tie(
         residual is taken from the mean. 'random' does not call it.
       place: moves a finished leaf to its device, in float32. The result is then never in memory
         twice. The default gives numpy arrays.
+      metric: of the source's weights, for 'joint'; None: the plain squared error.
 
     Returns:
       Nested params of float32 arrays, and their config.
@@ -83,7 +92,7 @@ def tie(
             through = [fold.bias[d] @ layer(d) for d in range(cfg.depth)]
             bias = leaf.sibling("b")
             vectors[bias] = vectors[bias] + np.stack(through)
-        arrays, kept = _tie_projection(leaf.projection, layer, fold.scale, tied, how)
+        arrays, kept = _tie_projection(leaf.projection, layer, fold, tied, how, metric)
         del layer
         out |= {leaf.sibling(name): place(arrays.pop(name)) for name in list(arrays)}
         if on_projection:
@@ -126,23 +135,26 @@ def untie(params: Params, cfg: DecoderConfig) -> tuple[dict[str, Any], DecoderCo
     return names.nested(out), vanilla
 
 
-def _tie_projection(name, source, scale, cfg, how) -> tuple[dict[str, np.ndarray], float]:
+def _tie_projection(name, source, fold, cfg, how, metric) -> tuple[dict[str, np.ndarray], float]:
     """Shared weight and LoRA factors of one projection, by parameter name; and the share kept.
 
     Args:
       name: of the projection.
       source: depth -> weight `[in, out]`.
-      scale: None, or `[depth, in]` to fold into the weights.
+      fold: of the norm in front.
       cfg: of the result.
       how: of the conversion, resolved.
+      metric: as in `tie`.
 
     Returns:
-      The arrays, and the share of the squared residual that the LoRAs keep, measured on them.
+      The arrays, and the share of the squared residual that the LoRAs keep, measured on them, or,
+      under 'joint', in its metric.
     """
     selected = selected_depths(how.method, cfg.depth, cfg.num_layers, how.rounding)
     loops, layers, rank = cfg.num_loops, cfg.num_layers, cfg.rank(name)
     in_dim, out_dim = cfg.projections[name]
-    rng = np.random.default_rng([how.seed, list(cfg.projections).index(name)])
+    projection = list(cfg.projections).index(name)
+    rng = np.random.default_rng([how.seed, projection])
     arrays = {"w": np.empty((layers, in_dim, out_dim), np.float32)}
     if rank:
         arrays["lora_a"] = np.empty((layers, loops, in_dim, rank), np.float32)
@@ -150,9 +162,28 @@ def _tie_projection(name, source, scale, cfg, how) -> tuple[dict[str, np.ndarray
 
     def read(depth: int) -> np.ndarray:
         matrix = source(depth)
-        return matrix if scale is None else matrix * scale[depth][:, None]
+        return matrix if fold.scale is None else matrix * fold.scale[depth][:, None]
+
+    def metric_of(depth: int) -> joint.Metric:
+        if metric is None:
+            return joint.Metric.plain(in_dim, out_dim)
+        return metric(name, depth, *(x if x is None else x[depth] for x in (fold.scale, fold.bias)))
 
     residual = error = 0.0
+    if how.lora_init == "joint":
+
+        def fit(layer: int) -> joint.Fit:
+            depths = range(layer, cfg.depth, layers)
+            metrics = [metric_of(depth) for depth in depths]
+            own_rng = np.random.default_rng([how.seed, projection, layer])
+            return joint.fit([read(depth) for depth in depths], metrics, rank, own_rng)
+
+        for layer, found in enumerate(_in_parallel(fit, range(layers))):
+            residual, error = residual + found.residual, error + found.objective[-1]
+            arrays["w"][layer] = found.base
+            for loop, (a, b) in enumerate(found.factors):
+                arrays["lora_a"][layer, loop], arrays["lora_b"][layer, loop] = a, b
+        return arrays, 1 - error / residual if residual else 1.0
     for layer in range(layers):
         weights = [read(loop * layers + layer) for loop in range(loops)]
         base = low_rank.mean(weights) if selected is None else read(selected[layer])
@@ -170,6 +201,19 @@ def _tie_projection(name, source, scale, cfg, how) -> tuple[dict[str, np.ndarray
             arrays["lora_a"][layer, loop], arrays["lora_b"][layer, loop] = a, b
             error += low_rank.squared_norm(weights[loop] - base - a @ b)
     return arrays, 1 - (error if rank else residual) / residual if residual else 1.0
+
+
+def _in_parallel(fit: Callable[[int], Any], layers: Iterable[int]) -> Iterator[Any]:
+    """The fits of some layers at a time, in order; one BLAS thread for each (`one_blas_thread`)."""
+    workers = min(_LAYERS_AT_ONCE, os.cpu_count() or 1)
+    with low_rank.one_blas_thread(), ThreadPoolExecutor(workers) as pool:
+        waiting: collections.deque[Any] = collections.deque()
+        for layer in layers:
+            waiting.append(pool.submit(fit, layer))
+            if len(waiting) > workers:  # no more results in memory than workers
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _tie_vector(leaf: Leaf, table: np.ndarray, cfg: DecoderConfig, how: TieConfig) -> np.ndarray:
