@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
 
     c.model = ConfigDict()
     c.model.num_loops = 2
-    # stepwise average lower upper random; None = stepwise, or average with SVD
+    # stepwise average lower upper random; None = stepwise, or average with a fitted or SVD LoRA
     c.model.method = config_dict.placeholder(str)
     c.model.lora_init = config_dict.placeholder(str)  # joint svd zero split none; None = by method
     c.model.metric = "auto"  # of lora_init=joint: auto fisher activations none
@@ -28,7 +28,8 @@ def get_config() -> ConfigDict:
     c.model.lora_rank = 0
     c.model.norms = "per_loop"  # tied per_loop folded
     c.model.rounding = "even"  # of stepwise positions: even half_up floor
-    # average choice zero own; None = own with an SVD LoRA and norms per loop, else by method
+    # average choice zero own; None = own with a fitted or SVD LoRA and norms per loop, else by
+    # method
     c.model.norm_start = config_dict.placeholder(str)
     c.model.reduced_baseline = False  # instead: random, depth / num_loops layers, no loop
 
