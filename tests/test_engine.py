@@ -614,7 +614,7 @@ def test_nothing_compiles_after_warm_up():
     ids=str,
 )
 @pytest.mark.parametrize("cpu_model", [False, True])
-def test_the_cache_is_updated_in_place(options, cpu_model, full_compilation, caplog):
+def test_the_cache_is_updated_in_place(options, cpu_model, caplog):
     """Bytes, by the compiler's account: the donated cache is the output, and not copied."""
     # as large a cache with few layers, since the CPU model compiles each
     layers, context = (4, 2048) if cpu_model else (16, 512)
