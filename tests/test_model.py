@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import os
 import pathlib
 import re
 import shutil
@@ -10,6 +9,7 @@ import subprocess
 import sys
 import weakref
 
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -279,7 +279,7 @@ def test_the_code_of_the_documentation_runs(tmp_path):
     assert code.count("model.") >= 8
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+        env=commands.environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "perplexity" in done.stdout and done.stdout.rstrip().endswith("1 12")
