@@ -177,8 +177,14 @@ def test_full_depth_equals_one_request_at_a_time(name, depthwise):
     assert sum(tick.head_rows for tick in ticks) == len(loops)
 
 
-@pytest.mark.parametrize("policy", ["complete", "propagate", "copy", "sequence-wise"])
-@pytest.mark.parametrize("name", CONFIGS)
+# What a skipped loop lacks is computed from the weights where it propagates, and copied or run as
+# any loop is elsewhere: there one model of two loops and one of three will do.
+EXITS = [(name, "propagate") for name in CONFIGS]
+EXITS += [("gemma", "complete"), ("tied", "complete"), ("gemma", "copy"), ("neox", "copy")]
+EXITS += [("relaxed", "sequence-wise"), ("neox", "sequence-wise")]
+
+
+@pytest.mark.parametrize(("name", "policy"), EXITS)
 def test_exits_equal_one_request_at_a_time(name, policy):
     """Random exits, the same in both; with them the keys and values that deeper loops see."""
     cfg, depthwise = CONFIGS[name], policy != "sequence-wise"
@@ -351,7 +357,8 @@ def test_lossless_equals_full_depth_in_the_ticks_of_its_law(draft_loop):
     assert 0.3 < np.mean(right) < 0.97
 
 
-LOSSLESS = [(name, None, way) for name in ("relaxed", "gemma", "neox") for way in (True, False)]
+LOSSLESS = [("relaxed", None, True), ("relaxed", None, False)]
+LOSSLESS += [("gemma", None, True), ("neox", None, False)]
 LOSSLESS += [("tied", "top1", True), ("tied", "cosine", True)]
 
 
