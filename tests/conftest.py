@@ -56,6 +56,14 @@ def quick_compilation(request):
     jax.config.update("jax_disable_most_optimizations", name not in FULLY_COMPILED)
 
 
+@pytest.fixture
+def full_compilation(quick_compilation):
+    """For a test of a quickly compiled file whose program runs for long."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture(scope="session")
 def shared_text():
     """The development texts; not on users' machines."""
