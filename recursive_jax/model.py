@@ -371,7 +371,7 @@ def load(spec: str | os.PathLike, step: int | None = None) -> Model:
 
     Args:
       spec: a checkpoint of ours, a Hugging Face directory, a .gguf file, a hub id, or 'tiny'.
-      step: of a checkpoint; None: the latest.
+      step: of a checkpoint; None: the newest now, also if a training saves newer ones later.
 
     Raises:
       FileNotFoundError, ValueError: not there, not understood, or damaged; by name.
@@ -385,9 +385,9 @@ def load(spec: str | os.PathLike, step: int | None = None) -> Model:
         thresholds = Thresholds.load(spec)
         if thresholds is not None:
             thresholds = thresholds.compare(newest, params)
-        # While a training runs there, the newest step may be another one when it is read.
-        step = step if thresholds is None or thresholds.stale else newest
-        weights = CheckpointWeights(spec, step, note)
+        # Another step is no replacement where it was asked for, or where thresholds are for this.
+        exact = step is not None or not (thresholds is None or thresholds.stale)
+        weights = CheckpointWeights(spec, newest, exact, note)
         name = spec
     else:
         if step is not None:
