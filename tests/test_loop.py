@@ -42,7 +42,7 @@ def run(num_steps, stop=None, trainer=None, first=0, log=2, evaluate=3, save=4, 
     trainer.state = first
     schedule = loop.Schedule(num_steps, log, evaluate, save)
     batches = iter(range(first, 100))
-    stop = stop or loop.Stop(handles=False)
+    stop = stop or loop.Stop(signals=())
     last = loop.run(trainer, batches, first, schedule, [diary, *also], stop)
     return last, diary.entries
 
