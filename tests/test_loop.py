@@ -90,6 +90,20 @@ def test_a_signal_before_the_first_step_ends_the_job_with_its_own_code(number, m
     assert f"{signal.Signals(number).name}: stopped before the first" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_is_not_lost_where_exceptions_are_ignored():
+    """Python only prints an exception of a finalizer or of a callback of the garbage collector."""
+
+    class Finalized:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with loop.Stop(lambda line: None) as stop:
+        Finalized()
+        with pytest.raises(loop.NotStarted):
+            stop.begin_steps()
+
+
 def test_a_second_signal_stops_at_once():
     with loop.Stop(lambda line: None) as stop:
         stop.begin_steps()

@@ -74,7 +74,13 @@ class Stop:
         self._before.clear()
 
     def begin_steps(self) -> None:
-        """From now on a signal stops behind a step."""
+        """From now on a signal stops behind a step; `NotStarted` if one has arrived before.
+
+        The handler's own `NotStarted` is lost where Python ignores exceptions, as in callbacks of
+        the garbage collector.
+        """
+        if self.requested and jax.process_count() == 1:
+            raise NotStarted("a signal")
         self._stepping = True
 
     def _request(self, number, frame):
@@ -83,6 +89,7 @@ class Stop:
             os.kill(os.getpid(), signal.SIGTERM)  # JAX tells all processes of it
             return
         if not self._stepping:
+            self.requested = True
             raise NotStarted(signal.Signals(number).name)
         if self.requested:  # the second signal stops at once
             raise KeyboardInterrupt
