@@ -5,6 +5,7 @@ import gc
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import weakref
@@ -16,10 +17,11 @@ import numpy as np
 import pytest
 
 import recursive_jax as rj
+from recursive_jax import fit
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import Decoder
 from recursive_jax.models.parameters import init_params
-from recursive_jax.training import loop
+from recursive_jax.training import callbacks, loop
 from recursive_jax.weights import hf
 from recursive_jax.weights.source import ASSETS
 from recursive_jax.weights.stored import ArrayWeights
@@ -188,6 +190,25 @@ def test_a_run_in_a_workdir_goes_on(source, words, tmp_path):
         whole.train(words, workdir=tmp_path / "part", **settings)
     with pytest.raises(ValueError, match="num_steps was 6; now num_steps is 7"):
         source.train(words, workdir=tmp_path / "part", **settings | {"tokens": 7 * 256})
+
+
+def test_ctrl_c_saves_the_steps_that_are_done(source, words, tmp_path, monkeypatch):
+    """The same call then goes on from there."""
+    settings = {"tokens": 6 * 256, "kd": 0.0, "quiet": True, "log_every": 1, **SMALL}
+    run, handler, steps = tmp_path / "run", signal.getsignal(signal.SIGINT), []
+
+    class Interrupting(callbacks.Record):
+        def on_log(self, step, metrics):
+            steps.append(step)
+            if steps == [1, 2, 3]:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(fit, "Record", Interrupting)
+    with pytest.raises(KeyboardInterrupt, match="stopped at step 4 and saved"):
+        source.train(words, workdir=run, **settings)
+    assert signal.getsignal(signal.SIGINT) is handler
+    trained = source.train(words, workdir=run, **settings)
+    assert trained.name.endswith("1,536 tokens") and steps == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_run_does_not_write_into_a_directory_of_another_kind(source, words, tmp_path):
