@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import os
 import pathlib
 import re
 import shutil
