@@ -75,7 +75,7 @@ setup(
             *ALL,
             "chex>=0.1.92",
             "pytest>=8",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.7",
             "hypothesis>=6.100",
             "ruff>=0.6",
         ],

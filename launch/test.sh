@@ -15,6 +15,6 @@ fi
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 "$PY" -m ruff check .
 "$PY" -m ruff format --check .
-# loadfile: a file's fixtures are made once. With a restart, pytest waits for ever for the tests of
-# a worker that crashed.
-"$PY" -m pytest -q -n 2 --dist loadfile --max-worker-restart=0 "$@"
+# loadfile: a file's fixtures are made once; in the order of tests/conftest.py. With a restart, pytest
+# waits for ever for the tests of a worker that crashed.
+"$PY" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 "$@"

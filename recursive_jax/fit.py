@@ -150,7 +150,7 @@ def fit(
             if teacher_params is not None:
                 evaluate.record(0, "source", quality_of(teacher_params, setup.teacher))
             evaluate.on_evaluate(0, trainer.state)
-        stop = stop or loop.Stop(handles=False)
+        stop = stop or loop.Stop(signals=())
         stop.begin_steps()
         step = loop.run(
             trainer, batches, first_step, schedule_of(config), callbacks, stop, clock.pause

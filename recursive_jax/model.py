@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import signal
 import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -168,7 +169,8 @@ class Model:
           config: settings; None: the defaults, with distillation if there is a teacher.
           teacher: vanilla model to distil from, usually the source.
           workdir: for checkpoints and metrics. A run that it has goes on. None writes nothing.
-            Ctrl-C raises KeyboardInterrupt; the same call then goes on from the last saved step.
+            Ctrl-C saves behind the running step, then raises KeyboardInterrupt; the same call goes
+            on from there. A second Ctrl-C stops at once. A handler of the caller's own stays.
           quiet: print nothing.
           changes: settings by name, such as `tokens=100_000` or `learning_rate=1e-3`.
 
@@ -177,6 +179,7 @@ class Model:
         """
         from recursive_jax.fit import fit, make_mesh, make_setup
         from recursive_jax.training.corpus import open_corpus
+        from recursive_jax.training.loop import Stop
 
         if not isinstance(teacher, Model | None):
             raise ValueError(f"teacher={shown(teacher)}; expected a Model, as load(...) returns")
@@ -200,15 +203,19 @@ class Model:
                 begun = {"start": self.weights.content()}
                 begun["teacher"] = None if teacher is None else teacher.weights.content()
                 together(functools.partial(self._check_run, workdir, begun))
+            is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            handled = (signal.SIGINT,) if workdir is not None and is_default else ()
+            stop = stack.enter_context(Stop(str if quiet else note, handled))
             # No name refers to the model while it trains: if the caller has none either, the arrays
             # that it starts from are freed.
             after = dataclasses.replace(self, weights=None, thresholds=None)
             start = [self if workdir is None else self._with_facts(begun=begun)]
             del self
-            end = fit(start.pop(), config, corpus, teacher, workdir, quiet=quiet)
-        if end.stopped:  # of several processes, one got a signal
+            end = fit(start.pop(), config, corpus, teacher, workdir, stop, quiet)
+        if end.stopped or stop.requested:
             step = end.summary["steps"]
-            raise InterruptedError(f"stopped at step {step} and saved; call again to go on")
+            kind = KeyboardInterrupt if stop.requested else InterruptedError  # in another process
+            raise kind(f"stopped at step {step} and saved; call again to go on")
         name = f"{after.name}, trained on {end.summary['tokens']:,} tokens"
         weights = ArrayWeights(end.trainer.state.weights, name)
         return dataclasses.replace(after, weights=weights, name=name)
@@ -389,7 +396,7 @@ def load(spec: str | os.PathLike, step: int | None = None) -> Model:
 
     Args:
       spec: a checkpoint of ours, a Hugging Face directory, a .gguf file, a hub id, or 'tiny'.
-      step: of a checkpoint; None: the latest.
+      step: of a checkpoint; None: the newest now, also if a training saves newer ones later.
 
     Raises:
       FileNotFoundError, ValueError: not there, not understood, or damaged; by name.
@@ -403,9 +410,9 @@ def load(spec: str | os.PathLike, step: int | None = None) -> Model:
         thresholds = Thresholds.load(spec)
         if thresholds is not None:
             thresholds = thresholds.compare(newest, params)
-        # While a training runs there, the newest step may be another one when it is read.
-        step = step if thresholds is None or thresholds.stale else newest
-        weights = CheckpointWeights(spec, step, note)
+        # Another step is no replacement where it was asked for, or where thresholds are for this.
+        exact = step is not None or not (thresholds is None or thresholds.stale)
+        weights = CheckpointWeights(spec, newest, exact, note)
         name = spec
     else:
         if step is not None:

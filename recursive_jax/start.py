@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from recursive_jax.console.output import note
 from recursive_jax.model import Model, load
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.parameters import init_params
@@ -133,6 +134,7 @@ def make_recipe(config: Any, source: Model | None) -> dict[str, Any]:
         "source": config.source,
         "source_content": source.weights.content() if source is not None else None,
         "init_from": init_from,
+        "init_from_content": _content_of(init_from) if init_from else None,
         # A checkpoint determines its model: these sections do not apply to it.
         "scratch": None if init_from else config.scratch.to_dict(),
         "model": None,
@@ -145,19 +147,21 @@ def make_recipe(config: Any, source: Model | None) -> dict[str, Any]:
 def check_recipe(workdir: str | os.PathLike, recipe: Mapping[str, Any]) -> None:
     """Raise ValueError, with both values, if the run in `workdir` has another recipe.
 
-    Keys that an older version did not record have today's defaults. A source is compared by
-    content, so that it may have been moved; another one at the same path is another model.
+    Keys that an older version did not record have today's defaults. A source or `init_from` is
+    compared by content, so that it may have been moved; another one at the same path is another
+    model.
     """
     facts = checkpoint.load_config(workdir)[1]
     there = dict(facts.get("recipe") or {})
     if there.get("model") is not None:
         how, baseline = TieConfig.from_json(there["model"]), there["model"].get("reduced_baseline")
         there["model"] = _model_section(how, bool(baseline))
-    names = [name for name in recipe if name != "source_content"]
-    if _same_source(there, recipe):
-        there["source"] = recipe["source"]
-    elif there.get("source") == recipe["source"]:
-        names.append("source_content")  # checksums: the files were replaced
+    names = [name for name in recipe if not name.endswith("_content")]
+    for name in ("source", "init_from"):
+        if _same_model(there, recipe, name):
+            there[name] = recipe[name]
+        elif there.get(name) == recipe[name]:
+            names.append(f"{name}_content")  # checksums: the files were replaced
     changed = [name for name in names if there.get(name) != recipe[name]]
     if changed:
         differences = "; ".join(
@@ -177,12 +181,20 @@ def _model_section(how: TieConfig, reduced_baseline: bool) -> dict[str, Any]:
     return section
 
 
-def _same_source(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
-    """Whether two recipes name one source: the same content, or, where unknown, the same path."""
-    contents = there.get("source_content"), here.get("source_content")
+def _content_of(directory: str) -> int | None:
+    """A checksum of the weights in a checkpoint; None if they cannot be read any more."""
+    try:
+        return checkpoint.params_checksum(directory, say=note)[1]
+    except (OSError, ValueError):  # a run that goes on does not need it
+        return None
+
+
+def _same_model(there: Mapping[str, Any], here: Mapping[str, Any], name: str) -> bool:
+    """Whether `name` is one model in two recipes: its content or, where unknown, its path."""
+    contents = there.get(f"{name}_content"), here.get(f"{name}_content")
     if None not in contents:
         return contents[0] == contents[1]
-    paths = [there.get("source") or "", here.get("source") or ""]
+    paths = [there.get(name) or "", here.get(name) or ""]
     return all(paths) and len({str(pathlib.Path(p).expanduser().resolve()) for p in paths}) == 1
 
 

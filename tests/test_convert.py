@@ -1,10 +1,10 @@
 """The convert job on a small model with real file formats; its certificate against the paper."""
 
 import json
-import os
 import subprocess
 import sys
 
+import commands
 import jax
 import numpy as np
 import pytest
@@ -62,29 +62,22 @@ def log_probabilities(cfg, params, tokens):
     return np.asarray(jax.nn.log_softmax(logits))
 
 
-def run(*arguments):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # as a user's
-    return subprocess.run(
-        [sys.executable, "-m", "recursive_jax.convert", *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-
-
 def test_command_line_writes_a_checkpoint_and_an_honest_certificate(
     source_dir, text_file, tmp_path
 ):
     out = tmp_path / "ckpt"
-    done = run(
-        f"--source={source_dir}", f"--out={out}", "--lora_rank=8", f"--text={text_file}",
-        "--text_tokens=300", "--context_length=64", "--lora_init=svd",
+    flags = [f"--source={source_dir}", f"--out={out}", "--lora_rank=8", f"--text={text_file}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "recursive_jax.convert", *flags]
+        + ["--text_tokens=300", "--context_length=64"]
+        + [f"--calibrate={text_file}", "--calibration_tokens=200"],
+        env=commands.environment(quick=False), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     certificate = json.loads((out / "certificate.json").read_text())
     for key in (
         "source_perplexity perplexity kl top1_agreement energy_kept parameters warnings "
-        "full_rank_identity"
+        "full_rank_identity calibration"
     ).split():
         assert key in certificate
     assert certificate["full_rank_identity"]["max_logit_error"] <= 1e-4
@@ -169,6 +162,8 @@ def test_a_broken_tie_stops_the_conversion(source_dir, text_file, monkeypatch):
         (["--lora_rank=many"], "'full'"),
         (["--source=/no/such/model"], "/no/such/model"),
         (["--text=/no/such/text.txt"], "/no/such/text.txt"),
+        (["--lora_rank=4", "--calibrate=/no/such/book.txt"], "/no/such/book.txt"),
+        (["--lora_rank=4", "--calibration_tokens=3"], "expected at least 64"),
         (["--config=configs/quickstart.py", "--num_loops=2"], "--num_loops beside --config"),
     ],
 )
@@ -176,7 +171,8 @@ def test_mistakes_are_one_clear_line_and_leave_nothing(
     source_dir, text_file, tmp_path, arguments, expected
 ):
     out = tmp_path / "ckpt"
-    done = run(f"--source={source_dir}", f"--text={text_file}", f"--out={out}", *arguments)
+    flags = [f"--source={source_dir}", f"--text={text_file}", f"--out={out}"]
+    done = commands.run("convert", *flags, *arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") or "\nerror: " in done.stderr
     assert expected in done.stderr and "Traceback" not in done.stderr
@@ -187,7 +183,7 @@ def test_an_existing_directory_is_not_touched(source_dir, tmp_path):
     out = tmp_path / "ckpt"
     out.mkdir()
     (out / "mine").write_text("precious")
-    done = run(f"--source={source_dir}", f"--out={out}")
+    done = commands.run("convert", f"--source={source_dir}", f"--out={out}")
     assert done.returncode == 2 and "not empty" in done.stderr
     assert [p.name for p in out.iterdir()] == ["mine"]
 

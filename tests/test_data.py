@@ -14,7 +14,7 @@ import zstandard
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from recursive_jax.text import documents as documents_lib
+from recursive_jax.text import readers
 from recursive_jax.text.documents import Documents, documents
 from recursive_jax.training import data
 
@@ -146,7 +146,7 @@ class TestReaders:
 
     def test_text_files_are_read_in_blocks(self, tmp_path):
         """Characters that cross a block, a byte order mark, and the position of a bad byte."""
-        block, file = documents_lib.BLOCK_BYTES, tmp_path / "a.txt"
+        block, file = readers.BLOCK_BYTES, tmp_path / "a.txt"
         content = "\ufeffa" + "ü" * (block * 3 // 4) + "\r\n"
         file.write_text(content, encoding="utf-8", newline="")
         ((_, parts),) = documents(str(file)).read()

@@ -177,8 +177,14 @@ def test_full_depth_equals_one_request_at_a_time(name, depthwise):
     assert sum(tick.head_rows for tick in ticks) == len(loops)
 
 
-@pytest.mark.parametrize("policy", ["complete", "propagate", "copy", "sequence-wise"])
-@pytest.mark.parametrize("name", CONFIGS)
+# What a skipped loop lacks is computed from the weights where it propagates, and copied or run as
+# any loop is elsewhere: there one model of two loops and one of three will do.
+EXITS = [(name, "propagate") for name in CONFIGS]
+EXITS += [("gemma", "complete"), ("tied", "complete"), ("gemma", "copy"), ("neox", "copy")]
+EXITS += [("relaxed", "sequence-wise"), ("neox", "sequence-wise")]
+
+
+@pytest.mark.parametrize(("name", "policy"), EXITS)
 def test_exits_equal_one_request_at_a_time(name, policy):
     """Random exits, the same in both; with them the keys and values that deeper loops see."""
     cfg, depthwise = CONFIGS[name], policy != "sequence-wise"
@@ -351,7 +357,8 @@ def test_lossless_equals_full_depth_in_the_ticks_of_its_law(draft_loop):
     assert 0.3 < np.mean(right) < 0.97
 
 
-LOSSLESS = [(name, None, way) for name in ("relaxed", "gemma", "neox") for way in (True, False)]
+LOSSLESS = [("relaxed", None, True), ("relaxed", None, False)]
+LOSSLESS += [("gemma", None, True), ("neox", None, False)]
 LOSSLESS += [("tied", "top1", True), ("tied", "cosine", True)]
 
 
@@ -614,7 +621,7 @@ def test_nothing_compiles_after_warm_up():
     ids=str,
 )
 @pytest.mark.parametrize("cpu_model", [False, True])
-def test_the_cache_is_updated_in_place(options, cpu_model, full_compilation, caplog):
+def test_the_cache_is_updated_in_place(options, cpu_model, caplog):
     """Bytes, by the compiler's account: the donated cache is the output, and not copied."""
     # as large a cache with few layers, since the CPU model compiles each
     layers, context = (4, 2048) if cpu_model else (16, 512)

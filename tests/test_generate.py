@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -171,16 +172,8 @@ def read_jsonl(path):
     return [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
 
 
-def command(*arguments):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device
-    return subprocess.run(
-        [sys.executable, "-m", "recursive_jax.generate", *arguments],
-        cwd=ASSETS.parents[1], env=environment, capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
-
-
 def test_help_tells_every_flag_of_the_readme():
-    told = command("--help").stdout
+    told = commands.run("generate", "--help").stdout
     for name in ("prompts", "num_slots", "exit_measure", "missing_kv", "[no]lossless", "tensor"):
         assert f"  --{name}: " in told
 
@@ -201,7 +194,12 @@ def test_jsonl_through_the_command_line_and_on_a_mesh(tiny, tmp_path):
     source.write_text("".join(json.dumps(r) + "\n" for r in records))
     out = tmp_path / "out.jsonl"
     arguments = dict(checkpoint=tiny, prompts=source, max_new_tokens=8, num_slots=2)
-    done = command(*[f"--{k}={v}" for k, v in arguments.items()], f"--out={out}")
+    given = [f"--{k}={v}" for k, v in arguments.items()]
+    done = subprocess.run(
+        [sys.executable, "-m", "recursive_jax.generate", *given, f"--out={out}"],
+        cwd=commands.ROOT, env=commands.environment(quick=False), capture_output=True, text=True,
+        timeout=500,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     answers = read_jsonl(out)
     assert [a["id"] for a in answers] == ["long", 2, 3, "chat", 5, "no room", "only BOS", 8]
@@ -536,6 +534,6 @@ def test_weights_are_told_apart_by_their_content(tiny, tmp_path):
 
 
 def test_the_command_tells_mistakes_without_a_traceback(tiny, tmp_path):
-    done = command(f"--checkpoint={tmp_path}", "--prompt=a")
+    done = commands.run("generate", f"--checkpoint={tmp_path}", "--prompt=a")
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr

@@ -217,7 +217,7 @@ TOKENS = 1024
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["smollm2", "gemma3"])
-def test_real_model_on_real_text(name, request, tmp_path):
+def test_real_model_on_real_text(name, request, tmp_path, full_compilation):
     """Weights as transformers saves them, 1024 tokens at once, f32; longer than Gemma's window."""
     source = request.getfixturevalue(name)
     kwargs = dict(gguf_file=source.name)

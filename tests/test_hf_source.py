@@ -3,9 +3,8 @@
 import json
 import pathlib
 import shutil
-import subprocess
-import sys
 
+import commands
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -78,9 +77,7 @@ def test_train_names_a_tensor_that_is_no_number_before_its_first_step(source, tm
         f"--config.source={source}",
         f"--config.data.train={tmp_path / 'text.txt'}",
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "recursive_jax.train", *flags], capture_output=True, text=True
-    )
+    done = commands.run("train", *flags)
     assert done.returncode == 2, done.stderr
     assert f"error: {source}: tensor {BROKEN} holds NaN or infinity" in done.stderr
     assert "step" not in done.stdout and not workdir.exists()

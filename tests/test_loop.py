@@ -42,7 +42,7 @@ def run(num_steps, stop=None, trainer=None, first=0, log=2, evaluate=3, save=4, 
     trainer.state = first
     schedule = loop.Schedule(num_steps, log, evaluate, save)
     batches = iter(range(first, 100))
-    stop = stop or loop.Stop(handles=False)
+    stop = stop or loop.Stop(signals=())
     last = loop.run(trainer, batches, first, schedule, [diary, *also], stop)
     return last, diary.entries
 
@@ -88,6 +88,20 @@ def test_a_signal_before_the_first_step_ends_the_job_with_its_own_code(number, m
         job.main()
     assert end.value.code == 75
     assert f"{signal.Signals(number).name}: stopped before the first" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_is_not_lost_where_exceptions_are_ignored():
+    """Python only prints an exception of a finalizer or of a callback of the garbage collector."""
+
+    class Finalized:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with loop.Stop(lambda line: None) as stop:
+        Finalized()
+        with pytest.raises(loop.NotStarted):
+            stop.begin_steps()
 
 
 def test_a_second_signal_stops_at_once():

@@ -6,20 +6,23 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import weakref
 
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import recursive_jax as rj
+from recursive_jax import fit
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import Decoder
 from recursive_jax.models.parameters import init_params
-from recursive_jax.training import loop
+from recursive_jax.training import callbacks, loop
 from recursive_jax.weights import hf
 from recursive_jax.weights.source import ASSETS
 from recursive_jax.weights.stored import ArrayWeights
@@ -192,6 +195,25 @@ def test_a_run_in_a_workdir_goes_on(source, words, tmp_path):
         source.train(words, workdir=tmp_path / "part", **settings | {"tokens": 7 * 256})
 
 
+def test_ctrl_c_saves_the_steps_that_are_done(source, words, tmp_path, monkeypatch):
+    """The same call then goes on from there."""
+    settings = {"tokens": 6 * 256, "kd": 0.0, "quiet": True, "log_every": 1, **SMALL}
+    run, handler, steps = tmp_path / "run", signal.getsignal(signal.SIGINT), []
+
+    class Interrupting(callbacks.Record):
+        def on_log(self, step, metrics):
+            steps.append(step)
+            if steps == [1, 2, 3]:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(fit, "Record", Interrupting)
+    with pytest.raises(KeyboardInterrupt, match="stopped at step 4 and saved"):
+        source.train(words, workdir=run, **settings)
+    assert signal.getsignal(signal.SIGINT) is handler
+    trained = source.train(words, workdir=run, **settings)
+    assert trained.name.endswith("1,536 tokens") and steps == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_run_does_not_write_into_a_directory_of_another_kind(source, words, tmp_path):
     settings = SMALL | {"tokens": 256, "quiet": True}
     model = source.convert(num_loops=2, quiet=True)
@@ -281,7 +303,7 @@ def test_the_code_of_the_documentation_runs(tmp_path):
     assert code.count("model.") >= 8
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+        env=commands.environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "perplexity" in done.stdout and done.stdout.rstrip().endswith("1 12")

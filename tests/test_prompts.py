@@ -227,6 +227,21 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl"]
 
 
+def test_one_run_at_a_time_writes_a_file(tmp_path):
+    """The second is told of the first, also when it names the file by a link."""
+    path, link = tmp_path / "out.jsonl", tmp_path / "link"
+    link.symlink_to(path)
+    with Answers(path) as first:
+        first.add(1, answer("b"))
+        for name in (path, link):
+            words = rf"out.jsonl.part is in use by process {os.getpid()} on .* give another --out"
+            with pytest.raises(ValueError, match=words), Answers(name) as second:
+                second.resume(digests(), print)
+        first.add(0, answer("a"))
+    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["a", "b"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "out.jsonl"]
+
+
 def test_a_run_may_be_interrupted_more_than_once(tmp_path):
     path = tmp_path / "out.jsonl"
     interrupted(path, places=(2,))

@@ -3,14 +3,19 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs import tiny_smoke
 from recursive_jax import load, start
+from recursive_jax.model import Model
+from recursive_jax.models.config import DecoderConfig
+from recursive_jax.models.parameters import init_params
 from recursive_jax.weights import checkpoint
 from recursive_jax.weights.source import ASSETS
+from recursive_jax.weights.stored import ArrayWeights
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +101,56 @@ def test_a_record_of_an_older_version_is_understood(source, workdir):
 def test_another_recipe_is_refused_with_both_values(source, workdir, changes, message):
     with pytest.raises(ValueError, match=message):
         start.check_recipe(workdir, recipe_of(config_of(source, **changes)))
+
+
+# A run that starts from a checkpoint
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A checkpoint to start from."""
+    place = tmp_path_factory.mktemp("first") / "run"
+    Model(CFG, load("tiny").tokenizer, ArrayWeights(random_params(0)), "first").save(place)
+    return place
+
+
+CFG = DecoderConfig("llama", 4096, 32, 64, num_heads=2, num_kv_heads=2, head_dim=16, num_layers=2)
+
+
+def random_params(seed):
+    return init_params(CFG, jax.random.key(seed))
+
+
+def recipe_from(checkpoint_directory):
+    config = tiny_smoke.get_config()
+    config.source, config.init_from = "", str(checkpoint_directory)
+    return start.make_recipe(config, None)
+
+
+def test_a_checkpoint_to_start_from_may_move(first, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    checkpoint.create(run, CFG, recipe=recipe_from(first))
+    monkeypatch.chdir(first.parent)
+    for spec in (f"{first}/", "run", shutil.copytree(first, tmp_path / "elsewhere")):
+        start.check_recipe(run, recipe_from(spec))  # raises for a run of another model
+    moved = recipe_from(first.rename(tmp_path / "moved"))
+    gone = recipe_from(first)
+    (tmp_path / "moved").rename(first)
+    start.check_recipe(run, moved)
+    start.check_recipe(run, gone)  # the run has its own weights
+
+
+def test_a_checkpoint_of_other_content_is_refused(first, tmp_path):
+    place, run = tmp_path / "first", tmp_path / "run"
+    checkpoint.create(run, CFG, recipe=recipe_from(shutil.copytree(first, place)))
+    older = recipe_from(place)
+    older.pop("init_from_content", None)  # an older version did not record it
+    checkpoint.create(tmp_path / "older", CFG, recipe=older)
+    shutil.rmtree(place)
+    Model(CFG, load("tiny").tokenizer, ArrayWeights(random_params(1)), "other").save(place)
+    with pytest.raises(ValueError, match="init_from_content was .*, now "):
+        start.check_recipe(run, recipe_from(place))
+    start.check_recipe(tmp_path / "older", recipe_from(place))
+    shutil.move(place, tmp_path / "other")
+    with pytest.raises(ValueError, match="init_from was '.*first', now '.*other'"):
+        start.check_recipe(run, recipe_from(tmp_path / "other"))

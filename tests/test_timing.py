@@ -1,5 +1,7 @@
 """Times of the parts of a tick, and the bounds made of them."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -18,6 +20,18 @@ CFG = DecoderConfig(
     head_dim=8, num_layers=2, num_loops=2, norms="per_loop", lora_ranks=dict(q=3, down=2),
     tied_head=False, max_length=32,
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def few_runs(monkeypatch):
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+
+
+@functools.cache
+def twenty_slots(**options):
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract_params(CFG))
+    how = dict(measure=Static(1), missing_kv="propagate", chunk_length=4, **options)
+    return make_engine(scanned(CFG), params, 20, 32, **how)
 
 
 def test_bounds_by_hand():
@@ -74,7 +88,6 @@ def test_an_engine_is_as_before_when_it_was_measured(monkeypatch):
 
 def test_heads_are_timed_with_the_noise_of_their_sampling(monkeypatch):
     """Temperatures are arguments of the timed program, so the noise is really made."""
-    monkeypatch.setattr(timing, "SECONDS", 0.0)
     seen = []
     stack = timing.SamplingParams.stack
 
@@ -123,11 +136,7 @@ def test_lanes_are_timed_at_the_loops_they_would_be_at(options, expected):
     ],
 )
 def test_the_loops_of_lanes_follow_from_the_exits(exit_loops, expected):
-    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract_params(CFG))
-    how = dict(measure=Static(1), missing_kv="propagate", chunk_length=4)
-    watch = timing.Stopwatch(
-        make_engine(scanned(CFG), params, 20, 32, **how), timing.GREEDY, exit_loops
-    )
+    watch = timing.Stopwatch(twenty_slots(), timing.GREEDY, exit_loops)
     assert watch.lane_rows(20).loop.tolist() == expected
     assert watch.lane_rows(20).position.tolist() == [20 * [16]], "as mixed in every pass"
     watch.close()
@@ -138,9 +147,7 @@ def test_the_loops_of_lanes_follow_from_the_exits(exit_loops, expected):
     [({1: 8, 2: 2}, [20, 4]), ({2: 5}, [20, 20]), ({1: 3}, [20, 0]), (None, [20, 10])],
 )
 def test_tokens_that_wait_for_their_batch_attend_to_nothing(exit_loops, attending):
-    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract_params(CFG))
-    how = dict(measure=Static(1), missing_kv="propagate", chunk_length=4, depthwise=False)
-    engine = make_engine(scanned(CFG), params, 20, 32, **how)
+    engine = twenty_slots(depthwise=False)
     length = engine.cache.length
     watch = timing.Stopwatch(engine, timing.GREEDY, exit_loops)
     lanes, with_chunk = watch.lane_rows(20).position, watch.rows_with_chunk().position

@@ -6,7 +6,6 @@ depends on a pretrained model.
 
 import json
 import os
-import pathlib
 import re
 import shutil
 import signal
@@ -15,9 +14,11 @@ import subprocess
 import sys
 import time
 
+import commands
 import jax
 import numpy as np
 import pytest
+from commands import ROOT
 
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.parameters import abstract_params
@@ -26,21 +27,11 @@ from recursive_jax.training.optimizer import OptimizerConfig, make_optimizer
 from recursive_jax.weights import checkpoint, hf
 from recursive_jax.weights.source import ASSETS
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = "configs/tiny_smoke.py"
 STEPS = 60
 LLAMA = DecoderConfig(
     "llama", 4096, 32, 64, num_heads=4, num_kv_heads=2, head_dim=8, num_layers=4, tied_head=True
 )
-
-
-def environment(place):
-    """One CPU device, whatever this process has; all runs share what they compile."""
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    env |= {"JAX_COMPILATION_CACHE_DIR": str(place / "cache" / "jax")}
-    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
-    return env | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
 
 
 def random_leaf(path, x):
@@ -119,7 +110,7 @@ def launch(place, workdir, *overrides, env=None, stepwise=False):
     program = ["-c", STEPWISE] if stepwise else ["-m", "recursive_jax.train"]
     return subprocess.Popen(
         [sys.executable, *program, *command(place, workdir, *overrides)],
-        cwd=ROOT, env=env or environment(place), text=True,
+        cwd=ROOT, env=env or commands.environment(), text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -221,7 +212,7 @@ def test_two_processes_train_as_one(runs, place):
         with socket.create_server(("localhost", 0)) as server:
             port = server.getsockname()[1]
         for n in range(2):
-            env = environment(place) | {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
+            env = commands.environment() | {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
             env |= {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
             env |= {"SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)}
             yield launch(place, workdir, "--distributed", env=env, stepwise=stepwise and n == 0)
@@ -292,39 +283,6 @@ def test_interrupted_and_resumed_is_uninterrupted(runs):
 
 
 # Refusals: exit code 2, one line, nothing left behind
-
-# Imports what `train` imports, then runs its command line in a forked child per case: the same
-# program without eight seconds of imports for each.
-SERVER = """
-import io, json, os, runpy, sys
-import flax, grain, jax, ml_collections, optax, transformers, tensorboardX
-from orbax.checkpoint import v1
-import recursive_jax.sharding, recursive_jax.text, recursive_jax.metrics, recursive_jax.start
-import recursive_jax.console.app, recursive_jax.evaluation.perplexity, recursive_jax.training.setup
-recursive_jax.text.load_tokenizer(recursive_jax.weights.source.ASSETS / "tiny")  # lazy imports
-import recursive_jax.fit, recursive_jax.generation
-for case in json.loads(sys.stdin.read()):
-    child = os.fork()
-    if child:
-        os.waitpid(child, 0)
-        continue
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(f"{case['log']}.{name}", os.O_CREAT | os.O_WRONLY), number)
-    sys.argv = ["train.py", *case["argv"]]
-    code = 0
-    try:
-        runpy.run_module("recursive_jax.train", run_name="__main__", alter_sys=True)
-    except SystemExit as exit:
-        code = exit.code
-    except BaseException:
-        import traceback
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    with open(f"{case['log']}.code", "w") as f:
-        f.write(str(code))
-    os._exit(0)
-"""
 
 REFUSED = {
     "unknown key": (
@@ -431,7 +389,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def refusals(place, runs):
-    """case -> (exit code, stdout, stderr)."""
+    """case -> its CompletedProcess."""
     (place / "empty").mkdir()
     (place / "empty.txt").write_text("")
     (place / "added.txt").write_text("a picture <image> in the text\n" * 50)
@@ -456,22 +414,12 @@ def refusals(place, runs):
         "from configs import tiny_pretrain\n\n\ndef get_config():\n"
         "    c = tiny_pretrain.get_config()\n    del c.scratch['num_heads']\n    return c\n"
     )
-    cases = []
+    before, done = listing(place / "whole"), {}
     for n, (name, (overrides, _)) in enumerate(REFUSED.items()):
         argv = command(place, place / f"refused_{n}", *(o.format(place=place) for o in overrides))
-        cases.append({"name": name, "argv": argv, "log": str(place / f"log_{n}")})
-    before = listing(place / "whole")
-    server = subprocess.run(
-        [sys.executable, "-c", SERVER],
-        cwd=ROOT, env=environment(place), input=json.dumps(cases), text=True, capture_output=True,
-    )  # fmt: skip
-    assert server.returncode == 0, server.stderr
+        done[name] = commands.run("train", *argv)
     assert listing(place / "whole") == before, "a refusal touched the finished run"
-
-    def read(case, what):
-        return pathlib.Path(f"{case['log']}.{what}").read_text()
-
-    return {c["name"]: [read(c, what) for what in ("code", "stdout", "stderr")] for c in cases}
+    return done
 
 
 def swapped(vocab):
@@ -487,8 +435,8 @@ def listing(directory):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_mistake_is_told_in_one_line_and_leaves_nothing(name, refusals, place):
-    code, _, stderr = refusals[name]
-    assert code == "2", stderr
+    stderr = refusals[name].stderr
+    assert refusals[name].returncode == 2, stderr
     lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "Traceback" not in stderr, stderr
     assert re.search(REFUSED[name][1], lines[0]), lines[0]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import tiny_smoke
-from recursive_jax import files, start
+from recursive_jax import file_lock, files, start
 from recursive_jax.console import report
 from recursive_jax.model import load
 from recursive_jax.models.config import DecoderConfig
@@ -121,14 +121,14 @@ def test_one_run_at_a_time(tmp_path):
         assert process.stdout.readline() == "locked\n"
         words = rf"run is in use by process {process.pid} on \S+ since 20\d\d-\d\d-\d\d \d\d:"
         for _ in range(2):
-            with pytest.raises(workdir_lock.WorkdirInUse, match=words):
+            with pytest.raises(file_lock.InUse, match=words):
                 with workdir_lock.hold(run):
                     pass
         assert not workdir_lock.is_held(run)
         process.kill()
     with workdir_lock.hold(run):
         assert workdir_lock.is_held(run)
-        with pytest.raises(workdir_lock.WorkdirInUse, match=f"process {os.getpid()} on"):
+        with pytest.raises(file_lock.InUse, match=f"process {os.getpid()} on"):
             with workdir_lock.hold(run):
                 pass
     assert not workdir_lock.is_held(run) and list(run.iterdir()) == []

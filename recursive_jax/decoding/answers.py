@@ -12,6 +12,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 
+from recursive_jax import file_lock
 from recursive_jax.decoding.requests import Completion, Request
 
 
@@ -55,8 +56,9 @@ class Answers:
     A line of FILE.part also has a `checksum` of the answer and of its `digest`. `resume` finds by
     it the answers of an interrupted run.
 
-    As a context manager it closes at the end. After an error or a signal FILE.part stays. A pipe or
-    a device such as /dev/stdout has no FILE.part: it gets all finished answers in any case.
+    As a context manager it holds a lock, FILE.part.lock, and closes at the end. After an error or a
+    signal FILE.part stays. A pipe or a device such as /dev/stdout has no FILE.part and no lock: it
+    gets all finished answers in any case.
 
     Args:
       path: FILE, or a link to it. Its directory is made.
@@ -71,20 +73,25 @@ class Answers:
         self.path = pathlib.Path(path if self._stream else os.path.realpath(path))
         self.part = pathlib.Path(f"{self.path}.part")
         self._write, self._file = write, None
+        self._lock = contextlib.ExitStack()
         self._lines: dict[int, str] = {}  # of FILE
         self._digests: dict[int, str] | None = None  # None before `resume`
         if write:
             check_writable(path)
 
     def __enter__(self) -> Answers:
+        if self._write and not self._stream:
+            lock = pathlib.Path(f"{self.part}.lock")
+            self._lock.enter_context(file_lock.hold(lock, self.part, "--out"))
         return self
 
     def __exit__(self, kind, *_) -> None:
-        if kind is None or self._stream:
-            self.close()
-        elif self._file is not None:
-            with contextlib.suppress(OSError):  # of a full disk, which has been told
-                self._file.close()
+        with self._lock:
+            if kind is None or self._stream:
+                self.close()
+            elif self._file is not None:
+                with contextlib.suppress(OSError):  # of a full disk, which has been told
+                    self._file.close()
 
     def resume(
         self, digests: Mapping[str | int, tuple[int, str]], say: Callable[[str], None]

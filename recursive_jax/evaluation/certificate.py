@@ -202,7 +202,7 @@ class Reference:
                 )
         if not np.isfinite(sums).all():
             raise ValueError(_OVERFLOW.format("the source or the result gives"))
-        nll_source, nll, kl, agreement = sums / len(self._rows)
+        nll_source, nll, kl, agreement = (float(x) for x in sums / len(self._rows))
         return {
             "source_perplexity": exp(nll_source),
             "perplexity": exp(nll),

@@ -16,25 +16,19 @@ Nothing here imports TensorFlow, and nothing installed is imported in order to r
 
 from __future__ import annotations
 
-import ast
-import codecs
 import dataclasses
-import gzip
 import hashlib
-import inspect
 import json
 import logging
 import pathlib
 import sys
-import sysconfig
-import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator
+
+from recursive_jax.text import docstrings, readers
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 # Names of text files that describe the other files of a directory.
 CARDS = "readme license licence copying notice changelog contributing citation authors".split()
-BLOCK_BYTES = 1 << 20  # a text file is read in blocks of this size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +116,7 @@ def _files(item: str, path: pathlib.Path) -> Documents:
         )
     for file in files:
         if file.name.endswith(".zst"):  # an error before the text is read
-            _zstandard(file)
+            readers.load_zstandard(file)
             break
     listing = [
         (
@@ -136,9 +130,9 @@ def _files(item: str, path: pathlib.Path) -> Documents:
     def read():
         for file in files:
             if file.name.endswith((".txt", ".md")):
-                yield str(file), _read_text(file)
+                yield str(file), readers.read_text(file)
             else:
-                yield from _read_jsonl(file)
+                yield from readers.read_jsonl(file)
 
     packed = 3  # what gzip and zstd make of English, roughly
     size = sum(n * (packed if name.endswith((".gz", ".zst")) else 1) for name, n, _ in listing)
@@ -183,108 +177,6 @@ def _is_card(name: str) -> bool:
     return stem in CARDS and suffix in ("txt", "md")
 
 
-def _read_text(file: pathlib.Path) -> Iterator[str]:
-    """The text of a file in blocks, without a byte order mark."""
-    decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
-    with open(file, "rb") as data:
-        while True:
-            block = data.read(BLOCK_BYTES)
-            pending = len(
-                decoder.getstate()[0]
-            )  # bytes of a character that began in the last block
-            try:
-                text = decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                byte = position - pending + error.start
-                raise ValueError(f"{file} is not UTF-8 text (byte {byte})") from error
-            yield text if position else text.removeprefix("\ufeff")
-            if not block:
-                return
-            position += len(block)
-
-
-def _read_jsonl(file: pathlib.Path) -> Iterator[tuple[str, str]]:
-    number = 0
-    try:
-        for number, line in enumerate(_lines(file), 1):
-            where = f"{file}, line {number}"
-            if not line.strip():
-                continue
-            content = _decode(line, where)
-            try:
-                record = json.loads(content)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where} is not JSON: {error}") from error
-            except (ValueError, RecursionError) as error:
-                raise ValueError(
-                    f"{where} is not read: a number of too many digits, or lists too deep in each "
-                    "other; mend or remove it"
-                ) from error
-            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                found = sorted(record) if isinstance(record, dict) else type(record).__name__
-                raise ValueError(
-                    f'{where} has no string field "text" (found {found}); '
-                    'every line must be an object like {"text": "..."}'
-                )
-            try:
-                record["text"].encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(
-                    f'{where}: half a surrogate pair in "text" (character {error.start}); mend it'
-                ) from error
-            yield where, record["text"]
-    except (EOFError, OSError, zlib.error) as error:  # what damaged files raise
-        raise ValueError(f"{file} is damaged after line {number}: {error}") from error
-
-
-def _lines(file: pathlib.Path) -> Iterator[bytes]:
-    if file.name.endswith(".zst"):
-        yield from _zstd_lines(file)
-    else:
-        with gzip.open(file) if file.name.endswith(".gz") else open(file, "rb") as lines:
-            yield from lines
-
-
-def _zstd_lines(file: pathlib.Path) -> Iterator[bytes]:
-    """Lines of one or more zstd frames. zstandard's own reader takes a cut file for a short one."""
-    zstandard = _zstandard(file)
-    frame, tail = None, b""
-    with open(file, "rb") as compressed:
-        while data := compressed.read(1 << 20):
-            while data:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                try:
-                    *lines, tail = (tail + frame.decompress(data)).split(b"\n")
-                except zstandard.ZstdError as error:
-                    raise OSError(str(error)) from error
-                yield from lines
-                data = frame.unused_data
-                frame = None if frame.eof else frame
-    if frame is not None:
-        raise OSError("the file ends inside a zstd frame")
-    if tail:
-        yield tail
-
-
-def _zstandard(file: pathlib.Path):
-    """The module zstandard, or a ValueError that names the file which needs it."""
-    try:
-        import zstandard
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{file}: reading .zst needs zstandard, which is not installed; "
-            "pip install 'recursive_jax[train]'"
-        ) from error
-    return zstandard
-
-
-def _decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where} is not UTF-8 text (byte {error.start})") from error
-
-
 # TFDS
 
 
@@ -317,7 +209,7 @@ def _tfds(item: str, name: str) -> Documents:
     def read():
         for i in range(len(records)):
             text = records[i][field]
-            yield f"{name}@{split}[{i}]", _decode(bytes(text), f"{name}@{split}[{i}]")
+            yield f"{name}@{split}[{i}]", readers.decode(bytes(text), f"{name}@{split}[{i}]")
 
     info = builder.info
     listing = [str(builder.data_dir), info.full_name, split, len(records), info.dataset_size]
@@ -352,98 +244,20 @@ def _docstrings(item: str) -> Documents:
                 f"{item!r}: expected docstrings or docstrings:N with N in megabytes, "
                 "e.g. docstrings:20"
             ) from error
-    modules = _modules()
+    modules = docstrings.modules()
     sizes = [file.stat().st_size for _, file in modules]
     fingerprint = _digest([sys.version, limit, [name for name, _ in modules], sizes])
     expected = sum(sizes) // 6  # the share of docstrings in source code
 
     def read():
-        # A docstring may be vendored or copied into many modules; only its first copy counts,
-        # which also keeps copies from standing on both sides of a held-out split.
-        seen, size = set(), 0
-        for name, text in _read_modules(modules, seen):
+        size = 0
+        for name, text in docstrings.read(modules):
             yield name, text
             size += len(text)
             if limit is not None and size >= limit:
                 return
 
     return Documents(item, fingerprint, min(expected, limit or expected), read)
-
-
-def _modules() -> list[tuple[str, pathlib.Path]]:
-    """Importable modules as (dotted name, file), in an order that is fixed but mixes packages.
-
-    The order is by the hash of the name, so a capped read is a sample of everything installed.
-    """
-    paths = sysconfig.get_paths()
-    packages = {pathlib.Path(paths[key]).resolve() for key in ("purelib", "platlib")}
-    stdlib = pathlib.Path(paths["stdlib"]).resolve()
-    found = {}
-    for root in [stdlib, *sorted(packages)]:
-        for file in root.rglob("*.py"):
-            parts = file.relative_to(root).with_suffix("").parts
-            installed = root == stdlib and {"site-packages", "dist-packages"} & set(parts)
-            # Tests rarely say anything; a part that is no identifier cannot be imported.
-            tests = any(part in ("test", "tests", "idlelib") for part in parts)
-            tests |= parts[-1].startswith("test_") or parts[-1].endswith("_test")
-            if installed or tests or not all(part.isidentifier() for part in parts):
-                continue
-            if parts[-1] == "__init__":
-                parts = parts[:-1]
-            found.setdefault(".".join(parts), file)
-
-    def order(name: str) -> bytes:
-        return hashlib.blake2b(name.encode(), digest_size=8).digest()
-
-    return [(name, found[name]) for name in sorted(found, key=order) if name]
-
-
-def _read_modules(modules, seen: set[bytes]) -> Iterator[tuple[str, str]]:
-    for name, file in modules:
-        if name == "pydoc_data.topics":  # help() texts of the language: data, not docstrings
-            for topic, text in sorted(_literal_dict(file).items()):
-                yield f"{name}[{topic}]", text.strip()
-            continue
-        try:
-            source = file.read_bytes()
-            if b'"""' not in source and b"'''" not in source:
-                continue
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # invalid escapes in other people's code
-                tree = ast.parse(source)
-        except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
-            continue  # templates and files for other Python versions
-        entries = []
-        for title, text in _entries(tree, name):
-            digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
-            if digest not in seen:
-                seen.add(digest)
-                entries.append(f"{title}\n\n{text}")
-        if entries:
-            yield name, "\n\n\n".join(entries).encode("utf-8", "replace").decode()
-
-
-def _entries(node: ast.AST, title: str) -> Iterator[tuple[str, str]]:
-    """(heading, docstring) of a module or class and of the classes and functions in it."""
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-        names = [a.arg for a in arguments if a.arg not in ("self", "cls")]
-        title = f"{title}({', '.join(names)})"
-    docstring = ast.get_docstring(node, clean=False)
-    if docstring and (text := inspect.cleandoc(docstring).strip()):
-        yield title, text
-    if isinstance(node, ast.Module | ast.ClassDef):
-        for child in node.body:
-            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                inside = f"{title}.{child.name}" if isinstance(node, ast.ClassDef) else child.name
-                yield from _entries(child, inside)
-
-
-def _literal_dict(file: pathlib.Path) -> dict[str, str]:
-    for node in ast.parse(file.read_bytes()).body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
-            return ast.literal_eval(node.value)
-    return {}
 
 
 def _digest(value) -> str:

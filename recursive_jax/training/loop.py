@@ -45,19 +45,27 @@ class Stop:
 
     Args:
       say: shows a line to the user.
-      handles: False leaves the signals to the caller, as a notebook's kernel expects.
+      signals: to handle, in the main thread; all others are left to the caller.
+
+    Attributes:
+      requested: a signal has arrived in this process.
     """
 
-    def __init__(self, say: Callable[[str], None] = logging.info, handles: bool = True):
-        self._say, self._handles = say, handles
-        self._stepping = self._requested = False
+    def __init__(
+        self,
+        say: Callable[[str], None] = logging.info,
+        signals: Sequence[int] = (signal.SIGINT, signal.SIGTERM),
+    ):
+        self._say, self._signals = say, signals
+        self._stepping = self.requested = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
-        if self._handles and threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread():
             alone = jax.process_count() == 1
-            for number in (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,):
-                self._before[number] = signal.signal(number, self._request)
+            for number in self._signals:
+                if alone or number == signal.SIGINT:
+                    self._before[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(self, *error) -> None:
@@ -66,24 +74,32 @@ class Stop:
         self._before.clear()
 
     def begin_steps(self) -> None:
-        """From now on a signal stops behind a step."""
+        """From now on a signal stops behind a step; `NotStarted` if one has arrived before.
+
+        The handler's own `NotStarted` is lost where Python ignores exceptions, as in callbacks of
+        the garbage collector.
+        """
+        if self.requested and jax.process_count() == 1:
+            raise NotStarted("a signal")
         self._stepping = True
 
     def _request(self, number, frame):
         if jax.process_count() > 1:
+            self.requested = True
             os.kill(os.getpid(), signal.SIGTERM)  # JAX tells all processes of it
             return
         if not self._stepping:
+            self.requested = True
             raise NotStarted(signal.Signals(number).name)
-        if self._requested:  # the second signal stops at once
+        if self.requested:  # the second signal stops at once
             raise KeyboardInterrupt
-        self._requested = True
+        self.requested = True
         self._say("\nstopping after this step; the same signal again stops at once")
 
     def reached(self, step: int) -> bool:
         """True on every process at the same step."""
         if jax.process_count() == 1:
-            return self._requested
+            return self.requested
         from jax.experimental import multihost_utils
 
         return multihost_utils.reached_preemption_sync_point(step)

@@ -61,6 +61,7 @@ __all__ = [
     "load_config",
     "load_params",
     "load_progress",
+    "load_step",
     "local",
     "params_checksum",
     "restore",
@@ -243,7 +244,18 @@ def load_params(
     step: int | None = None,
     say: Say = logging.warning,
 ) -> tuple[Any, DecoderConfig]:
-    """Params and config of a checkpoint, on one device or in `shardings`; nothing else is read.
+    """Params and config of a checkpoint. Arguments and errors as in `load_step`."""
+    return load_step(directory, shardings, dtype, step, say)[0], load_config(directory)[0]
+
+
+def load_step(
+    directory: str | os.PathLike,
+    shardings: Any = None,
+    dtype: Any = jnp.float32,
+    step: int | None = None,
+    say: Say = logging.warning,
+) -> tuple[Any, int]:
+    """Params of a step, on one device or in `shardings`, and the step; nothing else is read.
 
     Of a run that averages its weights these are the averaged ones. `step` and `say` are those of
     `restore`.
@@ -257,8 +269,8 @@ def load_params(
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), abstract, shardings
     )
-    arrays, _, _ = restore(directory, {part: abstract}, step, say)
-    return arrays[part], cfg
+    arrays, _, step = restore(directory, {part: abstract}, step, say)
+    return arrays[part], step
 
 
 def load_certificate(directory: str | os.PathLike) -> dict[str, Any] | None:

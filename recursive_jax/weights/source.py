@@ -10,7 +10,7 @@ from typing import Any
 
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.parameters import leaves
-from recursive_jax.weights import gguf, hf, names
+from recursive_jax.weights import gguf, hf, hf_files, names
 
 ASSETS = pathlib.Path(__file__).resolve().parents[1] / "assets"
 
@@ -64,7 +64,7 @@ def open_source(spec: str) -> Source:
     path = pathlib.Path(spec).expanduser()
     if path.suffix == ".gguf" and not path.exists():
         raise FileNotFoundError(f"no such file: {path}; expected a GGUF model")
-    if path.is_file() and (path.suffix == ".gguf" or hf.is_gguf(path)):
+    if path.is_file() and (path.suffix == ".gguf" or hf_files.is_gguf(path)):
         params, cfg = gguf.open_params(path)
         return Source(path, cfg, params, lambda: gguf.load_tokenizer(path), {})
     path = hf.resolve(spec)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from recursive_jax import file_lock
 from recursive_jax.weights import workdir_lock
 from recursive_jax.weights.integrity import (
     Damaged,
@@ -177,7 +178,7 @@ def _set_aside(
                 with workdir_lock.hold_alone(directory):
                     path.rename(target)
             what = f"its directory is now {target.name}"
-        except (OSError, workdir_lock.WorkdirInUse) as reason:
+        except (OSError, file_lock.InUse) as reason:
             what = f"it cannot be renamed and is skipped ({reason})"
         say(f"warning: {error.what}; {what}. Step {used} is used")
 

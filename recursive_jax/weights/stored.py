@@ -19,6 +19,7 @@ import numpy as np
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.parameters import abstract_params
 from recursive_jax.weights import checkpoint, names
+from recursive_jax.weights.integrity import Damaged, together
 from recursive_jax.weights.source import Source
 
 
@@ -67,32 +68,71 @@ class SourceWeights:
         return digest.hexdigest()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class CheckpointWeights:
     """Those of a step of a checkpoint directory, read straight onto their devices.
 
+    Every use reads the same step, also while a training saves newer ones there.
+
     Attributes:
       directory: of the checkpoint.
-      step: None: the latest that is not damaged.
+      step: the step to read. Without `exact`, the one before it once it is found damaged.
+      exact: no other step will do. Otherwise `step` was the newest when the model was loaded.
       say: is given a line per step that is set aside as damaged.
     """
 
     directory: str | os.PathLike
-    step: int | None = None
+    step: int
+    exact: bool = True
     say: Callable[[str], None] = logging.warning
 
     def load(self, shardings, dtype):
-        return checkpoint.load_params(self.directory, shardings, dtype, self.step, self.say)[0]
+        return self._of_step(
+            lambda step: checkpoint.load_step(self.directory, shardings, dtype, step, self.say)
+        )
 
     read = load
 
     def as_source(self, cfg, tokenizer, facts):
-        params, _ = checkpoint.load_params(self.directory, step=self.step, say=self.say)
+        params = self._of_step(
+            lambda step: checkpoint.load_step(self.directory, step=step, say=self.say)
+        )
         return ArrayWeights(params, str(self.directory)).as_source(cfg, tokenizer, facts)
 
     def content(self):
-        sums = checkpoint.weights_of(self.directory, self.step, self.say)[2]
+        def sums_of(step):
+            step, _, sums = checkpoint.weights_of(self.directory, step, self.say)
+            return sums, step
+
+        sums = self._of_step(sums_of)
         return hashlib.blake2b(json.dumps(sums).encode(), digest_size=12).hexdigest()
+
+    def _of_step(self, read: Callable[[int | None], tuple[Any, int]]) -> Any:
+        """What `read` returns for the step, or for the newest whole one where it is damaged.
+
+        Args:
+          read: step or None -> result, and the step that was read.
+
+        Raises:
+          FileNotFoundError: the step has been removed since.
+        """
+        try:
+            return read(self.step)[0]
+        except (FileNotFoundError, Damaged) as error:
+            if self.exact:
+                raise
+            together(functools.partial(self._check_still_newest, error))
+        result, self.step = read(None)
+        return result
+
+    def _check_still_newest(self, error: Exception) -> None:
+        latest = checkpoint.latest_step(self.directory)
+        if latest != self.step:
+            raise FileNotFoundError(
+                f"step {self.step} of {self.directory} was the newest when the model was loaded, "
+                "and cannot be read any more; a training there may have removed it. Load the model "
+                f"again: the newest step is {latest} now"
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True)
