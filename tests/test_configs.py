@@ -20,7 +20,7 @@ ARGUMENTS = {  # what else their docstrings promise
     "gemma_rrt": ["paper", "gemma3_270m,loops=3,rank=full", "gemma2_2b,exits=0.1"],
     "llama_rrt": ["paper", "loops=11,rank=0"],
     "pythia_rrt": ["paper,exits=0.1"],
-    "quickstart": ["loops=3,rank=8,tokens=1000"],
+    "quickstart": ["loops=3,rank=8,tokens=1000", "paper"],
     "tiny_pretrain": ["tokens=1000"],
     "tiny_smoke": ["steps=5"],
 }

@@ -2,8 +2,9 @@
 
     python -m tests.benchmarks.comparisons --workdir=runs/comparisons [--tokens=524288] [ROW ...]
 
-Every row is the quickstart with a few values changed and the same budget, data and seed. A row that
-has ended is not run again. Prints a table, and one JSON row for docs/results.jsonl.
+Every row is the quickstart's `paper` variant with a few values changed and the same budget, data
+and seed. A row that has ended is not run again. Prints a table, and one JSON row for
+docs/results.jsonl.
 """
 
 import argparse
@@ -20,7 +21,11 @@ ROWS = {
     "stepwise": {"model.method": "stepwise", "model.lora_rank": 0},
     "average": {"model.method": "average", "model.lora_rank": 0},
     "lower": {"model.method": "lower", "model.lora_rank": 0},
-    "random": {"model.method": "random", "model.lora_rank": 0},  # layers; embeddings are kept
+    "random": {  # layers; embeddings are kept
+        "model.method": "random",
+        "model.lora_init": "none",
+        "model.lora_rank": 0,
+    },
     "looped, from scratch": {"source": "", "tokenizer": "tiny"},  # embeddings random as well
     "reduced": {"model.reduced_baseline": True},  # random, half the layers, no loop
     "average, zero LoRA": {"model.method": "average", "model.lora_init": "zero"},
@@ -38,7 +43,7 @@ def run(name: str, workdir: pathlib.Path, tokens: int, rank: int) -> dict:
     directory = workdir / name.replace(", ", "-").replace(" ", "_")
     summary = directory / "summary.json"
     if not summary.exists():
-        config = quickstart.get_config(f"rank={rank},tokens={tokens}")
+        config = quickstart.get_config(f"paper,rank={rank},tokens={tokens}")
         config.objective.kd = 0.0
         config.update_from_flattened_dict(ROWS[name])
         if not config.source:
