@@ -195,7 +195,15 @@ def test_a_run_in_a_workdir_goes_on(source, words, tmp_path):
         source.train(words, workdir=tmp_path / "part", **settings | {"tokens": 7 * 256})
 
 
-def test_ctrl_c_saves_the_steps_that_are_done(source, words, tmp_path, monkeypatch):
+@pytest.fixture
+def interruptible():
+    """Python's own handler of SIGINT, which a process in the background of a shell may lack."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_saves_the_steps_that_are_done(source, words, tmp_path, monkeypatch, interruptible):
     """The same call then goes on from there."""
     settings = {"tokens": 6 * 256, "kd": 0.0, "quiet": True, "log_every": 1, **SMALL}
     run, handler, steps = tmp_path / "run", signal.getsignal(signal.SIGINT), []
