@@ -38,8 +38,9 @@ def keys(config, prefix=""):
         if hasattr(value, "items") and f"{prefix}{key}" != "scratch":
             out |= keys(value, f"{prefix}{key}.")
         else:
-            # a rank is a number, or full
-            out[f"{prefix}{key}"] = object if key == "lora_rank" else type(value)
+            # a rank is a number, or full; what is None in the common config is a text elsewhere
+            kind = str if value is None else type(value)
+            out[f"{prefix}{key}"] = object if key == "lora_rank" else kind
     return out
 
 
