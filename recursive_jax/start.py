@@ -155,7 +155,10 @@ def check_recipe(workdir: str | os.PathLike, recipe: Mapping[str, Any]) -> None:
     there = dict(facts.get("recipe") or {})
     if there.get("model") is not None:
         how, baseline = TieConfig.from_json(there["model"]), there["model"].get("reduced_baseline")
-        there["model"] = _model_section(how, bool(baseline))
+        section = _model_section(how, bool(baseline))
+        if "metric" not in there["model"] and recipe["model"] is not None:
+            section |= _before_calibration(section, recipe["model"])
+        there["model"] = section
     names = [name for name in recipe if not name.endswith("_content")]
     for name in ("source", "init_from"):
         if _same_model(there, recipe, name):
@@ -179,6 +182,14 @@ def _model_section(how: TieConfig, reduced_baseline: bool) -> dict[str, Any]:
     section = how.to_json() | {"reduced_baseline": reduced_baseline}
     del section["seed"]  # of the whole run: `RunContract` compares it
     return section
+
+
+def _before_calibration(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record lacks that is older than the joint start. Its default start was 'svd'."""
+    values = {name: now[name] for name in ("metric", "calibrate", "calibration_tokens")}
+    if then["lora_init"] is None and now["lora_init"] is not None:
+        values["lora_init"] = "svd"
+    return values
 
 
 def _content_of(directory: str) -> int | None:

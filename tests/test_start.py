@@ -85,9 +85,14 @@ def test_a_record_of_an_older_version_is_understood(source, workdir):
     }  # fmt: skip
     del record["checksum"]  # the oldest checkpoints have none
     (workdir / checkpoint.CONFIG).write_text(json.dumps(record))
-    start.check_recipe(workdir, recipe_of(config_of(source, lora_rank="full")))
+    for lora_init in (None, "svd"):  # its default was svd
+        same = config_of(source, lora_rank="full", lora_init=lora_init, calibrate="docstrings:3")
+        start.check_recipe(workdir, recipe_of(same))
     with pytest.raises(ValueError, match="model was .*'full'.*, now .*'lora_rank': 4"):
         start.check_recipe(workdir, recipe_of(config_of(source, lora_rank=4)))
+    with pytest.raises(ValueError, match="lora_init.* 'svd'.*, now .*'lora_init': 'joint'"):
+        other = config_of(source, lora_rank="full", lora_init="joint")
+        start.check_recipe(workdir, recipe_of(other))
 
 
 @pytest.mark.parametrize(
