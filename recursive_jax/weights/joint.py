@@ -10,7 +10,7 @@ with C ⊗ G in place of the Fisher matrix of the weight. The paper fits W first
 and the LoRAs after it (arXiv 2410.20672v3 §2.3). docs/method.md has the derivation.
 
 The two steps take turns. Given W, each LoRA is a truncated SVD of the weighted residual. Given the
-LoRAs, W solves a linear system. Each step is exact. Momentum makes them fast; where it would raise
+LoRAs, W solves a linear system. Each step is exact. Momentum speeds them up; where it would raise
 the objective, it is dropped.
 Everything is float64 on the host.
 """
@@ -173,8 +173,8 @@ def fit(
         objective.append(error)
         if error >= (1 - gain) * objective[-2] or error == 0:
             break
-        # The weight for these factors, and Nesterov's step beyond it: alone, the two steps in turn
-        # take ten times as many sweeps.
+        # The weight for these factors, and Nesterov's step beyond it: the two steps in turn converge
+        # slowly. After 12 sweeps they were 2 to 70 % above their limit on the embedded model.
         targets = [w - a @ b for w, (a, b) in zip(weights, factors, strict=True)]
         previous, solved = solved, shared(targets, base)
         following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
