@@ -173,8 +173,8 @@ def fit(
         objective.append(error)
         if error >= (1 - gain) * objective[-2] or error == 0:
             break
-        # The weight for these factors, and Nesterov's step beyond it. Without it, 12 sweeps end 2 to
-        # 70 % above the limit on the embedded model.
+        # The weight for these factors, and Nesterov's step beyond it. Without it, 12 sweeps end 2
+        # to 70 % above the limit on the embedded model.
         targets = [w - a @ b for w, (a, b) in zip(weights, factors, strict=True)]
         previous, solved = solved, shared(targets, base)
         following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
