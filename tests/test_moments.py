@@ -165,6 +165,19 @@ def test_folded_norms_see_the_moment_of_the_plain_norm(tmp_path):
     np.testing.assert_allclose(ours.inputs.blocks, want.inputs.blocks, rtol=1e-3, atol=1e-4)
 
 
+def test_a_moment_that_rounding_has_spoilt_is_named(tmp_path):
+    params = random_params(LLAMA)
+    found = moments.measure(source_of(LLAMA, params), rows(), tmp_path / "a", progress=False)
+    file = tmp_path / "a" / "layer_001.npz"
+    with np.load(file) as stored:
+        arrays = dict(stored)
+    arrays["C/q"] = arrays["C/q"] - np.eye(8, dtype=np.float32)
+    np.savez(file, **arrays)
+    with pytest.raises(ValueError, match="of projection k in layer 1 are not positive definite"):
+        found.metric("k", 1, "fisher")
+    found.metric("k", 2, "fisher")
+
+
 def test_weights_that_overflow_are_named(tmp_path):
     params = random_params(LLAMA)
     params["block"]["mlp"]["up"]["w"] = params["block"]["mlp"]["up"]["w"].at[1].mul(1e30)

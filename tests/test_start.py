@@ -137,10 +137,13 @@ def test_a_checkpoint_to_start_from_may_move(first, tmp_path, monkeypatch):
     checkpoint.create(run, CFG, recipe=recipe_from(first))
     monkeypatch.chdir(first.parent)
     for spec in (f"{first}/", "run", shutil.copytree(first, tmp_path / "elsewhere")):
-        start.check_recipe(run, recipe_from(spec))  # raises for a run of another model
+        recipe = recipe_from(spec)
+        assert recipe["init_from_content"] == recipe_from(first)["init_from_content"] is not None
+        start.check_recipe(run, recipe)  # raises for a run of another model
     moved = recipe_from(first.rename(tmp_path / "moved"))
     gone = recipe_from(first)
     (tmp_path / "moved").rename(first)
+    assert moved["init_from"] != gone["init_from"] and gone["init_from_content"] is None
     start.check_recipe(run, moved)
     start.check_recipe(run, gone)  # the run has its own weights
 

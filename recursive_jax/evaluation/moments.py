@@ -111,15 +111,25 @@ class Moments:
           kind: 'fisher', or 'activations' (G = 1).
           scale, bias: `[in]` of the norm in front, where they are folded into the weight: the
             metric is then that of the norm's output without them.
+
+        Raises:
+          ValueError: rounding has left a moment that is no positive definite matrix.
         """
         with np.load(_file(self.directory, depth)) as file:
             inputs, outputs = file[f"C/{reads(projection)}"], file[f"G/{projection}"]
             if scale is not None:
                 inputs = _normalised(inputs, file[f"mean/{reads(projection)}"], scale, bias)
-        if kind == "activations":
-            out_dim = outputs.shape[0] * outputs.shape[1]
-            return joint.Metric(joint.Moment.of(inputs), joint.Moment.identity(out_dim))
-        return joint.Metric(joint.Moment.of(inputs), joint.Moment.of(outputs))
+        try:
+            if kind == "activations":
+                out_dim = outputs.shape[0] * outputs.shape[1]
+                return joint.Metric(joint.Moment.of(inputs), joint.Moment.identity(out_dim))
+            return joint.Metric(joint.Moment.of(inputs), joint.Moment.of(outputs))
+        except np.linalg.LinAlgError as error:
+            raise ValueError(
+                f"the calibration moments of projection {projection} in layer {depth} are not "
+                "positive definite: rounding is larger than their ridge. Convert with "
+                "--lora_init=svd, or with --norms=per_loop if norms are folded"
+            ) from error
 
 
 def _normalised(inputs, mean, scale, bias) -> np.ndarray:
