@@ -37,12 +37,14 @@ class Text:
       rows: packed, `[N, T]` arrays.
       held_out: windows of other documents.
       key: of this text in caches.
+      apart: without the tokens at the beginning, which the certificate is measured on.
     """
 
     name: str
     rows: data.Batch
     held_out: text.Windows
     key: str
+    apart: bool
 
     @property
     def tokens(self) -> int:
@@ -60,7 +62,8 @@ def read(
       spec: as `text.documents` takes it.
       tokens: to calibrate on; fewer where the text is shorter.
       tokenizer, vocab_size, max_length: of the model.
-      skip: leave out so many tokens at the beginning, which the certificate is measured on.
+      skip: leave out so many tokens at the beginning, which the certificate is measured on. They
+        are not left out where they are half of the text, or more.
       progress: show a bar while a text is tokenised.
 
     Raises:
@@ -73,7 +76,8 @@ def read(
         return text.encode_batch(tokenizer, texts, vocab_size)
 
     found = data.tokenize(docs, encode, fingerprint, progress=progress)
-    found = found.without_first(skip) if skip < found.num_tokens // 2 else found
+    apart = skip < found.num_tokens // 2
+    found = found.without_first(skip) if apart else found
     prefix = text.bos_prefix(tokenizer)
     length = min(CONTEXT_LENGTH, max_length)
     pieces = found.split("train", VALID_FRACTION).pieces(length - len(prefix))
@@ -102,7 +106,7 @@ def read(
     stacked = data.Batch(*(np.stack([getattr(row, f.name) for row in rows])
                            for f in dataclasses.fields(data.Batch)))  # fmt: skip
     key = " ".join([docs.fingerprint, fingerprint, str(tokens), str(length), str(skip)])
-    return Text(spec, stacked, held_out, key)
+    return Text(spec, stacked, held_out, key, apart)
 
 
 def measure(
@@ -193,6 +197,11 @@ def tie(
             best, chosen = result, kind
         del result
     params, cfg, certificate = best
+    if not calibration.apart:
+        certificate["warnings"].append(
+            f"{calibration.name} is too short to fit on one part and measure on another: the "
+            "values on this text are those of text that was fitted"
+        )
     about = {"text": calibration.name, "tokens": calibration.tokens, "metric": chosen}
     if kls:
         about["kl_by_metric"] = kls

@@ -266,6 +266,14 @@ def test_certificate_and_calibration_have_no_token_in_common(source, tmp_path):
     assert not measured & rows and not measured & held_out and not rows & held_out
 
 
+def test_a_certificate_on_text_that_was_fitted_says_so(source, words, cache):
+    options = dict(calibrate=words, calibration_tokens=64, text=words, metric="fisher", lora_rank=2)
+    for text_tokens, count in ((100, 0), (100_000, 1)):
+        model = source.convert(text_tokens=text_tokens, context_length=64, quiet=True, **options)
+        found = [w for w in model.certificate["warnings"] if "text that was fitted" in w]
+        assert len(found) == count
+
+
 def test_too_little_text_is_told(source, words, cache, tmp_path, capfd):
     short = tmp_path / "short.txt"
     short.write_text("the loop runs a block of layers twice and then returns. " * 12)
@@ -274,6 +282,7 @@ def test_too_little_text_is_told(source, words, cache, tmp_path, capfd):
     )
     used = model.certificate["calibration"]["tokens"]
     assert used < 200
+    assert not model.certificate["warnings"]
     shown = capfd.readouterr()
     assert f"has only {used} tokens to calibrate on" in shown.out + shown.err
 
