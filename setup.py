@@ -20,7 +20,7 @@ FEATURES = {
     "gguf": ["gguf>=0.17"],  # models in .gguf files
     "tfds": ["tensorflow-datasets>=4.9.10"],  # text from tfds:NAME
     "hub": ["huggingface-hub>=0.34"],  # models by hub id
-    "plot": ["matplotlib>=3.8"],  # generate --heatmap
+    "plot": ["matplotlib>=3.8"],  # generate --heatmap, convert --plot
 }
 ALL = sorted({package for packages in FEATURES.values() for package in packages})
 

@@ -26,6 +26,8 @@ def get_config() -> ConfigDict:
     # N for every projection, clamped to its size; 'full'; or a rank by projection
     c.model.lora_rank = config_dict.placeholder(object)
     c.model.lora_rank = 0
+    # instead of a rank: share of the source's layers for all LoRAs, such as 0.15
+    c.model.lora_budget = config_dict.placeholder(float)
     c.model.norms = "per_loop"  # tied per_loop folded
     c.model.rounding = "even"  # of stepwise positions: even half_up floor
     # average choice zero own; None = own with a fitted or SVD LoRA and norms per loop, else by
@@ -61,6 +63,13 @@ def get_config() -> ConfigDict:
     c.optimizer.decay_on = "weights"  # or matrices: LoRA factors and embeddings as well
     c.optimizer.clip_norm = 1.0
     c.optimizer.lora_lr_scale = 1.0
+
+    # What changes where the start is near its source (recursive_jax.training.config.NearStart)
+    c.near = ConfigDict()
+    c.near.kl = 2.0  # nats per token, as its certificate measured: near up to here; 0 = never
+    c.near.cross_entropy = 0.0  # instead of objective.ce
+    c.near.learning_rate_scale = 0.5
+    c.near.max_warmup_steps = 20
 
     c.tokens = 1_000_000  # at least so many; a step takes batch_size * context_length
     c.accumulate = 1  # micro-batches of a step: less memory, the same step

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import pathlib
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from recursive_jax import text
 from recursive_jax.evaluation import moments
@@ -19,12 +22,14 @@ from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import Decoder
 from recursive_jax.text.documents import documents
 from recursive_jax.training import data
+from recursive_jax.weights import rank_budget, tying
 from recursive_jax.weights.source import Source
-from recursive_jax.weights.tie_config import TieConfig
+from recursive_jax.weights.tie_config import TieConfig, tied_config
 
 CONTEXT_LENGTH = 512  # of the packed rows, at most
 HELD_OUT_TOKENS = 2048  # scored, to choose between fits
 HELD_OUT_LENGTH = 128  # tokens per held-out window, at most: many documents are short
+KEPT, KEPT_SECONDS = 4, 86_400  # moments in the cache: the newest, and what was used lately
 VALID_FRACTION = 0.01  # held out by `train`, with its default; not calibrated on
 
 
@@ -130,6 +135,7 @@ def measure(
     if entry.exists():
         found = Moments.open(entry)
         if found is not None:
+            os.utime(entry)
             return found
         say(f"the cached calibration {entry} is damaged; it is measured again")
         shutil.rmtree(entry)
@@ -144,7 +150,18 @@ def measure(
             f"{free / 1e9:.1f} GB free. Set XDG_CACHE_HOME to another disk, lower "
             "--calibration_tokens, or give --lora_init=svd, which needs no calibration"
         )
-    return moments.measure(source, calibration.rows, entry, progress=progress)
+    found = moments.measure(source, calibration.rows, entry, progress=progress)
+    _forget_old(entry.parent)
+    return found
+
+
+def _forget_old(directory: pathlib.Path) -> None:
+    """Remove moments that were not used for long: those of a large model have gigabytes."""
+    entries = [entry for entry in directory.iterdir() if entry.name[0] != "."]
+    entries.sort(key=lambda entry: entry.stat().st_mtime, reverse=True)
+    for entry in entries[KEPT:]:
+        if time.time() - entry.stat().st_mtime > KEPT_SECONDS:
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def cache_dir() -> pathlib.Path:
@@ -157,6 +174,39 @@ def needed(how: TieConfig) -> bool:
     return how.lora_init == "joint" and how.metric != "none" and how.num_loops > 1
 
 
+def rank_gains(
+    source: Source, how: TieConfig, found: Moments, progress: bool = True
+) -> dict[str, np.ndarray]:
+    """`tying.rank_gains` in the metric of the loss: only there errors of projections compare."""
+
+    def metric(projection, depth, scale, bias):
+        return found.metric(projection, depth, "fisher", scale, bias)
+
+    total = len(source.cfg.projections)
+    with tqdm(total=total, desc="spectra", unit="projection", disable=not progress) as bar:
+        return tying.rank_gains(source.params, source.cfg, how, metric, bar.update)
+
+
+def deal_ranks(
+    cfg: DecoderConfig, how: TieConfig, gains: Mapping[str, np.ndarray]
+) -> tuple[TieConfig, dict[str, Any]]:
+    """`how` with the ranks of its `lora_budget`, and what the certificate says of them.
+
+    `cfg`: of the source; `gains`: as `rank_gains` returns them.
+    """
+    share, how = how.lora_budget, dataclasses.replace(how, lora_budget=None)
+    tied = tied_config(cfg, how)
+    ranks, used = rank_budget.deal(tied, gains, share)
+    if not used:
+        least = cfg.depth * min(map(sum, cfg.projections.values()))
+        raise ValueError(
+            f"lora_budget={share} is less than one rank of the smallest projection, "
+            f"{least:,} parameters; give more, or lora_rank=0"
+        )
+    dealt = {"budget": share, "ranks": ranks, "parameters": used}
+    return dataclasses.replace(how, lora_rank=ranks), dealt
+
+
 def tie(
     source: Source,
     how: TieConfig,
@@ -164,6 +214,7 @@ def tie(
     calibration: Text,
     scratch: pathlib.Path,
     progress: bool = True,
+    spectra: bool = False,
 ) -> tuple[Any, DecoderConfig, dict[str, Any]]:
     """Params, config and certificate of the conversion in the metric of the moments.
 
@@ -177,21 +228,24 @@ def tie(
       calibration: the text.
       scratch: directory for the source's log-probabilities.
       progress: show bars.
+      spectra: the certificate also has what each further rank gains (`rank_budget.gains`).
     """
+    about = {"text": calibration.name, "tokens": calibration.tokens}
+    if how.lora_budget is not None or spectra:
+        plain = dataclasses.replace(how, lora_budget=None)
+        gains = rank_gains(source, plain, found, progress)
+        about["spectra"] = {n: [float(f"{x:.4g}") for x in values] for n, values in gains.items()}
+    if how.lora_budget is not None:
+        how, about["dealt"] = deal_ranks(source.cfg, how, gains)
     kinds = ("fisher", "activations") if how.metric == "auto" else (how.metric,)
-    reference = None
-    if len(kinds) > 1:
-        reference = Reference(scratch / "held_out.f32", source, calibration.held_out, progress)
-    best, kls = None, {}
+    reference = Reference(scratch / "held_out.f32", source, calibration.held_out, progress)
+    best, chosen, kls = None, kinds[0], {}
     for kind in kinds:
 
         def metric(projection, depth, scale, bias, kind=kind):
             return found.metric(projection, depth, kind, scale, bias)
 
         result = tie_with_certificate(source, how, progress, metric, f"tying, {kind}")
-        if reference is None:
-            best, chosen = result, kind
-            break
         kls[kind] = reference.compare(Decoder(result[1]), result[0])["kl"]
         if best is None or kls[kind] < kls[chosen]:
             best, chosen = result, kind
@@ -202,8 +256,7 @@ def tie(
             f"{calibration.name} is too short to fit on one part and measure on another: the "
             "values on this text are those of text that was fitted"
         )
-    about = {"text": calibration.name, "tokens": calibration.tokens, "metric": chosen}
-    if kls:
-        about["kl_by_metric"] = kls
-        about["held_out_tokens"] = int(calibration.held_out.scored[:, 1:].sum())
+    about["metric"] = chosen
+    about["kl_by_metric"] = kls
+    about["held_out_tokens"] = int(calibration.held_out.scored[:, 1:].sum())
     return params, cfg, certificate | {"calibration": about}

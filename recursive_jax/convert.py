@@ -20,30 +20,22 @@ from absl import flags
 from ml_collections import config_flags
 
 from recursive_jax import model as model_lib
-from recursive_jax.console import app, certificate_report, output, stop
+from recursive_jax.console import app, certificate_report, output, spectra, stop
 from recursive_jax.start import tie_config
 from recursive_jax.weights import checkpoint
-from recursive_jax.weights.tie_config import (
-    LORA_STARTS,
-    METHODS,
-    METRICS,
-    ROUNDINGS,
-    TieConfig,
-    tied_config,
-)
+from recursive_jax.weights import tie_config as tie_options
+from recursive_jax.weights.tie_config import TieConfig, checked_config
 
 HOW = (
     *("num_loops", "method", "lora_init", "lora_rank", "norms", "rounding", "seed"),
-    *("metric", "calibrate", "calibration_tokens"),
+    *("metric", "calibrate", "calibration_tokens", "lora_budget"),
 )
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """Define the flags in a function: importing this job adds no flags to another job."""
-    string, integer, choice = (
-        functools.partial(define, flag_values=values)
-        for define in (flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_enum)
-    )
+    kinds = (flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float, flags.DEFINE_enum)
+    string, integer, number, choice = (functools.partial(x, flag_values=values) for x in kinds)
     string("source", None, "Hugging Face directory, .gguf, hub id, or 'tiny'")
     string("out", None, "checkpoint directory to write; must not exist")
     config_flags.DEFINE_config_file(
@@ -52,18 +44,24 @@ def define_flags(values: flags.FlagValues) -> None:
     )  # fmt: skip
     integer("num_loops", 2, "loops; must divide the source's depth")
     choice(
-        "method", None, METHODS,
+        "method", None, tie_options.METHODS,
         "shared weights; default stepwise, or average with an SVD LoRA",
     )  # fmt: skip
-    choice("lora_init", None, LORA_STARTS, "default by method")
+    choice("lora_init", None, tie_options.LORA_STARTS, "default by method")
     string("lora_rank", "0", "N for every projection, clamped; or full")
+    number(
+        "lora_budget", None,
+        "instead of --lora_rank: share of the source's layers for all LoRAs, such as 0.15; ranks "
+        "by projection follow from the calibration",
+    )  # fmt: skip
     choice("norms", "per_loop", ("tied", "per_loop", "folded"), "norms and biases")
-    choice("rounding", "even", tuple(ROUNDINGS), "of stepwise positions")
+    choice("rounding", "even", tuple(tie_options.ROUNDINGS), "of stepwise positions")
+    string("plot", None, "picture of what each further rank gains, such as ranks.svg")
     string("text", "docstrings:1", "text the certificate is measured on")
     integer("text_tokens", 2048, "scored tokens of it; 0 = no measurement")
     integer("context_length", 512, "tokens per window")
     integer("seed", 0, "of random starts")
-    choice("metric", "auto", METRICS, "of lora_init=joint; auto measures which is better")
+    choice("metric", "auto", tie_options.METRICS, "of lora_init=joint; auto: the better one")
     string("calibrate", "docstrings:1", "text for lora_init=joint: files, directories, tfds:NAME …")
     integer("calibration_tokens", 16_384, "tokens of it")
     flags.mark_flag_as_required("out", flag_values=values)
@@ -83,8 +81,10 @@ def convert(options: flags.FlagValues) -> None:
     spec, how = arguments(options)
     out = checkpoint.local(options.out)
     model_lib.check_free(out)
+    if options.plot is not None:
+        spectra.check(options.plot, how)
     source = model_lib.load(spec)
-    cfg = tied_config(source.cfg, how)
+    cfg = checked_config(source.cfg, how)
     output.say(certificate_report.start(source, cfg, how) + "\n")
     began = time.time()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -94,9 +94,12 @@ def convert(options: flags.FlagValues) -> None:
         text_tokens=options.text_tokens,
         context_length=options.context_length,
         scratch=out.parent,  # large, and /tmp may be in memory
+        spectra=options.plot is not None,
     )
     model.certificate["seconds"] = round(time.time() - began, 1)
     model.save(out)
+    if options.plot is not None:
+        spectra.save(options.plot, model.certificate, model.cfg)
     output.say("\n" + certificate_report.table(model.certificate))
     family = cfg.family
     config = (

@@ -17,6 +17,7 @@ from recursive_jax import metrics, sharding
 from recursive_jax.console import output
 from recursive_jax.console.progress import StepProgress
 from recursive_jax.console.train_report import Report
+from recursive_jax.evaluation.certificate import certified_kl
 from recursive_jax.evaluation.perplexity import perplexity
 from recursive_jax.models.decoder import Decoder
 from recursive_jax.models.parameters import abstract_params, parameter_counts
@@ -83,9 +84,6 @@ def fit(
       FloatingPointError: a loss or gradient is not finite.
     """
     began = time.time()
-    mesh = make_mesh(config)
-    setup = make_setup(model, config, teacher, mesh)
-    contract = RunContract.of(config, corpus.rows.docs.hashes, corpus.windows.tokens)
     saved = None
     if workdir is not None and checkpoint.latest_step(workdir) is not None:
         saved = checkpoint.load_progress(workdir, say=output.say)
@@ -94,6 +92,16 @@ def fit(
                 f"{workdir} holds a model that was saved, not a run that can go on; give another "
                 "workdir"
             )
+    start_kl = certified_kl(model.certificate)
+    near = config.is_near(start_kl)
+    if saved is not None:
+        near = near and RunContract.records_start(saved[PROGRESS_KEY])
+    if near:
+        config = config.from_near()
+    mesh = make_mesh(config)
+    setup = make_setup(model, config, teacher, mesh)
+    contract = RunContract.of(config, corpus.rows.docs.hashes, corpus.windows.tokens, near)
+    if saved is not None:
         # On all processes, before any of them opens arrays.
         together(lambda: contract.check(saved[PROGRESS_KEY], workdir))
     teacher_params = None
@@ -119,7 +127,7 @@ def fit(
     model = dataclasses.replace(model, weights=None)
 
     clock = StepProgress(config.num_steps, first_step)
-    report = Report(config, clock, quiet)
+    report = Report(config, clock, quiet, start_kl if near else None)
     report.start(model, origin or model.name, mesh, setup.model.dtype, corpus.rows, first_step)
 
     def seconds() -> float:

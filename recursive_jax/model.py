@@ -21,20 +21,19 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from recursive_jax import calibration, files, generation, sharding, text
+from recursive_jax import conversion, files, generation, sharding, text
 from recursive_jax.console.output import note
 from recursive_jax.decoding.config import EngineConfig
 from recursive_jax.decoding.exit_measures import Measure
 from recursive_jax.decoding.requests import Completion, Event, check_number, shown
 from recursive_jax.decoding.thresholds import Thresholds
-from recursive_jax.evaluation import certificate as certify
 from recursive_jax.evaluation.perplexity import perplexity
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import Decoder
 from recursive_jax.models.parameters import logical_axes
 from recursive_jax.text.documents import documents
 from recursive_jax.training.config import TrainConfig
-from recursive_jax.weights import checkpoint, tie_config, tying, workdir_lock
+from recursive_jax.weights import checkpoint, tying, workdir_lock
 from recursive_jax.weights.integrity import together
 from recursive_jax.weights.source import open_source
 from recursive_jax.weights.stored import (
@@ -91,6 +90,7 @@ class Model:
         text_tokens: int = 2048,
         context_length: int = 512,
         scratch: str | os.PathLike | None = None,
+        spectra: bool = False,
         quiet: bool = False,
         **options: Any,
     ) -> Model:
@@ -106,41 +106,17 @@ class Model:
           context_length: tokens per window.
           scratch: directory for the source's log-probabilities, 4 bytes for each scored token and
             id; None: the system's, which may be in memory.
+          spectra: the certificate of a calibrated conversion also has what each further rank of a
+            projection's LoRAs gains (`weights.rank_budget`). A `lora_budget` needs them anyway.
           quiet: show no progress bar.
 
         Raises:
           ValueError: an impossible conversion, or a model that is recursive already.
         """
         how = _one_of("how", how, TieConfig, options)
-        tie_config.tied_config(self.cfg, how)  # raises before any reading
-        source = self.weights.as_source(self.cfg, self.tokenizer, self.facts)
-        windows = identity = reference = calibrated = None
-        if calibration.needed(how):
-            same = text_tokens if text == how.calibrate else 0
-            calibrated = calibration.read(
-                how.calibrate, how.calibration_tokens, self.tokenizer, self.cfg.vocab_size,
-                self.cfg.max_length, skip=2 * same, progress=not quiet,
-            )  # fmt: skip
-            if calibrated.tokens < 0.9 * how.calibration_tokens:
-                note(f"{how.calibrate} has only {calibrated.tokens:,} tokens to calibrate on")
-        with tempfile.TemporaryDirectory(prefix=".recursive_jax-", dir=scratch) as place:
-            if text is not None:  # the source runs first: two models are never in memory at once
-                windows = self.windows(text, text_tokens, context_length)
-                identity = certify.full_rank_identity(source, how, windows)
-                rows = pathlib.Path(place) / "log_probabilities.f32"
-                reference = certify.Reference(rows, source, windows, not quiet)
-            if calibrated is None:
-                params, cfg, certificate = certify.tie_with_certificate(source, how, not quiet)
-            else:
-                found = calibration.measure(
-                    source, self.weights.content(), calibrated, note, not quiet
-                )
-                params, cfg, certificate = calibration.tie(
-                    source, how, found, calibrated, pathlib.Path(place), not quiet
-                )
-            if reference is not None:
-                certificate |= reference.compare(Decoder(cfg), params)
-                certificate |= {"full_rank_identity": identity, "text": text}
+        params, cfg, certificate = conversion.convert(
+            self, how, text, text_tokens, context_length, scratch, spectra, quiet
+        )
         facts = self.facts | {"tying": how.to_json()}
         name = f"{self.name}, tied"
         return Model(cfg, self.tokenizer, ArrayWeights(params, name), name, facts, certificate)

@@ -94,6 +94,9 @@ def converted(source: Model, how: TieConfig) -> Start:
     """A pretrained model, tied; one loop without LoRA leaves it as it is."""
     if how.num_loops == 1 and not how.has_lora:
         return Start(source.cfg, source.tokenizer, f"{source.name}, as it is", lambda: source)
+    if how.lora_budget is not None:  # the ranks, and with them the config, follow from the fit
+        model = source.convert(how)
+        return Start(model.cfg, model.tokenizer, model.name, lambda: model)
     cfg = tied_config(source.cfg, how)
     return Start(cfg, source.tokenizer, f"{source.name}, tied", lambda: source.convert(how))
 

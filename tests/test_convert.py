@@ -70,7 +70,7 @@ def test_command_line_writes_a_checkpoint_and_an_honest_certificate(
     done = subprocess.run(
         [sys.executable, "-m", "recursive_jax.convert", *flags]
         + ["--text_tokens=300", "--context_length=64"]
-        + [f"--calibrate={text_file}", "--calibration_tokens=200"],
+        + [f"--calibrate={text_file}", "--calibration_tokens=200", f"--plot={tmp_path}/ranks.svg"],
         env=commands.environment(quick=False), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -81,6 +81,8 @@ def test_command_line_writes_a_checkpoint_and_an_honest_certificate(
     ).split():
         assert key in certificate
     assert certificate["full_rank_identity"]["max_logit_error"] <= 1e-4
+    picture = (tmp_path / "ranks.svg").read_text()
+    assert "<svg" in picture and set(certificate["calibration"]["spectra"]) == set(CFG.projections)
     assert set(certificate["energy_kept"]) == set(CFG.projections)
     params, cfg = checkpoint.load_params(out)
     counts = certificate["parameters"]
@@ -164,6 +166,9 @@ def test_a_broken_tie_stops_the_conversion(source_dir, text_file, monkeypatch):
         (["--text=/no/such/text.txt"], "/no/such/text.txt"),
         (["--lora_rank=4", "--calibrate=/no/such/book.txt"], "/no/such/book.txt"),
         (["--lora_rank=4", "--calibration_tokens=3"], "expected at least 64"),
+        (["--lora_budget=15"], "expected a share of the source's layers"),
+        (["--plot=ranks.svg"], "needs a calibrated conversion"),
+        (["--lora_rank=4", "--plot=ranks.txt"], "ranks.txt is no picture"),
         (["--config=configs/quickstart.py", "--num_loops=2"], "--num_loops beside --config"),
     ],
 )

@@ -7,7 +7,9 @@ import pytest
 import scipy.linalg
 import scipy.optimize
 
-from recursive_jax.weights import joint, low_rank
+from recursive_jax.models.config import DecoderConfig
+from recursive_jax.weights import joint, low_rank, rank_budget
+from recursive_jax.weights.tie_config import break_even_rank
 
 IN, OUT = 7, 5
 
@@ -181,3 +183,55 @@ def test_a_moment_in_blocks_is_the_matrix_of_these_blocks():
     np.testing.assert_allclose(blocks.inverse(x), np.linalg.solve(whole, x))
     np.testing.assert_allclose(np.square(blocks.weigh(x)).sum(), np.trace(x.T @ whole @ x))
     np.testing.assert_allclose(blocks.unweigh(blocks.weigh(x)), x)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (4, 9)])
+def test_gains_are_what_the_fit_removes(shape):
+    """Two loops in one metric: each rank of both LoRAs removes what `gains` says, to the end."""
+    weights, metrics = problem(2, seed=5, in_dim=shape[0], out_dim=shape[1], spread=0.3)
+    metrics = [metrics[0], metrics[0]]
+    gains = rank_budget.gains(weights, metrics)
+    assert gains.shape == (min(shape),)
+    start = fit(weights, metrics, 0).objective[0]
+    for rank in range(1, min(shape) + 1):
+        left = start - gains[:rank].sum()
+        assert fit(weights, metrics, rank, max_sweeps=50, gain=1e-9).objective[-1] == pytest.approx(
+            left, abs=1e-5 * start
+        )
+
+
+def test_gains_of_three_loops_are_those_of_the_first_step():
+    weights, metrics = problem(3, seed=6)
+    gains = rank_budget.gains(weights, metrics)
+    base = fit(weights, metrics, 0).base
+    parts = [
+        joint.low_rank_step(w - np.float64(base), m, 2)
+        for w, m in zip(weights, metrics, strict=True)
+    ]
+    before = error_of(weights, metrics, base, [])
+    assert gains.sum() == pytest.approx(before, rel=1e-5)
+    assert gains[:2].sum() == pytest.approx(before - sum(e for *_, e in parts), rel=1e-5)
+
+
+def test_a_budget_is_dealt_as_by_trying_all():
+    cfg = DecoderConfig(
+        "llama", vocab_size=32, embed_dim=8, mlp_dim=12, num_heads=2, num_kv_heads=1, head_dim=4,
+        num_layers=2, num_loops=2, gated_mlp=False,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    sizes = cfg.projections
+    found = {n: np.sort(rng.exponential(size=min(s)))[::-1] for n, s in sizes.items()}
+    whole = cfg.depth * sum(a * b for a, b in sizes.values())
+    ranks, used = rank_budget.deal(cfg, found, 0.4)
+    limits = {n: int(break_even_rank(*s, 2)) for n, s in sizes.items()}
+    cost = {n: cfg.depth * sum(s) for n, s in sizes.items()}
+    assert used == sum(cost[n] * r for n, r in ranks.items()) <= 0.4 * whole
+    assert used > 0.4 * whole - max(cost.values())
+    best = max(
+        sum(found[n][:r].sum() for n, r in zip(sizes, choice, strict=True))
+        for choice in itertools.product(*(range(limits[n] + 1) for n in sizes))
+        if sum(cost[n] * r for n, r in zip(sizes, choice, strict=True)) <= used
+    )
+    assert sum(found[n][:r].sum() for n, r in ranks.items()) == pytest.approx(best)
+    everything, _ = rank_budget.deal(cfg, found, 0.99)
+    assert everything == limits  # beyond, untying is as small, and exact

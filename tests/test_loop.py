@@ -1,12 +1,15 @@
 """The training loop and its signals, with a trainer of plain Python."""
 
+import gc
 import os
 import signal
+import time
 import types
 
 import pytest
 
 from recursive_jax import train as job
+from recursive_jax.console import stop as console_stop
 from recursive_jax.training import loop
 from recursive_jax.training.callbacks import Callback
 
@@ -118,3 +121,20 @@ def test_a_state_that_is_not_finite_is_never_saved():
     with pytest.raises(FloatingPointError, match="loss nan .* at step 4 are not finite"):
         run(9, trainer=trainer, save=1, also=[diary])
     assert [entry[1] for entry in diary.entries if entry[0] == "save"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_a_callback_of_the_garbage_collector_is_not_lost(number):
+    """Python ignores what such a callback raises, so the job would go on."""
+
+    def callback(phase, info):
+        gc.callbacks.remove(callback)
+        signal.raise_signal(number)
+
+    with pytest.raises(console_stop.Stopped) as stopped, console_stop.on_signals():
+        gc.callbacks.append(callback)
+        gc.collect()
+        for _ in range(100):
+            time.sleep(0.05)
+        pytest.fail("the signal was lost")
+    assert stopped.value.exit_code == 128 + number

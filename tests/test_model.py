@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import json
 import os
 import pathlib
 import re
@@ -19,10 +20,12 @@ import pytest
 
 import recursive_jax as rj
 from recursive_jax import fit
+from recursive_jax.evaluation.certificate import certified_kl
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import Decoder
 from recursive_jax.models.parameters import init_params
 from recursive_jax.training import callbacks, loop
+from recursive_jax.training.config import TrainConfig
 from recursive_jax.weights import hf
 from recursive_jax.weights.source import ASSETS
 from recursive_jax.weights.stored import ArrayWeights
@@ -315,3 +318,37 @@ def test_the_code_of_the_documentation_runs(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "perplexity" in done.stdout and done.stdout.rstrip().endswith("1 12")
+
+
+def test_a_near_start_learns_from_the_source_alone(source, words, tmp_path, capfd):
+    """Distillation alone at half of the rate; a run that began otherwise is not changed."""
+    model = dataclasses.replace(source, certificate={"kl": 0.5, "text": "-"})
+    options = SMALL | {"tokens": 256, "learning_rate": 1e-3, "warmup_steps": 40}
+
+    def train(directory, **changes):
+        model.train(words, teacher=source, workdir=directory, **options, **changes)
+        config = json.loads((directory / "summary.json").read_text())["config"]
+        optimizer = config["optimizer"]
+        return config["objective"]["ce"], optimizer["learning_rate"], optimizer["warmup_steps"]
+
+    assert train(tmp_path / "near") == (0.0, 5e-4, 20)
+    assert "KL 0.50" in capfd.readouterr().out
+    assert train(tmp_path / "off", **{"near.kl": 0.1}) == (1.0, 1e-3, 40)
+    assert "near start" not in capfd.readouterr().out
+    with pytest.raises(ValueError, match="near start was False; now .*near start is True"):
+        train(tmp_path / "off")
+
+
+def test_which_starts_are_near():
+    config = TrainConfig()
+    assert config.is_near(0.1) and not config.is_near(3.0) and not config.is_near(None)
+    assert not config.is_near(float("nan"))
+    assert not config.with_changes(kd=0.0).is_near(0.1), "nothing to learn from but labels"
+    assert not config.with_changes(exit_coefficient=0.1).is_near(0.1)
+    assert certified_kl(None) is certified_kl({"calibration": {"text": "-"}}) is None
+    fitted = {"metric": "fisher", "kl_by_metric": {"fisher": 0.2, "activations": 0.1}}
+    assert certified_kl({"calibration": fitted}) == 0.2
+    assert certified_kl({"calibration": fitted, "kl": 0.3}) == 0.3
+    for change in ({"near.kl": -1.0}, {"near.learning_rate_scale": 0.0}, {"near.kl": "2"}):
+        with pytest.raises(ValueError, match="near."):
+            config.with_changes(**change)

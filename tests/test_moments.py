@@ -1,6 +1,8 @@
 """Moments of calibration text, against sums over all labels, and the conversion that uses them."""
 
+import os
 import re
+import time
 
 import jax
 import jax.numpy as jnp
@@ -294,11 +296,29 @@ def test_too_little_text_is_told(source, words, cache, tmp_path, capfd):
         (dict(calibration_tokens=3), "calibration_tokens=3; expected at least 64"),
         (dict(lora_init="joint", method="lower"), "fits the shared weights anew"),
         (dict(lora_init="joint", method="random"), "keeps nothing of the layers"),
+        (dict(lora_budget=0.1), "beside lora_rank=4"),
+        (dict(lora_budget=15, lora_rank=0), "expected a share of the source's layers"),
+        (dict(lora_budget=0.1, lora_rank=0, lora_init="svd"), "deals ranks by calibration"),
+        (dict(lora_budget=0.1, lora_rank=0, metric="none"), "deals ranks by calibration"),
+        (dict(lora_budget=0.1, lora_rank=0, method="stepwise"), "deals ranks by calibration"),
     ],
 )
 def test_impossible_options(options, message):
     with pytest.raises(ValueError, match=message):
-        TieConfig(lora_rank=4, **options)
+        TieConfig(**({"lora_rank": 4} | options))
+
+
+@pytest.mark.parametrize("norms", ["per_loop", "folded"])
+def test_a_budget_deals_ranks(source, words, cache, norms):
+    options = dict(calibrate=words, calibration_tokens=500, metric="fisher", norms=norms)
+    model = source.convert(lora_budget=0.2, **options, quiet=True)
+    dealt, sizes = model.certificate["calibration"]["dealt"], model.certificate["parameters"]
+    ranks = dict(model.cfg.lora_ranks)
+    assert ranks == {n: r for n, r in dealt["ranks"].items() if r} and len(set(ranks.values())) > 1
+    assert sizes["lora"] == dealt["parameters"] <= 0.2 * sizes["source"] < sizes["lora"] * 1.1
+    assert model.certificate["recipe"]["lora_rank"] == dealt["ranks"]
+    with pytest.raises(ValueError, match="less than one rank of the smallest projection"):
+        source.convert(lora_budget=0.001, **options, quiet=True)
 
 
 def test_no_room_for_the_moments(source, words, cache, monkeypatch):
@@ -306,6 +326,18 @@ def test_no_room_for_the_moments(source, words, cache, monkeypatch):
     monkeypatch.setattr(calibration.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(OSError, match=r"needs \d.* GB in .*moments, which has 0.0 GB free"):
         source.convert(lora_rank=2, calibrate=words, calibration_tokens=500, quiet=True)
+
+
+def test_moments_that_are_not_used_are_forgotten(source, words, cache, monkeypatch):
+    """All but the newest few, and none that was used lately."""
+    options = dict(calibrate=words, calibration_tokens=100, metric="fisher", quiet=True)
+    cache.mkdir(parents=True)
+    for days in range(6):
+        (cache / f"{days}").mkdir()
+        (cache / f"{days}" / "data").write_text("moments")
+        os.utime(cache / f"{days}", (time.time() - 86_400 * days,) * 2)
+    source.convert(lora_rank=2, **options)
+    assert {entry.name for entry in cache.iterdir() if entry.name.isdigit()} == {"0", "1", "2"}
 
 
 def test_what_needs_no_calibration_reads_no_text(source, cache):

@@ -18,9 +18,15 @@ def start(source: Any, cfg: Any, how: Any) -> str:
         ("source", f"{source.name} ({before.family}, {before.depth} layers, "
                    f"width {before.embed_dim})"),
         ("recursive", f"{cfg.num_loops} loops × {cfg.num_layers} layers, "
-                      f"LoRA rank {how.lora_rank}, norms {cfg.norms}"),
+                      f"{_ranks(how)}, norms {cfg.norms}"),
     ]  # fmt: skip
     return tables.table(rows)
+
+
+def _ranks(how: Any) -> str:
+    if how.lora_budget is not None:
+        return f"LoRAs of {how.lora_budget:.1%} of the source's layers"
+    return f"LoRA rank {how.lora_rank}"
 
 
 def table(certificate: Mapping[str, Any]) -> str:
@@ -72,6 +78,10 @@ def _calibration(c: Mapping[str, Any]) -> str:
     if "kl_by_metric" in c:
         kls = ", ".join(f"{kind} {kl:.3f}" for kind, kl in c["kl_by_metric"].items())
         line += f" (KL on {c['held_out_tokens']:,} other tokens: {kls})"
+    if "dealt" in c:
+        dealt = c["dealt"]
+        ranks = " ".join(f"{name} {rank}" for name, rank in dealt["ranks"].items())
+        line += f"\nranks for {dealt['budget']:.1%} of the source's layers: {ranks}"
     return line
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from recursive_jax import text
-from recursive_jax.decoding.answers import check_writable
+from recursive_jax.console.pictures import check_picture
 from recursive_jax.decoding.prompts import Prompt
 from recursive_jax.decoding.requests import Completion, Request
 
@@ -48,16 +48,7 @@ def make_row(tokenizer: Any, prompt: Prompt, request: Request, completion: Compl
 
 def check(path: str | pathlib.Path) -> None:
     """Raise ValueError if `save` cannot draw into this file. Call it before the work."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-    except ImportError as error:
-        raise ValueError(
-            "a heat map needs matplotlib, which is not installed; pip install 'recursive_jax[plot]'"
-        ) from error
-    path, kinds = pathlib.Path(path), sorted(FigureCanvasAgg.get_supported_filetypes())
-    if path.suffix[1:].lower() not in kinds:
-        raise ValueError(f"{path} is no picture; expected a name that ends in .{', .'.join(kinds)}")
-    check_writable(path)
+    check_picture(path, "a heat map")
 
 
 def save(path: str | pathlib.Path, rows: Sequence[Row], num_loops: int, title: str) -> None:

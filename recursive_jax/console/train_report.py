@@ -21,10 +21,17 @@ class Report(Callback):
 
     Attributes:
       clock: rate and remaining time of the steps.
+      near_kl: of a near start; None: the start is another.
     """
 
-    def __init__(self, config: TrainConfig, clock: StepProgress, quiet: bool = False):
-        self.config, self.clock, self._quiet = config, clock, quiet
+    def __init__(
+        self,
+        config: TrainConfig,
+        clock: StepProgress,
+        quiet: bool = False,
+        near_kl: float | None = None,
+    ):
+        self.config, self.clock, self._quiet, self.near_kl = config, clock, quiet, near_kl
 
     def start(
         self, model: Any, origin: str, mesh: Any, dtype: Any, rows: Any, first_step: int
@@ -53,6 +60,15 @@ class Report(Callback):
                       f"{tables.count((steps - first_step) * tokens)}, "
                       f"{steps * config.data.batch_size / len(rows):.2f} epochs in all"),
         ]  # fmt: skip
+        if self.near_kl is not None:
+            labels = (
+                f"cross-entropy × {config.objective.ce:g}" if config.objective.ce else "no labels"
+            )
+            table.append(
+                ("near start", f"KL {self.near_kl:.2f} ≤ {config.near.kl:g} nats: {labels}, "
+                               f"learning rate {config.optimizer.learning_rate:g}, warm-up "
+                               f"{config.optimizer.warmup_steps} steps (near.kl=0: as set)")
+            )  # fmt: skip
         self.say(tables.table(table) + "\n")
         for warning in (model.certificate or {}).get("warnings", ()):
             self.say(f"warning: {warning}")

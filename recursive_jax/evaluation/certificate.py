@@ -87,6 +87,15 @@ def tie_with_certificate(
     return params, cfg, certificate
 
 
+def certified_kl(certificate: Mapping[str, Any] | None) -> float | None:
+    """KL(source ‖ model) in nats per token as a certificate has measured it; None: it has not."""
+    certificate = certificate or {}
+    if "kl" in certificate:
+        return certificate["kl"]
+    calibration = certificate.get("calibration", {})
+    return calibration.get("kl_by_metric", {}).get(calibration.get("metric"))
+
+
 def warnings(source: DecoderConfig, cfg: DecoderConfig) -> list[str]:
     """A line for every LoRA that is larger than the saving by sharing (`break_even_rank`)."""
     out = []
@@ -134,7 +143,7 @@ def full_rank_identity(source: Source, how: TieConfig, windows: text.Windows) ->
     outer, tokens = jax.tree.map(on_device, source.outer_params()), windows.tokens[:1]
     want = next(hidden_states(Decoder(cfg), outer | jax.tree.map(jnp.asarray, block), tokens))
     norms = "folded" if how.norms == "folded" else "per_loop"
-    full = {"lora_init": "svd", "lora_rank": "full", "norm_start": None}
+    full = {"lora_init": "svd", "lora_rank": "full", "norm_start": None, "lora_budget": None}
     exact_how = dataclasses.replace(how, norms=norms, **full)
     recursive, cfg = tying.tie(names.flat(block | outer), cfg, exact_how, place=on_device)
     recursive = outer | {"block": recursive["block"]}  # both models use one embedding

@@ -66,11 +66,44 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class NearStart:
+    """What a run changes that distils from a start near its source, as the joint fit gives.
+
+    A start as noisy as the paper's learns from labels as well, and at a high rate. A near one
+    has more to lose: large steps undo it, and labels are noise beside the source's distribution
+    (measured, docs/results.md). Runs without distillation or with exit losses change nothing.
+
+    Attributes:
+      kl: a start is near if its certificate measured at most so much KL divergence from the
+        source, in nats per token. 0: none is.
+      cross_entropy: its weight, instead of `objective.ce`.
+      learning_rate_scale: factor of `optimizer.learning_rate`.
+      max_warmup_steps: the most of `optimizer.warmup_steps`.
+    """
+
+    kl: float = 2.0
+    cross_entropy: float = 0.0
+    learning_rate_scale: float = 0.5
+    max_warmup_steps: int = 20
+
+    def __post_init__(self):
+        check_kinds(self, "near.")
+        for name in ("kl", "cross_entropy"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"near.{name} must be >= 0, got {getattr(self, name)}")
+        if self.learning_rate_scale <= 0:
+            raise ValueError(
+                f"near.learning_rate_scale must be > 0, got {self.learning_rate_scale}"
+            )
+        _at_least("near.", 0, max_warmup_steps=self.max_warmup_steps)
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Settings of a run, whatever model it starts from.
 
     Attributes:
-      data, objective, optimizer, mesh: see their classes.
+      data, objective, optimizer, near, mesh: see their classes.
       tokens: trained on at least so many; a step takes `batch_size · context_length`.
       accumulate: micro-batches of a step. Their gradients are summed, so the step is that of the
         whole batch, with the activations of one micro-batch in memory.
@@ -88,6 +121,7 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     objective: Objective = Objective()
     optimizer: OptimizerConfig = OptimizerConfig()
+    near: NearStart = NearStart()
     mesh: MeshConfig = MeshConfig()
     tokens: int = 1_000_000
     accumulate: int = 1
@@ -127,6 +161,24 @@ class TrainConfig:
     def num_steps(self) -> int:
         return -(-self.tokens // self.tokens_per_step)
 
+    def is_near(self, kl: float | None) -> bool:
+        """Whether a start with this KL from its source is near; None: not measured."""
+        measured = kl is not None and kl <= self.near.kl
+        return measured and bool(self.objective.kd) and not self.objective.exits
+
+    def from_near(self) -> TrainConfig:
+        """The settings for a near start; see `NearStart`."""
+        near, optimizer = self.near, self.optimizer
+        return dataclasses.replace(
+            self,
+            objective=dataclasses.replace(self.objective, ce=near.cross_entropy),
+            optimizer=dataclasses.replace(
+                optimizer,
+                learning_rate=optimizer.learning_rate * near.learning_rate_scale,
+                warmup_steps=min(optimizer.warmup_steps, near.max_warmup_steps),
+            ),
+        )
+
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
         """The settings in a nested mapping, such as the ConfigDict of a config file.
@@ -136,7 +188,7 @@ class TrainConfig:
         """
         sections = {
             "data": DataConfig, "objective": Objective, "optimizer": OptimizerConfig,
-            "mesh": MeshConfig,
+            "near": NearStart, "mesh": MeshConfig,
         }  # fmt: skip
         for name, section in sections.items():
             known = [field.name for field in dataclasses.fields(section)]

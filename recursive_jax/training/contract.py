@@ -25,6 +25,7 @@ class RunContract:
 
     Attributes:
       training_text, held_out_text: hashes of the tokenised text.
+      near_start: the settings are those of `TrainConfig.from_near`.
       clipping, own_lora_rate, ema: these change the tree of the saved state.
     """
 
@@ -38,6 +39,7 @@ class RunContract:
     own_lora_rate: bool
     objective: Objective
     ema: bool = False
+    near_start: bool = False
 
     _SAVED_AS = {
         "training_text": "training text",
@@ -45,16 +47,24 @@ class RunContract:
         "clipping": "gradient clipping",
         "own_lora_rate": "own LoRA rate",
         "ema": "averaged weights",
+        "near_start": "near start",
     }
 
     @classmethod
-    def of(cls, config: TrainConfig, training: np.ndarray, held_out: np.ndarray) -> RunContract:
+    def of(
+        cls,
+        config: TrainConfig,
+        training: np.ndarray,
+        held_out: np.ndarray,
+        near_start: bool = False,
+    ) -> RunContract:
         """The contract of a config and its text.
 
         Args:
           config: of the run.
           training: hashes of the training documents, uint64 `[D]`.
           held_out: tokens of the held-out windows, int32 `[N, T]`.
+          near_start: the config is that of a near start.
         """
         return cls(
             num_steps=config.num_steps,
@@ -67,7 +77,13 @@ class RunContract:
             own_lora_rate=config.optimizer.lora_lr_scale != 1.0,
             objective=config.objective,
             ema=config.ema_decay > 0,
+            near_start=near_start,
         )
+
+    @classmethod
+    def records_start(cls, saved: Mapping[str, Any]) -> bool:
+        """Whether a saved run knew of near starts; an older one goes on as it was."""
+        return cls._SAVED_AS["near_start"] in saved
 
     def to_json(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)

@@ -41,6 +41,9 @@ class TieConfig:
         there) and under 'random', else 'svd', the paper's.
       lora_rank: one rank for all projections, or a rank by projection (absent means 0). 'full' is
         min(in, out), which also caps every number. 0: no LoRA, whatever `lora_init` is.
+      lora_budget: instead, the share of the parameters of the source's layers that all LoRAs have
+        together. The ranks by projection are dealt by what they gain in the metric of the loss
+        (`rank_budget`). None: as `lora_rank` says.
       norms: 'tied', 'per_loop' or 'folded'; see `DecoderConfig.vector_loops`. 'folded' multiplies
         pre-norm scales into the next projections' weights. A LayerNorm's bias goes into their
         biases.
@@ -73,6 +76,7 @@ class TieConfig:
     metric: str = "auto"
     calibrate: str = "docstrings:1"
     calibration_tokens: int = 16_384
+    lora_budget: float | None = None
 
     def __post_init__(self):
         for name in ("num_loops", "seed", "calibration_tokens"):
@@ -94,6 +98,8 @@ class TieConfig:
             raise ValueError(
                 f"lora_init='none' contradicts lora_rank={self.lora_rank}; leave one of them out"
             )
+        if self.lora_budget is not None:
+            self._check_budget()
         fitted = self.lora_init in ("joint", "split")
         if self.method == "random" and (self.lora_init == "svd" or fitted or self.norm_start):
             raise ValueError(
@@ -117,8 +123,29 @@ class TieConfig:
                 f"norm_start={self.norm_start!r} is impossible with norms={self.norms!r}"
             )
 
+    def _check_budget(self) -> None:
+        budget = self.lora_budget
+        if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < 1:
+            raise ValueError(
+                f"lora_budget={budget!r}; expected a share of the source's layers, such as 0.15"
+            )
+        if self.lora_rank:
+            raise ValueError(
+                f"lora_budget={budget} beside lora_rank={self.lora_rank!r}: the budget deals the "
+                "ranks; leave one of them out"
+            )
+        implied = self.lora_init is None and self.method is None
+        if not (implied or self.lora_init == "joint") or self.metric == "none":
+            raise ValueError(
+                f"lora_budget={budget} deals ranks by calibration, which lora_init="
+                f"{self.lora_init!r}, method={self.method!r} with metric={self.metric!r} does "
+                "without; leave them out"
+            )
+
     @property
     def has_lora(self) -> bool:
+        if self.lora_budget is not None:
+            return True
         if isinstance(self.lora_rank, Mapping):
             return any(self.lora_rank.values())
         return bool(self.lora_rank)
@@ -159,6 +186,14 @@ class TieConfig:
         return cls(**values)
 
 
+def checked_config(cfg: DecoderConfig, how: TieConfig) -> DecoderConfig:
+    """`tied_config`; under a budget, whose ranks are dealt later, without LoRAs.
+
+    For checks and tables before the work.
+    """
+    return tied_config(cfg, dataclasses.replace(how, lora_budget=None))
+
+
 def tied_config(cfg: DecoderConfig, how: TieConfig) -> DecoderConfig:
     """The config that `tying.tie` returns; nothing is read or computed.
 
@@ -176,6 +211,10 @@ def tied_config(cfg: DecoderConfig, how: TieConfig) -> DecoderConfig:
         raise ValueError(
             f"num_loops={loops} does not divide the model's {cfg.depth} layers; "
             f"possible: {', '.join(map(str, divisors))}"
+        )
+    if how.lora_budget is not None:
+        raise ValueError(
+            f"the ranks of lora_budget={how.lora_budget} are not dealt yet; `calibration.tie` does"
         )
     changes: dict[str, Any] = {}
     if how.norms == "folded" and cfg.norm == "layer":  # LayerNorm's bias: a bias of each linear

@@ -20,13 +20,14 @@ import numpy as np
 
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.parameters import LORA, Leaf, init_params, leaves
-from recursive_jax.weights import joint, low_rank, names
+from recursive_jax.weights import joint, low_rank, names, rank_budget
 from recursive_jax.weights.tie_config import TieConfig, selected_depths, tied_config
 
 # The projections that read each pre-norm's output: its scale is folded into their weights.
 _FOLDED_INTO = {"pre_attention_norm": ("q", "k", "v"), "pre_mlp_norm": ("gate", "up")}
 
 _LAYERS_AT_ONCE = 2  # 'joint' holds some ten float64 matrices of a layer
+_LARGE = 1 << 23  # entries of a weight of which one layer at a time is fitted
 Params = Mapping[str, Any]  # nested, or flat with keys like 'block/attention/q/w' (may be lazy)
 # (projection, source layer, scale, bias) -> metric of its weight. Scale and bias `[in]` are those
 # of the norm in front where they are folded into the weight, else None.
@@ -102,6 +103,38 @@ def tie(
     return names.nested(out), tied
 
 
+def rank_gains(
+    params: Params,
+    cfg: DecoderConfig,
+    how: TieConfig,
+    metric: MetricOf,
+    on_projection: Callable[[], Any] = lambda: None,
+) -> dict[str, np.ndarray]:
+    """What each further rank takes off the error of a projection, summed over the block's layers.
+
+    The arguments are those of `tie`; see `rank_budget.gains` for the values.
+    """
+    tied, source = tied_config(cfg, how), _Source(params, cfg)
+    folds = {}
+    if how.norms == "folded":
+        norms = (path for path, leaf in source.leaves.items() if leaf.kind == "pre_norm")
+        vectors = {path: source(path) for path in norms}
+        folds = _take_folds(vectors, cfg)
+    found = {}
+    for leaf in source.leaves.values():
+        if not (leaf.in_block and leaf.kind == "weight"):
+            continue
+        name, layer = leaf.projection, source.by_layer(leaf.path)
+        weights_of = _Weights(name, layer, folds.get(name, _NO_FOLD), tied, metric)
+
+        def gains(layer: int, weights_of=weights_of) -> np.ndarray:
+            return rank_budget.gains(*weights_of.loops(layer))
+
+        found[name] = sum(_in_parallel(gains, range(tied.num_layers), tied.projections[name]))
+        on_projection()
+    return found
+
+
 def untie(params: Params, cfg: DecoderConfig) -> tuple[dict[str, Any], DecoderConfig]:
     """Params and config of the vanilla model with the same logits: unrolled, LoRAs merged.
 
@@ -160,25 +193,16 @@ def _tie_projection(name, source, fold, cfg, how, metric) -> tuple[dict[str, np.
         arrays["lora_a"] = np.empty((layers, loops, in_dim, rank), np.float32)
         arrays["lora_b"] = np.empty((layers, loops, rank, out_dim), np.float32)
 
-    def read(depth: int) -> np.ndarray:
-        matrix = source(depth)
-        return matrix if fold.scale is None else matrix * fold.scale[depth][:, None]
-
-    def metric_of(depth: int) -> joint.Metric:
-        if metric is None:
-            return joint.Metric.plain(in_dim, out_dim)
-        return metric(name, depth, *(x if x is None else x[depth] for x in (fold.scale, fold.bias)))
-
+    weights_of = _Weights(name, source, fold, cfg, metric)
+    read = weights_of.read
     residual = error = 0.0
     if how.lora_init == "joint":
 
         def fit(layer: int) -> joint.Fit:
-            depths = range(layer, cfg.depth, layers)
-            metrics = [metric_of(depth) for depth in depths]
             own_rng = np.random.default_rng([how.seed, projection, layer])
-            return joint.fit([read(depth) for depth in depths], metrics, rank, own_rng)
+            return joint.fit(*weights_of.loops(layer), rank, own_rng)
 
-        for layer, found in enumerate(_in_parallel(fit, range(layers))):
+        for layer, found in enumerate(_in_parallel(fit, range(layers), (in_dim, out_dim))):
             residual, error = residual + found.residual, error + found.objective[-1]
             arrays["w"][layer] = found.base
             for loop, (a, b) in enumerate(found.factors):
@@ -203,8 +227,46 @@ def _tie_projection(name, source, fold, cfg, how, metric) -> tuple[dict[str, np.
     return arrays, 1 - (error if rank else residual) / residual if residual else 1.0
 
 
-def _in_parallel(fit: Callable[[int], Any], layers: Iterable[int]) -> Iterator[Any]:
-    """The fits of some layers at a time, in order; one BLAS thread for each (`one_blas_thread`)."""
+@dataclasses.dataclass(frozen=True)
+class _Weights:
+    """The source's weights of one projection, with the norm in front folded in, and their metrics.
+
+    The attributes are arguments of `_tie_projection`.
+    """
+
+    name: str
+    source: Callable[[int], np.ndarray]
+    fold: _Fold
+    cfg: DecoderConfig
+    metric: MetricOf | None
+
+    def read(self, depth: int) -> np.ndarray:
+        matrix = self.source(depth)
+        return matrix if self.fold.scale is None else matrix * self.fold.scale[depth][:, None]
+
+    def metric_of(self, depth: int) -> joint.Metric:
+        if self.metric is None:
+            return joint.Metric.plain(*self.cfg.projections[self.name])
+        vectors = (self.fold.scale, self.fold.bias)
+        return self.metric(self.name, depth, *(x if x is None else x[depth] for x in vectors))
+
+    def loops(self, layer: int) -> tuple[list[np.ndarray], list[joint.Metric]]:
+        """Weights and metrics of the source layers that share one layer of the block."""
+        depths = range(layer, self.cfg.depth, self.cfg.num_layers)
+        return [self.read(d) for d in depths], [self.metric_of(d) for d in depths]
+
+
+def _in_parallel(
+    fit: Callable[[int], Any], layers: Iterable[int], shape: tuple[int, int]
+) -> Iterator[Any]:
+    """The fits of some layers at a time, in order; one BLAS thread for each (`one_blas_thread`).
+
+    Large matrices, of `shape`, come one layer at a time: memory counts, and their products keep
+    all threads busy.
+    """
+    if shape[0] * shape[1] >= _LARGE:
+        yield from map(fit, layers)
+        return
     workers = min(_LAYERS_AT_ONCE, os.cpu_count() or 1)
     with low_rank.one_blas_thread(), ThreadPoolExecutor(workers) as pool:
         waiting: collections.deque[Any] = collections.deque()

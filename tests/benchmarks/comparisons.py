@@ -1,6 +1,10 @@
-"""Which start recovers best: the paper's comparisons (App. F and G) on the embedded model.
+"""Which start and recipe recover best: comparisons on the embedded model.
 
     python -m tests.benchmarks.comparisons --workdir=runs/comparisons [--tokens=524288] [ROW ...]
+
+By default the starts of the paper (App. F and G). `--recipes` names the rows of another question:
+the paper's start, `split` and the joint fit, each with and without labels. `--loops`, `--rank`,
+`--seed` and `--rate` hold for all rows.
 
 Every row is the quickstart's `paper` variant with a few values changed and the same budget, data
 and seed. A row that has ended is not run again. Prints a table, and one JSON row for
@@ -37,13 +41,23 @@ ROWS = {
         "optimizer.decay_on": "matrices",
     },
 }
+RECIPES = {
+    f"{start}, {how}": {"model.lora_init": start, "objective.kd": 1.0, "objective.ce": ce}
+    for start in ("svd", "split", "joint")
+    for how, ce in (("labels and source", 1.0), ("source alone", 0.0))
+}
+ROWS |= RECIPES
 
 
-def run(name: str, workdir: pathlib.Path, tokens: int, rank: int) -> dict:
+def run(name: str, workdir: pathlib.Path, args: argparse.Namespace) -> dict:
     directory = workdir / name.replace(", ", "-").replace(" ", "_")
     summary = directory / "summary.json"
     if not summary.exists():
-        config = quickstart.get_config(f"paper,rank={rank},tokens={tokens}")
+        recipe = f"paper,loops={args.loops},rank={args.rank},tokens={args.tokens}"
+        config = quickstart.get_config(recipe)
+        config.near.kl = 0.0  # every row as it says
+        config.seed = args.seed
+        config.optimizer.learning_rate = args.rate
         config.objective.kd = 0.0
         config.update_from_flattened_dict(ROWS[name])
         if not config.source:
@@ -56,12 +70,17 @@ def run(name: str, workdir: pathlib.Path, tokens: int, rank: int) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("rows", nargs="*", help=f"of {', '.join(ROWS)}; default all")
+    parser.add_argument("rows", nargs="*", help=f"of {', '.join(ROWS)}; default the paper's")
+    parser.add_argument("--recipes", action="store_true", help="the rows of start and recipe")
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
     parser.add_argument("--tokens", type=int, default=524_288)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--loops", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate, its peak")
     args = parser.parse_args()
-    results = {n: run(n, args.workdir, args.tokens, args.rank) for n in args.rows or ROWS}
+    rows = args.rows or (RECIPES if args.recipes else [n for n in ROWS if n not in RECIPES])
+    results = {n: run(n, args.workdir, args) for n in rows}
     shown = {
         name: {
             "layer_parameters": s["parameters"]["shared"] + s["parameters"]["lora"],
@@ -75,7 +94,8 @@ def main():
         for n, r in shown.items()
     ]
     output.say("\n" + tables.table(rows, ("start", "layers' parameters", "nll before", "after")))
-    print(json.dumps({"result": "comparisons", "tokens": args.tokens, "rows": shown}))
+    settings = {name: getattr(args, name) for name in ("tokens", "loops", "rank", "seed", "rate")}
+    print(json.dumps({"result": "comparisons", **settings, "rows": shown}))
 
 
 if __name__ == "__main__":
