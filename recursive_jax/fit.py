@@ -8,7 +8,7 @@ import functools
 import os
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -92,15 +92,10 @@ def fit(
                 f"{workdir} holds a model that was saved, not a run that can go on; give another "
                 "workdir"
             )
-    start_kl = certified_kl(model.certificate)
-    near = config.is_near(start_kl)
-    if saved is not None:
-        near = near and RunContract.records_start(saved[PROGRESS_KEY])
-    if near:
-        config = config.from_near()
+    config, near_kl = for_start(config, model.certificate, saved and saved[PROGRESS_KEY])
     mesh = make_mesh(config)
     setup = make_setup(model, config, teacher, mesh)
-    contract = RunContract.of(config, corpus.rows.docs.hashes, corpus.windows.tokens, near)
+    contract = RunContract.of(config, corpus.rows.docs.hashes, corpus.windows.tokens, near_kl)
     if saved is not None:
         # On all processes, before any of them opens arrays.
         together(lambda: contract.check(saved[PROGRESS_KEY], workdir))
@@ -127,7 +122,7 @@ def fit(
     model = dataclasses.replace(model, weights=None)
 
     clock = StepProgress(config.num_steps, first_step)
-    report = Report(config, clock, quiet, start_kl if near else None)
+    report = Report(config, clock, quiet, near_kl)
     report.start(model, origin or model.name, mesh, setup.model.dtype, corpus.rows, first_step)
 
     def seconds() -> float:
@@ -170,6 +165,24 @@ def fit(
         if not (first_step == step and file.exists()):
             checkpoint.write_json(file, summary)
     return Fit(trainer, summary, step < config.num_steps)
+
+
+def for_start(
+    config: TrainConfig,
+    certificate: Mapping[str, Any] | None,
+    saved: Mapping[str, Any] | None = None,
+) -> tuple[TrainConfig, float | None]:
+    """The settings for a start, and its KL if it is near its source; see `NearStart`.
+
+    Args:
+      config: as it was set.
+      certificate: of the model to start from.
+      saved: contract of the run that goes on; one that knows no near starts goes on as it was.
+    """
+    kl = certified_kl(certificate)
+    if not config.is_near(kl) or (saved is not None and not RunContract.records_start(saved)):
+        return config, None
+    return config.from_near(), kl
 
 
 def make_mesh(config: TrainConfig) -> jax.sharding.Mesh:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import json
 import os
 import pathlib
 import re
@@ -26,6 +25,7 @@ from recursive_jax.models.decoder import Decoder
 from recursive_jax.models.parameters import init_params
 from recursive_jax.training import callbacks, loop
 from recursive_jax.training.config import TrainConfig
+from recursive_jax.training.contract import RunContract
 from recursive_jax.weights import hf
 from recursive_jax.weights.source import ASSETS
 from recursive_jax.weights.stored import ArrayWeights
@@ -318,25 +318,33 @@ def test_the_code_of_the_documentation_runs(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "perplexity" in done.stdout and done.stdout.rstrip().endswith("1 12")
+    assert "near start" in done.stdout, "the joint start is distilled by its recipe"
 
 
-def test_a_near_start_learns_from_the_source_alone(source, words, tmp_path, capfd):
+def test_a_near_start_learns_from_the_source_alone():
     """Distillation alone at half of the rate; a run that began otherwise is not changed."""
-    model = dataclasses.replace(source, certificate={"kl": 0.5, "text": "-"})
-    options = SMALL | {"tokens": 256, "learning_rate": 1e-3, "warmup_steps": 40}
+    config = TrainConfig().with_changes(learning_rate=1e-3, warmup_steps=40)
+    documents = np.arange(3, dtype=np.uint64), np.arange(4)
 
-    def train(directory, **changes):
-        model.train(words, teacher=source, workdir=directory, **options, **changes)
-        config = json.loads((directory / "summary.json").read_text())["config"]
-        optimizer = config["optimizer"]
-        return config["objective"]["ce"], optimizer["learning_rate"], optimizer["warmup_steps"]
+    def contract(config, kl):
+        return RunContract.of(config, *documents, kl)
 
-    assert train(tmp_path / "near") == (0.0, 5e-4, 20)
-    assert "KL 0.50" in capfd.readouterr().out
-    assert train(tmp_path / "off", **{"near.kl": 0.1}) == (1.0, 1e-3, 40)
-    assert "near start" not in capfd.readouterr().out
-    with pytest.raises(ValueError, match="near start was False; now .*near start is True"):
-        train(tmp_path / "off")
+    near, kl = fit.for_start(config, {"kl": 0.5})
+    assert kl == 0.5 and (near.objective.ce, near.objective.kd) == (0.0, 1.0)
+    assert (near.optimizer.learning_rate, near.optimizer.warmup_steps) == (5e-4, 20)
+    assert fit.for_start(config, {"kl": 3.0}) == fit.for_start(config, None) == (config, None)
+    off = config.with_changes(**{"near.kl": 0.1})
+    assert fit.for_start(off, {"kl": 0.5}) == (off, None)
+
+    began = contract(near, kl).to_json()
+    again, kl = fit.for_start(config, {"kl": 0.5}, began)
+    contract(again, kl).check(began, "RUN")
+    with pytest.raises(ValueError, match="near start was True; now .*near start is False"):
+        contract(off, None).check(began, "RUN")
+    older = {k: v for k, v in contract(config, None).to_json().items() if k != "near start"}
+    again, kl = fit.for_start(config, {"kl": 0.5}, older)
+    assert (again, kl) == (config, None), "its steps were those of the settings"
+    contract(again, kl).check(older, "RUN")
 
 
 def test_which_starts_are_near():

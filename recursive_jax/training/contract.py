@@ -56,7 +56,7 @@ class RunContract:
         config: TrainConfig,
         training: np.ndarray,
         held_out: np.ndarray,
-        near_start: bool = False,
+        near_kl: float | None = None,
     ) -> RunContract:
         """The contract of a config and its text.
 
@@ -64,7 +64,7 @@ class RunContract:
           config: of the run.
           training: hashes of the training documents, uint64 `[D]`.
           held_out: tokens of the held-out windows, int32 `[N, T]`.
-          near_start: the config is that of a near start.
+          near_kl: of a near start, for which the config is; None: the start is another.
         """
         return cls(
             num_steps=config.num_steps,
@@ -77,7 +77,7 @@ class RunContract:
             own_lora_rate=config.optimizer.lora_lr_scale != 1.0,
             objective=config.objective,
             ema=config.ema_decay > 0,
-            near_start=near_start,
+            near_start=near_kl is not None,
         )
 
     @classmethod
