@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
 from recursive_jax import text
 from recursive_jax.evaluation import moments
+from recursive_jax.evaluation import refit as refit_lib
 from recursive_jax.evaluation.certificate import Reference, tie_with_certificate
 from recursive_jax.evaluation.moments import Moments
 from recursive_jax.models.config import DecoderConfig
@@ -28,6 +30,7 @@ from recursive_jax.weights.tie_config import TieConfig, tied_config
 
 CONTEXT_LENGTH = 512  # of the packed rows, at most
 HELD_OUT_TOKENS = 2048  # scored, to choose between fits
+REFIT_TOKENS = 8192  # at most
 HELD_OUT_LENGTH = 128  # tokens per held-out window, at most: many documents are short
 KEPT, KEPT_SECONDS = 4, 86_400  # moments in the cache: the newest, and what was used lately
 VALID_FRACTION = 0.01  # held out by `train`, with its default; not calibrated on
@@ -159,7 +162,8 @@ def _forget_old(directory: pathlib.Path) -> None:
     """Remove moments that were not used for long: those of a large model have gigabytes."""
     entries = [entry for entry in directory.iterdir() if entry.name[0] != "."]
     entries.sort(key=lambda entry: entry.stat().st_mtime, reverse=True)
-    for entry in entries[KEPT:]:
+    killed = [entry for entry in directory.iterdir() if entry.name[0] == "."]
+    for entry in [*entries[KEPT:], *killed]:
         if time.time() - entry.stat().st_mtime > KEPT_SECONDS:
             shutil.rmtree(entry, ignore_errors=True)
 
@@ -205,6 +209,12 @@ def deal_ranks(
         )
     dealt = {"budget": share, "ranks": ranks, "parameters": used}
     return dataclasses.replace(how, lora_rank=ranks), dealt
+
+
+def refit_rows(calibration: Text) -> data.Batch:
+    """The rows of the text that `refit` takes: it holds all of them in memory."""
+    count = max(REFIT_TOKENS // calibration.rows.tokens.shape[1], 1)
+    return jax.tree.map(lambda x: x[:count], calibration.rows)
 
 
 def tie(
@@ -256,6 +266,15 @@ def tie(
             f"{calibration.name} is too short to fit on one part and measure on another: the "
             "values on this text are those of text that was fitted"
         )
+    if how.refit and cfg.lora_ranks:
+        fitted = refit_lib.refit(
+            source, params, cfg, refit_rows(calibration), found, chosen, progress
+        )
+        kl = reference.compare(Decoder(cfg), fitted)["kl"]
+        about["refit_kl"] = kl
+        if kl < kls[chosen]:
+            params = fitted
+        del fitted
     about["metric"] = chosen
     about["kl_by_metric"] = kls
     about["held_out_tokens"] = int(calibration.held_out.scored[:, 1:].sum())

@@ -28,7 +28,7 @@ from recursive_jax.weights.tie_config import TieConfig, checked_config
 
 HOW = (
     *("num_loops", "method", "lora_init", "lora_rank", "norms", "rounding", "seed"),
-    *("metric", "calibrate", "calibration_tokens", "lora_budget"),
+    *("metric", "calibrate", "calibration_tokens", "lora_budget", "refit"),
 )
 
 
@@ -62,6 +62,9 @@ def define_flags(values: flags.FlagValues) -> None:
     integer("context_length", 512, "tokens per window")
     integer("seed", 0, "of random starts")
     choice("metric", "auto", tie_options.METRICS, "of lora_init=joint; auto: the better one")
+    flags.DEFINE_bool(
+        "refit", True, "then fit the LoRAs to the tied model's own inputs", flag_values=values
+    )
     string("calibrate", "docstrings:1", "text for lora_init=joint: files, directories, tfds:NAME …")
     integer("calibration_tokens", 16_384, "tokens of it")
     flags.mark_flag_as_required("out", flag_values=values)

@@ -71,7 +71,7 @@ def test_command_line_writes_a_checkpoint_and_an_honest_certificate(
         [sys.executable, "-m", "recursive_jax.convert", *flags]
         + ["--text_tokens=300", "--context_length=64"]
         + [f"--calibrate={text_file}", "--calibration_tokens=200", f"--plot={tmp_path}/ranks.svg"],
-        env=commands.environment(quick=False), capture_output=True, text=True,
+        env=commands.environment(), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     certificate = json.loads((out / "certificate.json").read_text())

@@ -77,6 +77,9 @@ def _calibration(c: Mapping[str, Any]) -> str:
     )
     if "kl_by_metric" in c:
         kls = ", ".join(f"{kind} {kl:.3f}" for kind, kl in c["kl_by_metric"].items())
+        if "refit_kl" in c:
+            better = c["refit_kl"] < c["kl_by_metric"][c["metric"]]
+            kls += f"; LoRAs fitted anew {c['refit_kl']:.3f}{'' if better else ', left out'}"
         line += f" (KL on {c['held_out_tokens']:,} other tokens: {kls})"
     if "dealt" in c:
         dealt = c["dealt"]

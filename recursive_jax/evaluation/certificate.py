@@ -93,7 +93,8 @@ def certified_kl(certificate: Mapping[str, Any] | None) -> float | None:
     if "kl" in certificate:
         return certificate["kl"]
     calibration = certificate.get("calibration", {})
-    return calibration.get("kl_by_metric", {}).get(calibration.get("metric"))
+    kl = calibration.get("kl_by_metric", {}).get(calibration.get("metric"))
+    return kl if kl is None else min(kl, calibration.get("refit_kl", kl))
 
 
 def warnings(source: DecoderConfig, cfg: DecoderConfig) -> list[str]:

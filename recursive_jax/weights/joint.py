@@ -183,7 +183,7 @@ def fit(
     else:
         base = solved
     residual = _objective(weights, base, [0.0] * len(weights), metrics)
-    normal = [_normal_form(a, b) for a, b in factors]
+    normal = [normal_form(a, b) for a, b in factors]
     return Fit(base.astype(np.float32), normal, objective, residual)
 
 
@@ -215,7 +215,7 @@ def _leading(matrix: np.ndarray, rank: int) -> Factors:
     return left, triangle @ directions.T
 
 
-def _normal_form(a: np.ndarray, b: np.ndarray) -> Factors:
+def normal_form(a: np.ndarray, b: np.ndarray) -> Factors:
     """The same product in the form of `low_rank.truncated_svd`, float32."""
     orthonormal, triangle = np.linalg.qr(a)
     u, s, v = np.linalg.svd(triangle @ b, full_matrices=False)

@@ -58,6 +58,8 @@ class TieConfig:
       seed: of Gaussian LoRA starts and of 'random'.
       metric: of 'joint', see `weights.joint`. 'fisher': activations and gradients. 'activations'.
         'none': the plain squared error. 'auto': the better of the first two, as measured.
+      refit: after 'joint' in a metric, the LoRAs are fitted anew, depth after depth, to the inputs
+        that the tied model gives them (`evaluation.refit`). The better one is kept, as measured.
       calibrate: text of the metric, as `text.documents` takes it.
       calibration_tokens: how much of it.
 
@@ -74,6 +76,7 @@ class TieConfig:
     norm_start: str | None = None
     seed: int = 0
     metric: str = "auto"
+    refit: bool = True
     calibrate: str = "docstrings:1"
     calibration_tokens: int = 16_384
     lora_budget: float | None = None
@@ -84,6 +87,8 @@ class TieConfig:
             if not isinstance(value, int | np.integer) or isinstance(value, bool):
                 raise ValueError(f"{name}={value!r}; expected an integer")
             object.__setattr__(self, name, int(value))  # JSON knows no numpy numbers
+        if not isinstance(self.refit, bool):
+            raise ValueError(f"refit={self.refit!r}; expected True or False")
         for name, allowed in (
             ("method", (None, *METHODS)),
             ("lora_init", (None, *LORA_STARTS)),
