@@ -50,6 +50,7 @@ def get_config() -> ConfigDict:
     c.objective.kd = 1.0  # forward KL from the source, running in the same step; 0 = none
     c.objective.kd_loss = "forward_kl"
     c.objective.temperature = 1.0
+    c.objective.exit_loss = "aggressive"  # final loop 1, earlier ones exit_coefficient; or weighted
     c.objective.exit_coefficient = 0.0  # of each earlier loop's cross-entropy; paper: 0.1
     c.objective.exit_kd = 0.0
 

@@ -139,6 +139,8 @@ def objective_data(seed=0):
         Objective(ce=0.0, kd=0.5, kd_loss="tvd"),
         Objective(ce=0.7, kd=0.3, kd_loss="jsd", exit_coefficient=0.1, exit_kd=2.0),
         Objective(exit_coefficient=0.3, exit_kd=0.5, temperature=1.7, kd_loss="reverse_kl"),
+        Objective(exit_loss="weighted", kd=0.0),
+        Objective(exit_loss="weighted", ce=0.7, kd=0.3, exit_kd=2.0, kd_loss="jsd"),
     ],
 )
 def test_objective_is_the_documented_sum(objective):
@@ -158,18 +160,27 @@ def test_objective_is_the_documented_sum(objective):
         value = reference(x / temperature, t / temperature, objective.kd_loss)
         return np.sum(weights * value) * temperature**2
 
-    expected = objective.ce * ce(logits[-1])
+    c = objective.exit_coefficient
+    alpha = [1 / 6, 2 / 6, 3 / 6] if objective.exit_loss == "weighted" else [c, c, 1.0]
+    expected = alpha[2] * objective.ce * ce(logits[-1])
     if teacher is not None:
-        expected += objective.kd * kd(logits[-1], teacher)
+        expected += alpha[2] * objective.kd * kd(logits[-1], teacher)
         np.testing.assert_allclose(parts["kd"], kd(logits[-1], teacher), rtol=1e-5)
-    for exit_logits in logits[:-1]:
-        expected += objective.exit_coefficient * ce(exit_logits)
+    for weight, exit_logits in zip(alpha, logits[:-1], strict=False):
+        expected += weight * ce(exit_logits)
         self_kd = objective.exit_kd and kd(exit_logits, logits[-1])
-        expected += objective.exit_coefficient * objective.exit_kd * self_kd
+        expected += weight * objective.exit_kd * self_kd
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     np.testing.assert_allclose(parts["ce"], [ce(x) for x in logits], rtol=1e-5)
     correct = [(weights * (x.argmax(-1) == targets)).sum() for x in logits]
     np.testing.assert_allclose(parts["correct"], correct)
+
+
+@pytest.mark.parametrize("exits", [1, 2, 3, 7])
+def test_weighted_exits_grow_with_depth_and_sum_to_one(exits):
+    alpha = Objective(exit_loss="weighted").exit_weights(exits)
+    np.testing.assert_allclose(np.divide(alpha, alpha[0]), range(1, exits + 1))
+    assert sum(alpha) == pytest.approx(1)
 
 
 def test_check_16_self_distillation_does_not_move_the_final_logits():
@@ -202,6 +213,8 @@ def test_unscored_positions_count_for_nothing():
         ({"temperature": 0.0}, "objective.temperature must be > 0"),
         ({"ce": 0.0, "kd": 0.0}, "objective.ce and objective.kd are both 0"),
         ({"exit_kd": 1.0}, "objective.exit_kd=1.0 .*exit_coefficient"),
+        ({"exit_loss": "even"}, "objective.exit_loss='even'; expected one of aggressive, weighted"),
+        ({"exit_loss": "weighted", "exit_coefficient": 0.1}, "exit_coefficient=0.1 beside exit_l"),
     ],
 )
 def test_objectives_that_make_no_sense(changes, message):

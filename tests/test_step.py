@@ -93,14 +93,18 @@ def mean_loss(objective, logits, teacher, batch):
         log_q = scipy.special.log_softmax(logits[:, b, t], axis=-1)
         count += 1
         agreed += logits[-1, b, t].argmax() == batch.targets[b, t]
-        total -= objective.ce * log_q[-1, batch.targets[b, t]]
+        exits = len(logits)
+        alpha = [objective.exit_coefficient] * (exits - 1) + [1.0]
+        if objective.exit_loss == "weighted":
+            alpha = np.arange(1, exits + 1) / np.arange(1, exits + 1).sum()
+        total -= alpha[-1] * objective.ce * log_q[-1, batch.targets[b, t]]
         if objective.kd:
             log_p = scipy.special.log_softmax(teacher[b, t])
-            total += objective.kd * np.sum(np.exp(log_p) * (log_p - log_q[-1]))
-        for earlier in log_q[:-1]:
+            total += alpha[-1] * objective.kd * np.sum(np.exp(log_p) * (log_p - log_q[-1]))
+        for weight, earlier in zip(alpha, log_q[:-1], strict=False):
             exit_loss = -earlier[batch.targets[b, t]]
             exit_loss += objective.exit_kd * np.sum(np.exp(log_q[-1]) * (log_q[-1] - earlier))
-            total += objective.exit_coefficient * exit_loss
+            total += weight * exit_loss
     return total / count, agreed / count, count
 
 
@@ -111,15 +115,16 @@ def mean_loss(objective, logits, teacher, batch):
         Objective(ce=0.5, kd=2.0),
         Objective(kd=0.0, exit_coefficient=0.1),
         Objective(kd=1.0, exit_coefficient=0.3, exit_kd=0.5),
+        Objective(kd=1.0, exit_loss="weighted", exit_kd=0.5),
     ],
-    ids=["ce", "kd", "exits", "all"],
+    ids=["ce", "kd", "exits", "all", "weighted"],
 )
 def test_loss_and_metrics_by_a_slow_reference(objective):
-    """Final coefficient 1, every earlier loop c (paper §5.1), means over the scored tokens."""
+    """Final coefficient 1 and earlier ones c, or α_i = i / Σj (paper §3.7); means over tokens."""
     params, teacher_params, batch = make_params(STUDENT), make_params(TEACHER), make_batch()
     teacher = Decoder(TEACHER) if objective.kd else None
     # room for five positions' logits: twelve are three uneven chunks
-    copies = (3 if objective.exit_coefficient else 1) + (teacher is not None)
+    copies = (3 if objective.exits else 1) + (teacher is not None)
     options = dict(logits_bytes=4 * BATCH * 5 * STUDENT.vocab_size * copies)
     setup = TrainSetup(Decoder(STUDENT), None, objective, teacher, **options)
     loss, metrics = quick(mean_of(setup))(params, batch, teacher_params)
@@ -131,7 +136,7 @@ def test_loss_and_metrics_by_a_slow_reference(objective):
     assert metrics["tokens"] == count == batch.weights.sum()
     names = {"loss", "tokens", "ce", "accuracy"}
     names |= {"kd"} if objective.kd else set()
-    if objective.exit_coefficient:
+    if objective.exits:
         names |= {f"{n}_exit_{i}" for n in ("ce", "accuracy") for i in (1, 2)}
         first = mean_loss(Objective(kd=0.0), logits[:1], None, batch)
         np.testing.assert_allclose(metrics["ce_exit_1"], first[0], rtol=1e-4)
@@ -354,10 +359,12 @@ def uneven_batch():
     return jax.tree.map(lambda a, b: np.concatenate([a, b]), parts[0], sparse)
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_accumulated_micro_batches_are_the_large_batch(parts):
+@pytest.mark.parametrize(
+    "parts, exits", [(2, {"exit_coefficient": 0.3}), (4, {"exit_loss": "weighted"})]
+)
+def test_accumulated_micro_batches_are_the_large_batch(parts, exits):
     """Of different counts of scored tokens: a mean of means would weigh them wrongly."""
-    objective = Objective(kd=1.0, exit_coefficient=0.3, exit_kd=0.5)
+    objective = Objective(kd=1.0, exit_kd=0.5, **exits)
     tx = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=0), num_steps=9)
     results = []
     for accumulate in (1, parts):

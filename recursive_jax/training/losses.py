@@ -16,22 +16,27 @@ from recursive_jax.models.chunked_head import cross_entropy
 from recursive_jax.training.values import check_kinds
 
 KD_LOSSES = ("forward_kl", "reverse_kl", "jsd", "tvd")
+EXIT_LOSSES = ("aggressive", "weighted")
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """Weights of the loss terms. Each term is a mean over the scored tokens.
 
-    loss = ce·CE(final) + kd·KD(final, teacher) + Σ_exits exit_coefficient·CE(exit)
-         + exit_coefficient·exit_kd·KD(exit, stop_gradient(final)).
+    loss = Σ_i α_i·L_i over the exits i = 1 … E, of which the last loop is the last, with
+
+    L_i = CE(exit i) + exit_kd·KD(exit i, stop_gradient(final)) for i < E,
+    L_E = ce·CE(final) + kd·KD(final, teacher).
 
     Attributes:
       ce: weight of the cross-entropy of the last loop.
       kd: weight of distillation from the teacher; 0 trains without a teacher.
       kd_loss: divergence, one of `KD_LOSSES` (paper Table I.1; the paper chose forward KL).
       temperature: of teacher and student in the divergence.
-      exit_coefficient: weight of every earlier loop's cross-entropy; 0 trains the last loop only.
-        The paper's aggressive setting is 0.1 (§3.7).
+      exit_loss: the weights α. 'aggressive': α_E = 1, all others are `exit_coefficient`.
+        'weighted': α_i = i / Σ_j j (paper §3.7, "weighted CE"), which takes from the last loop.
+      exit_coefficient: weight of every earlier loop under 'aggressive'; 0 trains the last loop
+        only. The paper chose 0.1 (§3.7).
       exit_kd: weight of self-distillation: the exits learn from the detached final output.
     """
 
@@ -39,6 +44,7 @@ class Objective:
     kd: float = 1.0
     kd_loss: str = "forward_kl"
     temperature: float = 1.0
+    exit_loss: str = "aggressive"
     exit_coefficient: float = 0.0
     exit_kd: float = 0.0
 
@@ -53,16 +59,33 @@ class Objective:
             raise ValueError(f"objective.temperature must be > 0, got {self.temperature}")
         if not self.ce and not self.kd:
             raise ValueError("objective.ce and objective.kd are both 0: nothing to train on")
-        if self.exit_kd and not self.exit_coefficient:
+        if self.exit_loss not in EXIT_LOSSES:
+            raise ValueError(
+                f"objective.exit_loss={self.exit_loss!r}; expected one of {', '.join(EXIT_LOSSES)}"
+            )
+        if self.exit_loss == "weighted" and self.exit_coefficient:
+            raise ValueError(
+                f"objective.exit_coefficient={self.exit_coefficient} beside exit_loss='weighted', "
+                "which sets the weight of every exit itself; set objective.exit_coefficient=0"
+            )
+        if self.exit_kd and not self.exits:
             raise ValueError(
                 f"objective.exit_kd={self.exit_kd} has no effect with exit_coefficient 0, which it "
-                "is multiplied by; set objective.exit_coefficient (paper: 0.1)"
+                "is multiplied by; set objective.exit_coefficient (paper: 0.1), or "
+                "objective.exit_loss=weighted"
             )
 
     @property
     def exits(self) -> bool:
         """Whether the hidden states of earlier loops are needed."""
-        return self.exit_coefficient > 0
+        return self.exit_loss == "weighted" or self.exit_coefficient > 0
+
+    def exit_weights(self, num_exits: int) -> list[float]:
+        """The weight α of every exit's loss, by depth; the last loop's is last."""
+        if self.exit_loss == "weighted":
+            total = num_exits * (num_exits + 1) / 2
+            return [i / total for i in range(1, num_exits + 1)]
+        return [self.exit_coefficient] * (num_exits - 1) + [1.0]
 
 
 def divergence(
@@ -120,9 +143,12 @@ def token_losses(
     if teacher_logits is not None:
         ours, theirs = logits[-1][..., :num_ids], teacher_logits[..., :num_ids]
         kd = (weights * kd_of(ours, theirs)).sum()
-    loss = objective.ce * ce[-1] + objective.kd * kd
-    if len(logits) > 1:
+    *early, last = objective.exit_weights(len(logits))
+    loss = last * (objective.ce * ce[-1] + objective.kd * kd)
+    for alpha, exit_logits, exit_ce in zip(early, logits, ce, strict=False):
+        loss += alpha * exit_ce
         if objective.exit_kd:
-            exit_kd = sum((weights * kd_of(x, logits[-1])).sum() for x in logits[:-1])
-        loss += objective.exit_coefficient * (ce[:-1].sum() + objective.exit_kd * exit_kd)
+            distance = (weights * kd_of(exit_logits, logits[-1])).sum()
+            exit_kd += distance
+            loss += alpha * objective.exit_kd * distance
     return loss, {"ce": ce, "kd": kd, "exit_kd": exit_kd, "correct": correct}
