@@ -17,6 +17,8 @@ def get_config() -> ConfigDict:
 
     c.model = ConfigDict()
     c.model.num_loops = 2
+    # order of the layers: cycle 1,2,3,1,2,3 sequence 1,1,2,2,3,3 cycle_rev 1,2,3,3,2,1
+    c.model.sharing = "cycle"
     # stepwise average lower upper random; None = stepwise, or average with a fitted or SVD LoRA
     c.model.method = config_dict.placeholder(str)
     c.model.lora_init = config_dict.placeholder(str)  # joint svd zero split none; None = by method
@@ -29,6 +31,7 @@ def get_config() -> ConfigDict:
     c.model.lora_rank = 0
     # instead of a rank: share of the source's layers for all LoRAs, such as 0.15
     c.model.lora_budget = config_dict.placeholder(float)
+    c.model.prefix_length = 0  # learnable vectors of each layer and loop, seen by all queries
     c.model.norms = "per_loop"  # tied per_loop folded
     c.model.rounding = "even"  # of stepwise positions: even half_up floor
     # average choice zero own; None = own with a fitted or SVD LoRA and norms per loop, else by

@@ -21,13 +21,15 @@ from ml_collections import config_flags
 
 from recursive_jax import model as model_lib
 from recursive_jax.console import app, certificate_report, output, spectra, stop
+from recursive_jax.models.config import SHARINGS
 from recursive_jax.start import tie_config
 from recursive_jax.weights import checkpoint
 from recursive_jax.weights import tie_config as tie_options
 from recursive_jax.weights.tie_config import TieConfig, checked_config
 
 HOW = (
-    *("num_loops", "method", "lora_init", "lora_rank", "norms", "rounding", "seed"),
+    *("num_loops", "sharing", "method", "lora_init", "lora_rank", "prefix_length"),
+    *("norms", "rounding", "seed"),
     *("metric", "calibrate", "calibration_tokens", "lora_budget", "refit"),
 )
 
@@ -43,6 +45,7 @@ def define_flags(values: flags.FlagValues) -> None:
         values,
     )  # fmt: skip
     integer("num_loops", 2, "loops; must divide the source's depth")
+    choice("sharing", "cycle", SHARINGS, "order of the shared layers; generate needs cycle")
     choice(
         "method", None, tie_options.METHODS,
         "shared weights; default stepwise, or average with an SVD LoRA",
@@ -54,6 +57,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "instead of --lora_rank: share of the source's layers for all LoRAs, such as 0.15; ranks "
         "by projection follow from the calibration",
     )  # fmt: skip
+    integer("prefix_length", 0, "learnable vectors of each layer and loop, seen by all queries")
     choice("norms", "per_loop", ("tied", "per_loop", "folded"), "norms and biases")
     choice("rounding", "even", tuple(tie_options.ROUNDINGS), "of stepwise positions")
     string("plot", None, "picture of what each further rank gains, such as ranks.svg")

@@ -55,7 +55,11 @@ def decode_model(
       context_length: rows of a cache slot.
       passes: expected passes of the block; few passes do not amortise a long compilation.
       say: is given the progress of building the CPU kernels, a line at a time.
+
+    Raises:
+      ValueError: the layers are shared in an order that cannot be decoded loop after loop.
     """
+    cfg.check_decodes()
     platform, decoder = mesh.devices.flat[0].platform, Decoder(cfg, dtype=dtype)
     if platform == "tpu":
         axes = dict(sharding.rules_for(mesh, cfg)).get("heads") or ()
@@ -74,7 +78,7 @@ def decode_model(
     build.has("SkinnyMatmul", say)  # built here, where its progress can be shown
     leaves = jax.tree.leaves(abstract_params(cfg)["block"])
     block_bytes = sum(leaf.size for leaf in leaves) * np.dtype(dtype).itemsize
-    if block_bytes > CPU_BLOCK_BYTES and passes > CPU_PASSES:
+    if block_bytes > CPU_BLOCK_BYTES and passes > CPU_PASSES and not cfg.prefix_length:
         return CpuModel(cfg, dtype)
     cache, attention = cache_class(cfg, dtype)
     return ScannedModel(decoder, cache, attention=attention)

@@ -206,7 +206,8 @@ class Model:
             return
         cfg, facts = checkpoint.load_config(workdir, note)
         compared = [("sizes", cfg, self.cfg)]
-        compared.append(("conversion", facts.get("tying"), self.facts.get("tying")))
+        tyings = (_with_defaults(x.get("tying")) for x in (facts, self.facts))
+        compared.append(("conversion", *tyings))
         if "begun" in facts:
             compared.append(("start or teacher", facts["begun"], begun))
         else:  # a run of the job, which names its source
@@ -324,7 +325,7 @@ class Model:
                 self.weights.read(places, jnp.float32),
                 *windows,
                 batch_size=rows,
-                all_loops=self.cfg.num_loops > 1,
+                all_loops=self.cfg.has_exits,
                 put=lambda batch: sharding.put_global(batch, place),
             )
 
@@ -408,6 +409,11 @@ def check_free(directory: pathlib.Path) -> None:
     """Raise ValueError unless a checkpoint can be written to `directory`."""
     if directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory} is not empty; choose another directory, or remove it")
+
+
+def _with_defaults(tying: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The record of a conversion, with options that are newer than it."""
+    return tying and TieConfig.from_json(tying).to_json()
 
 
 def _one_of(name: str, given: Any, kind: type, options: dict[str, Any]) -> Any:

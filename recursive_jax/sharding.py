@@ -30,6 +30,8 @@ RULES: tuple[tuple[str, Any], ...] = (
     ("rank", None),
     ("layer", None),
     ("loop", None),
+    ("prefix", None),
+    ("gate", None),
 )
 
 

@@ -92,7 +92,7 @@ def tie_config(config: Any) -> TieConfig:
 
 def converted(source: Model, how: TieConfig) -> Start:
     """A pretrained model, tied; one loop without LoRA leaves it as it is."""
-    if how.num_loops == 1 and not how.has_lora:
+    if how.num_loops == 1 and not how.has_lora and not how.prefix_length:
         return Start(source.cfg, source.tokenizer, f"{source.name}, as it is", lambda: source)
     if how.lora_budget is not None:  # the ranks, and with them the config, follow from the fit
         model = source.convert(how)

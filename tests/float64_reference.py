@@ -47,7 +47,8 @@ class Layer:
         cfg, part = self.cfg, self.params["attention"]
         steps = np.arange(len(h))
         q = self.linear(h, part["q"]).reshape(-1, cfg.num_heads, cfg.head_dim)
-        q = self.rotate(self.head_norm(q, "q_norm"), steps)
+        unrotated = self.head_norm(q, "q_norm")
+        q = self.rotate(unrotated, steps)
         k, v = self.keys_and_values(h, steps)
         behind = steps[:, None] - steps[None]
         seen = (behind >= 0) & ((behind < self.window) | (self.window == 0))
@@ -56,6 +57,14 @@ class Layer:
             mine = head // (cfg.num_heads // cfg.num_kv_heads)
             scores = softcap(q[:, head] @ k[:, mine].T * cfg.attention_scale, cfg.attn_softcap)
             out[:, head] = scipy.special.softmax(np.where(seen, scores, -np.inf), -1) @ v[:, mine]
+        if cfg.prefix_length:
+            prefix, gate = part["prefix"][self.loop], part["prefix_gate"][self.loop]
+            k, v = self.keys_and_values(prefix, np.zeros(len(prefix)))
+            for head in range(cfg.num_heads):
+                mine = head // (cfg.num_heads // cfg.num_kv_heads)
+                scores = unrotated[:, head] @ k[:, mine].T * cfg.attention_scale
+                scores = softcap(scores, cfg.attn_softcap)
+                out[:, head] += gate[head] * scipy.special.softmax(scores, -1) @ v[:, mine]
         return self.linear(out.reshape(len(h), -1), part["o"])
 
     def keys_and_values(self, h, positions):

@@ -37,6 +37,7 @@ NEOX = DecoderConfig(
 )  # fmt: skip
 LOCAL = GEMMA.replace(windows=(3, 3, 3, 3))
 CONFIGS = {"gemma": GEMMA, "neox": NEOX, "local": LOCAL, "tied": NEOX.replace(norms="tied")}
+CONFIGS |= {"prefix": GEMMA.replace(prefix_length=3), "neox prefix": NEOX.replace(prefix_length=2)}
 
 
 @functools.cache
@@ -110,7 +111,7 @@ def test_causal_by_gradients(name):
     assert (jacobian[seen] > 0).all()
 
 
-@pytest.mark.parametrize("name", ["gemma", "neox"])
+@pytest.mark.parametrize("name", ["gemma", "neox", "prefix"])
 def test_packed_documents_equal_separate_ones(name):
     cfg = CONFIGS[name]
     lengths = (5, 1, 6)
@@ -139,7 +140,7 @@ def small_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize("cache_class", [KVCache, RowCache])
-@pytest.mark.parametrize("name", ["gemma", "neox", "local"])
+@pytest.mark.parametrize("name", ["gemma", "neox", "local", "prefix"])
 def test_cached_decoding_equals_float64(name, cache_class, small_blocks):
     """Two prompts in two chunks each, then token by token, loops in lock step."""
     cfg = CONFIGS[name]
@@ -174,7 +175,7 @@ def test_cached_decoding_equals_float64(name, cache_class, small_blocks):
 
 
 @pytest.mark.parametrize("cache_class", [KVCache, RowCache])
-@pytest.mark.parametrize("name", ["gemma", "neox"])
+@pytest.mark.parametrize("name", ["gemma", "neox", "prefix"])
 def test_lanes_at_different_loops_equal_float64(name, cache_class):
     """Depth-wise: each tick every lane runs its own loop of its own position, or idles.
 

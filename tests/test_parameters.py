@@ -37,6 +37,7 @@ CONFIGS = {
         o_bias=True,
         mlp_bias=True,
         tied_head=False,
+        prefix_length=5,
     ),
     "qwen2, folded": DecoderConfig(
         "qwen2", **SMALL, **{**RECURSIVE, "norms": "folded"}, qkv_bias=True
@@ -123,7 +124,8 @@ def test_counts_by_hand():
     lora = 3 * 2 * (2 * (8 + 8) + 3 * (12 + 8))  # layers · loops · (q + down)
     norms = 3 * 2 * 2 * 2 * 8 + 2 * 8  # layers · loops · two norms · (scale, bias) + final
     biases = 3 * 2 * (5 * 8 + 12)  # layers · loops · (q, k, v, o, down + up)
-    expected = {"shared": shared, "lora": lora, "vectors": norms + biases}
-    expected |= {"embedding": 2 * 11 * 8}
+    prefix, gates = 3 * 2 * 5 * 8, 3 * 2 * cfg.num_heads  # layers · loops
+    expected = {"shared": shared, "lora": lora, "prefix": prefix}
+    expected |= {"vectors": norms + biases + gates, "embedding": 2 * 11 * 8}
     expected["total"] = sum(expected.values())
     assert parameter_counts(abstract_params(cfg)) == expected

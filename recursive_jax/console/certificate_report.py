@@ -13,11 +13,11 @@ def start(source: Any, cfg: Any, how: Any) -> str:
 
     `source`: a `model.Model`; `cfg`: the config of the result; `how`: a `TieConfig`.
     """
-    before = source.cfg
+    before, order = source.cfg, "" if cfg.sharing == "cycle" else f" in order {cfg.sharing}"
     rows = [
         ("source", f"{source.name} ({before.family}, {before.depth} layers, "
                    f"width {before.embed_dim})"),
-        ("recursive", f"{cfg.num_loops} loops × {cfg.num_layers} layers, "
+        ("recursive", f"{cfg.num_loops} loops × {cfg.num_layers} layers{order}, "
                       f"{_ranks(how)}, norms {cfg.norms}"),
     ]  # fmt: skip
     return tables.table(rows)
@@ -35,7 +35,8 @@ def table(certificate: Mapping[str, Any]) -> str:
     source = {"shared": sizes["source"], "total": sizes["source_total"]}
     rows = [
         (group, f"{source[group]:,}" if group in source else "", f"{sizes[group]:,}")
-        for group in ("shared", "lora", "vectors", "embedding", "total")
+        for group in ("shared", "lora", "prefix", "vectors", "embedding", "total")
+        if group != "prefix" or sizes.get("prefix")
     ]
     random = certificate["recipe"]["method"] == "random"
     used = "those of the layers not kept" if random else "every one consumed"

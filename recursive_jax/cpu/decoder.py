@@ -31,6 +31,11 @@ class CpuModel:
     cfg: DecoderConfig
     dtype: Any = jnp.float32
 
+    def __post_init__(self):
+        self.cfg.check_decodes()
+        if self.cfg.prefix_length:
+            raise ValueError("CpuModel has no prefixes; decode with models.scanned.ScannedModel")
+
     @property
     def attention(self) -> str:
         return cache_class(self.cfg, self.dtype)[1]

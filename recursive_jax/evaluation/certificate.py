@@ -38,8 +38,13 @@ def sizes(source: DecoderConfig, cfg: DecoderConfig) -> dict[str, Any]:
         "source_total": before["total"],
         **after,
         "ratio_to_source": round(after["total"] / before["total"], 4),
-        "block_ratio_to_source": round((after["shared"] + after["lora"]) / before["shared"], 4),
+        "block_ratio_to_source": round(_stored(after) / before["shared"], 4),
     }
+
+
+def _stored(counts: Mapping[str, int]) -> int:
+    """Matrices of the block, and what relaxes them."""
+    return counts["shared"] + counts["lora"] + counts["prefix"]
 
 
 def tie_with_certificate(
@@ -106,9 +111,10 @@ def warnings(source: DecoderConfig, cfg: DecoderConfig) -> list[str]:
             f"(break-even {limit:.0f}); a rank below saves memory"
         )
     counts, before = sizes(source, cfg), parameter_counts(abstract_params(source))["shared"]
-    if counts["shared"] + counts["lora"] > before:
+    if _stored(counts) > before:
+        added = "LoRAs" + (" and prefixes" if counts["prefix"] else "")
         out.append(
-            f"the recursive block with its LoRAs ({counts['shared'] + counts['lora']:,}) is larger "
+            f"the recursive block with its {added} ({_stored(counts):,}) is larger "
             f"than the source's layers ({before:,})"
         )
     return out
@@ -137,9 +143,9 @@ def full_rank_identity(source: Source, how: TieConfig, windows: text.Windows) ->
     """
     if how.method == "random":
         return {"skipped": "a random start keeps no layer of the source"}
-    loops = how.num_loops
-    layers = source.cfg.depth // loops
-    depths = [loop * layers + layer for loop in range(loops) for layer in sorted({0, layers - 1})]
+    tied = tie_config.tied_config(source.cfg, how)
+    ends = {0, tied.num_layers - 1}
+    depths = [depth for depth, (_, layer) in enumerate(tied.places()) if layer in ends]
     cfg, block = source.layers(depths)
     outer, tokens = jax.tree.map(on_device, source.outer_params()), windows.tokens[:1]
     want = next(hidden_states(Decoder(cfg), outer | jax.tree.map(jnp.asarray, block), tokens))

@@ -67,7 +67,7 @@ def refit(
     theirs = model.apply({"params": outer}, jnp.asarray(rows.tokens), method="embed")
     ours, weights = theirs, (segments > 0).astype(jnp.float32)
     for depth in (bar := tqdm(range(cfg.depth), desc="refit", unit="layer", disable=not progress)):
-        loop, layer = divmod(depth, cfg.num_layers)
+        loop, layer = cfg.places()[depth]
         one, block = source.layers([depth])
         run = _source_layer(one)
         groups = [slice(n, n + WINDOWS) for n in range(0, len(theirs), WINDOWS)]
@@ -110,7 +110,7 @@ class _Hook:
             return call(*args, **kwargs)
         (x, loop), y = args, call(*args, **kwargs)
         name, rank = module.projection, self.cfg.rank(module.projection)
-        if not rank or block_shape(x.shape[-1])[0] > 1:
+        if not rank or block_shape(x.shape[-1])[0] > 1 or x.ndim < 3:  # [P, D]: of a prefix
             return y
         stored = module.variables["params"]
         now = [np.asarray(stored[part][loop], np.float64) for part in LORA]

@@ -64,14 +64,19 @@ class Attention(nn.Module):
         cfg = self.cfg
         queries = len(x) - (0 if context.backfill is None else len(context.backfill.x))
         query_loop = loop[:queries] if jnp.ndim(loop) else loop
-        q = self._heads("q", "heads", x[:queries], query_loop)
-        k, v = (self._heads(name, "kv_heads", x, loop) for name in "kv")
-        if cfg.qk_norm:
-            loops = cfg.vector_loops("qk_norm")
-            q = Norm(cfg, loops, "head_dim", self.dtype, name="q_norm")(q, query_loop)
-            k = Norm(cfg, loops, "head_dim", self.dtype, name="k_norm")(k, loop)
+        q_proj, k_proj, v_proj = (
+            self._linear(name, ("embed", axis), cfg.qkv_bias)
+            for name, axis in (("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads"))
+        )
+        q_norm, k_norm = self._head_norm("q_norm"), self._head_norm("k_norm")
+
+        def keys_and_values(x, loop):
+            return k_norm(self._by_head(k_proj(x, loop)), loop), self._by_head(v_proj(x, loop))
+
+        unrotated = q_norm(self._by_head(q_proj(x[:queries], query_loop)), query_loop)
+        k, v = keys_and_values(x, loop)
         cos, sin = rope_rows(context.cos, context.sin, tables.rope, loop)
-        q, k = rotate(q, cos[:queries], sin[:queries]), rotate(k, cos, sin)
+        q, k = rotate(unrotated, cos[:queries], sin[:queries]), rotate(k, cos, sin)
 
         window = None if tables.window is None else tables.window[query_loop]
         scale, softcap = cfg.attention_scale, cfg.attn_softcap
@@ -82,15 +87,55 @@ class Attention(nn.Module):
                 y = attend(q, k, v, mask, scale, softcap)
             else:
                 y, cache = cache.attend(q, k, v, context.rows, tables.index, window, scale, softcap)
+        if cfg.prefix_length:
+            y = y + self._attend_to_prefix(unrotated, query_loop, keys_and_values)
         y = y.reshape(*y.shape[:-2], -1)
         y = nn.with_logical_constraint(y, (*("batch", "seq")[: y.ndim - 1], "heads"))
         o_scale = 0.02 * (2 * cfg.depth) ** -0.5
         return self._linear("o", ("heads", "embed"), cfg.o_bias, o_scale)(y, query_loop), cache
 
-    def _heads(self, name, axis, x, loop):
-        """A projection by head: `[..., D] -> [..., heads, H]`."""
-        y = self._linear(name, ("embed", axis), self.cfg.qkv_bias)(x, loop)
-        return y.reshape(*x.shape[:-1], -1, self.cfg.head_dim)
+    def _attend_to_prefix(self, q, loop, keys_and_values):
+        """Gated attention to the learnable vectors of this layer and loop, of all queries to all.
+
+        The vectors have no positions, so that queries are not rotated either. Their softmax is
+        their own, and its result is multiplied by a gate per head that starts at 0 (the adapter of
+        arXiv 2303.16199): a model with new vectors is the model without them.
+
+        Args:
+          q: `[B, T, N, H]` before rope, or `[R, N, H]` with a cache.
+          loop: of the queries, `[]` or `[R]`.
+          keys_and_values: (vectors `[S, D]`, loop) -> keys without rope, values: `[S, K, H]`.
+        """
+        cfg = self.cfg
+        shape = cfg.num_loops, cfg.prefix_length, cfg.embed_dim
+        start, axes = nn.initializers.normal(1.0), ("loop", "prefix", "embed")
+        prefix = self.param("prefix", nn.with_logical_partitioning(start, axes), shape)
+        start, axes = nn.initializers.zeros, ("loop", "gate")
+        shape = cfg.num_loops, cfg.num_heads
+        gate = self.param("prefix_gate", nn.with_logical_partitioning(start, axes), shape)
+        gate = gate[loop].astype(self.dtype)[..., None]
+        if jnp.ndim(loop):  # rows at different loops: a batch of one query each
+            loops = jnp.repeat(jnp.arange(cfg.num_loops, dtype=jnp.int32), cfg.prefix_length)
+            parts = keys_and_values(prefix.reshape(-1, cfg.embed_dim), loops)
+            k, v = (x.reshape(cfg.num_loops, -1, *x.shape[1:])[loop] for x in parts)
+            q = q[:, None]
+        else:
+            k, v = (x[None] for x in keys_and_values(prefix[loop], loop))
+        everything = jnp.ones((1, q.shape[1], cfg.prefix_length), bool)
+        y = attend(q, k, v, everything, cfg.attention_scale, cfg.attn_softcap)
+        y = y[:, 0] if jnp.ndim(loop) else y
+        return gate.reshape((1,) * (y.ndim - gate.ndim) + gate.shape) * y
+
+    def _head_norm(self, name):
+        """(heads `[..., H]`, loop) -> heads; without a norm, as they are."""
+        loops = self.cfg.vector_loops("qk_norm")
+        if not self.cfg.qk_norm:
+            return lambda heads, loop: heads
+        return Norm(self.cfg, loops, "head_dim", self.dtype, name=name)
+
+    def _by_head(self, y):
+        """`[..., heads · H] -> [..., heads, H]`."""
+        return y.reshape(*y.shape[:-1], -1, self.cfg.head_dim)
 
     def _linear(self, name, axes, bias, scale=0.02):
         return Linear(self.cfg, name, axes, bias, self.dtype, self.data_shards, scale, name=name)

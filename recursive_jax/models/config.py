@@ -1,9 +1,9 @@
 """`DecoderConfig`: the frozen, validated, JSON-serialisable description of a decoder.
 
 All packages share it. A *family* (gemma, llama, gpt_neox, ...) is a choice of these fields; see
-`weights.hf_config`. Attention window and rope kind are tables over
-`depth = loop * num_layers + layer`. A shared layer may therefore be local in one loop and global in
-the next, as its depths were in the source model.
+`weights.hf_config`. Attention window and rope kind are tables over depth. A shared layer may
+therefore be local in one loop and global in the next, as its depths were in the source model.
+`shared_depths` maps depth to loop and layer.
 """
 
 from __future__ import annotations
@@ -19,6 +19,22 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 NORM_MODES = ("tied", "per_loop", "folded")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
+SHARINGS = ("cycle", "sequence", "cycle_rev")
+
+
+def shared_depths(sharing: str, num_loops: int, num_layers: int) -> np.ndarray:
+    """The depths at which a layer of the block runs: int `[layer, loop]` (paper App. B).
+
+    Layers by depth, of three layers and two loops: 'cycle' 1,2,3,1,2,3; 'sequence' 1,1,2,2,3,3;
+    'cycle_rev' 1,2,3,3,2,1. A layer's loop counts how often it has run before.
+    """
+    depths = np.arange(num_loops * num_layers)
+    if sharing == "sequence":
+        return depths.reshape(num_layers, num_loops)
+    by_loop = depths.reshape(num_loops, num_layers)
+    if sharing == "cycle_rev":
+        by_loop[1::2] = by_loop[1::2, ::-1].copy()
+    return np.ascontiguousarray(by_loop.T)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +148,10 @@ class DecoderConfig:
     embed_scale: float = 1.0
     tied_head: bool = True
 
+    sharing: str = "cycle"  # order in which the layers run, see `shared_depths`
     norms: str = "tied"  # which small vectors have a loop axis, see `vector_loops`
     lora_ranks: tuple[tuple[str, int], ...] = ()  # (projection, rank); absent means 0
+    prefix_length: int = 0  # learnable vectors of every layer and loop that all queries see
 
     def __post_init__(self):
         """Normalise: mappings and lists become tuples, which hash; zero ranks are left out."""
@@ -162,6 +180,8 @@ class DecoderConfig:
         ).split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.prefix_length < 0:
+            raise ValueError(f"prefix_length must be at least 0, got {self.prefix_length}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
@@ -170,6 +190,7 @@ class DecoderConfig:
             ("norm", ("rms", "layer")),
             ("activation", ACTIVATIONS),
             ("norms", NORM_MODES),
+            ("sharing", SHARINGS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}; expected one of {allowed}")
@@ -201,6 +222,41 @@ class DecoderConfig:
     def depth(self) -> int:
         """Layers of the unrolled network."""
         return self.num_layers * self.num_loops
+
+    def depths(self) -> np.ndarray:
+        """`shared_depths` of this model: int `[layer, loop]`."""
+        return shared_depths(self.sharing, self.num_loops, self.num_layers)
+
+    def places(self) -> list[tuple[int, int]]:
+        """(loop, layer) by depth: the inverse of `depths`."""
+        layers, loops = np.divmod(np.argsort(self.depths(), axis=None), self.num_loops)
+        return list(zip(loops.tolist(), layers.tolist(), strict=True))
+
+    @property
+    def has_exits(self) -> bool:
+        """Whether the state after an earlier loop may be an exit."""
+        return self.num_loops > 1 and self.sharing == "cycle"
+
+    def check_cycle(self, what: str, instead: str = "leave it out") -> None:
+        """Raise ValueError unless the block runs whole, loop after loop.
+
+        Args:
+          what: needs that.
+          instead: what the user can do with this model.
+        """
+        if self.sharing != "cycle":
+            raise ValueError(
+                f"{what} needs sharing='cycle', where the block runs as a whole, loop after loop; "
+                f"this model has sharing={self.sharing!r}. Convert with sharing=cycle, or {instead}"
+            )
+
+    def check_decodes(self) -> None:
+        """Raise ValueError if the engine cannot decode with the model."""
+        self.check_cycle(
+            "decoding",
+            "decode the plain model with the same logits, which "
+            "recursive_jax.load(MODEL).untie().save(DIRECTORY) makes",
+        )
 
     @property
     def rotary_dim(self) -> int:
@@ -253,8 +309,7 @@ class DecoderConfig:
         return np.stack([rope.frequencies(self.rotary_dim) for rope in self.ropes_in_use()])
 
     def _by_layer(self, table: tuple[int, ...]) -> np.ndarray:
-        by_depth = np.asarray(table, np.int32).reshape(self.num_loops, self.num_layers)
-        return np.ascontiguousarray(by_depth.T)
+        return np.asarray(table, np.int32)[self.depths()]
 
     def replace(self, **changes: Any) -> DecoderConfig:
         return dataclasses.replace(self, **changes)

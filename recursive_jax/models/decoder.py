@@ -1,5 +1,7 @@
 """One decoder for every family: a block of layers, scanned, run `num_loops` times, scanned.
 
+In the order 'sequence' the scans change places: every layer runs `num_loops` times before the next.
+
 Axes: B batch, T query length, R rows of a decoding pass, D embed, F mlp, N query heads, K kv heads,
 H head_dim, V vocab, L loop.
 
@@ -62,6 +64,19 @@ class Layer(nn.Module):
         x = x + y + out if cfg.parallel_residual else x + out
         return (_constrained(x, "embed_activation"), cache), None
 
+    def run_reversed(self, *args):
+        """As `__call__`; the scan over layers goes from the last layer to the first."""
+        return self(*args)
+
+    def run_all_loops(self, carry, loops: jax.Array, context: Context, tables: LayerTables):
+        """The layer at all loops, int32 `[L]`, one after the other."""
+
+        def body(layer, carry, loop):
+            return layer(carry, loop, context, tables)
+
+        scan = nn.scan(body, variable_broadcast="params", split_rngs={"params": False})
+        return scan(self, carry, loops)
+
     def _norm(self, name: str, kind: str) -> Norm:
         return Norm(self.cfg, self.cfg.vector_loops(kind), dtype=self.dtype, name=name)
 
@@ -105,15 +120,17 @@ class Decoder(nn.Module):
         if self.remat_policy != "none":
             # prevent_cse is for unrolled code; inside a scan it only costs memory
             layer = nn.remat(Layer, policy=REMAT_POLICIES[self.remat_policy], prevent_cse=False)
-        self.block = nn.scan(
-            layer,
+        scan = dict(
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, 0),
             length=cfg.num_layers,
             unroll=self.unroll_layers,
             metadata_params={nn.PARTITION_NAME: "layer"},
-        )(cfg, self.dtype, self.data_shards)
+        )
+        methods = {"__call__": scan, "run_all_loops": scan}
+        methods["run_reversed"] = scan | {"reverse": True}
+        self.block = nn.scan(layer, methods=methods)(cfg, self.dtype, self.data_shards)
 
     def __call__(
         self,
@@ -121,8 +138,9 @@ class Decoder(nn.Module):
         positions: jax.Array,
         segment_ids: jax.Array | None = None,
         all_loops: bool = False,
+        loops: int | None = None,
     ) -> jax.Array:
-        """Run all loops.
+        """Run all loops, or the first `loops` of them.
 
         Args:
           tokens, positions: int `[B, T]`.
@@ -130,7 +148,7 @@ class Decoder(nn.Module):
           all_loops: return the hidden state after every loop.
 
         Returns:
-          hidden `[B, T, D]`, or `[L, B, T, D]` with `all_loops`, before the final norm (give it
+          hidden `[B, T, D]`, or `[loops, B, T, D]` with `all_loops`, before the final norm (give it
           to `unembed`).
         """
         x = self.embed(tokens)
@@ -139,6 +157,11 @@ class Decoder(nn.Module):
             self.unembed(x)
             return x
         context = self._context(positions, segment_ids)
+        if self.cfg.sharing != "cycle":
+            if all_loops or loops is not None:
+                self.cfg.check_cycle("the state after a loop")
+            return self._run_other_order(x, context)
+        loops = self.cfg.num_loops if loops is None else loops
 
         def body(decoder, x, loop):
             x, _ = decoder._run(x, loop, context, None)
@@ -148,9 +171,9 @@ class Decoder(nn.Module):
             body,
             variable_broadcast="params",
             split_rngs={"params": False},
-            length=self.cfg.num_loops,
+            length=loops,
         )
-        x, per_loop = scan(self, x, jnp.arange(self.cfg.num_loops, dtype=jnp.int32))
+        x, per_loop = scan(self, x, jnp.arange(loops, dtype=jnp.int32))
         return per_loop if all_loops else x
 
     def embed(self, tokens: jax.Array) -> jax.Array:
@@ -176,6 +199,7 @@ class Decoder(nn.Module):
         self, x: jax.Array, rows: Rows, cache: Cache, backfill: Backfill | None = None
     ) -> tuple[jax.Array, Cache]:
         """One pass of the block over cached rows; see `interface.DecodeModel.run_block`."""
+        self.cfg.check_decodes()
         cached = rows.with_backfill(backfill)
         cos, sin = rope_tables(self.cfg, cached.position)
         context = Context(cos, sin, rows=cached, backfill=backfill)
@@ -199,6 +223,17 @@ class Decoder(nn.Module):
     def _context(self, positions, segment_ids) -> Context:
         cos, sin = rope_tables(self.cfg, positions)
         return Context(cos, sin, positions, segment_ids)
+
+    def _run_other_order(self, x: jax.Array, context: Context) -> jax.Array:
+        """All loops in the order 'sequence' or 'cycle_rev'."""
+        tables, num_loops = layer_tables(self.cfg), self.cfg.num_loops
+        if self.cfg.sharing == "sequence":
+            loops = jnp.arange(num_loops, dtype=jnp.int32)
+            return self.block.run_all_loops((x, None), loops, context, tables)[0][0]
+        for loop in range(num_loops):  # not scanned: a scan cannot reverse every second pass
+            run = self.block.run_reversed if loop % 2 else self.block
+            x = run((x, None), jnp.int32(loop), context, tables)[0][0]
+        return x
 
     def _run(self, x, loop, context, cache):
         return self.block((x, cache), loop, context, layer_tables(self.cfg))[0]

@@ -39,6 +39,8 @@ KINDS = {
     "q_norm": "qk_norm",
     "k_norm": "qk_norm",
     "final_norm": "final_norm",
+    "prefix": "prefix",
+    "prefix_gate": "prefix_gate",
 }
 LORA = ("lora_a", "lora_b")
 MATRICES = ("embedding", "head", "weight", *LORA)
@@ -46,6 +48,7 @@ COUNT_GROUPS = {  # kind -> group of `parameter_counts`; every other kind is a v
     "weight": "shared",
     "lora_a": "lora",
     "lora_b": "lora",
+    "prefix": "prefix",
     "embedding": "embedding",
     "head": "embedding",
 }
@@ -130,10 +133,10 @@ def logical_axes(cfg: DecoderConfig) -> dict[str, Any]:
 def parameter_counts(params: Mapping[str, Any]) -> dict[str, int]:
     """Numbers stored, by group; works on arrays and on abstract shapes.
 
-    shared: the block's projection matrices (the paper's N-emb); lora; vectors: norms and biases;
-    embedding: token embedding and untied head; total.
+    shared: the block's projection matrices (the paper's N-emb); lora; prefix; vectors: norms,
+    biases and gates; embedding: token embedding and untied head; total.
     """
-    counts = dict.fromkeys(("shared", "lora", "vectors", "embedding", "total"), 0)
+    counts = dict.fromkeys(("shared", "lora", "prefix", "vectors", "embedding", "total"), 0)
     kind_and_leaf = zip(jax.tree.leaves(kinds(params)), jax.tree.leaves(params), strict=True)
     for kind, leaf in kind_and_leaf:
         size = math.prod(leaf.shape)

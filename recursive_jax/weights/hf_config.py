@@ -121,6 +121,11 @@ def config_to_hf(cfg: DecoderConfig) -> dict[str, Any]:
     Raises:
       ValueError: `cfg` has loops, or settings that transformers has no key for in this family.
     """
+    if cfg.prefix_length:
+        raise ValueError(
+            f"the model has prefixes (prefix_length={cfg.prefix_length}), which no other format "
+            "has; it can only be saved as a checkpoint"
+        )
     if cfg.num_loops != 1 or cfg.lora_ranks:
         raise ValueError(
             f"config.json describes vanilla models only; this one has num_loops={cfg.num_loops} "

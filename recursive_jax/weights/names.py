@@ -141,6 +141,11 @@ def shapes(cfg: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 def leaf_shapes(cfg: DecoderConfig) -> Mapping[str, tuple[int, ...]]:
     """`shapes` of a vanilla model; a recursive model has no names in other formats."""
+    if cfg.prefix_length:
+        raise ValueError(
+            f"the model has prefixes (prefix_length={cfg.prefix_length}), which no other format "
+            "has; it can only be saved as a checkpoint"
+        )
     if cfg.num_loops != 1 or cfg.lora_ranks:
         raise ValueError(
             f"only vanilla models have names elsewhere; this one has num_loops={cfg.num_loops} "

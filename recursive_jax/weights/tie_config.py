@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from recursive_jax.models.config import NORM_MODES, DecoderConfig
+from recursive_jax.models.config import NORM_MODES, SHARINGS, DecoderConfig, shared_depths
 
 METHODS = ("stepwise", "average", "lower", "upper", "random")
 LORA_STARTS = ("joint", "svd", "zero", "split", "none")
@@ -29,8 +29,9 @@ class TieConfig:
     Attributes:
       num_loops: must divide the depth of the source.
       method: source of the shared weights. 'stepwise': layers at regular intervals, first and last
-        included. 'average': the mean over loops. 'lower' / 'upper': the first / last `num_layers`
-        layers. 'random': fresh weights and norms with the source's embedding, final norm and head.
+        included. 'average': the mean over loops. 'lower' / 'upper': the first / last of the layers
+        that share the weights; under 'cycle', the first / last `num_layers` layers. 'random': fresh
+        weights and norms with the source's embedding, final norm and head.
         (The paper's random models, App. F, have fresh embeddings too: train one from scratch.)
         'joint' and 'split' fit the weights themselves, and take 'average' only.
         None: 'stepwise' without LoRA or with a 'zero' LoRA, else 'average' (paper §3.4, §3.5).
@@ -62,6 +63,10 @@ class TieConfig:
         that the tied model gives them (`evaluation.refit`). The better one is kept, as measured.
       calibrate: text of the metric, as `text.documents` takes it.
       calibration_tokens: how much of it.
+      prefix_length: learnable vectors of every layer and loop, which all queries see beside the
+        text (paper App. H). They start without effect. Another relaxation than LoRA, or beside it.
+      sharing: order of the shared layers, see `models.config.shared_depths`. 'cycle' is the paper's
+        choice. Early exits and decoding, loop after loop, need it.
 
     Raises:
       ValueError: an unknown value, or two values that contradict each other.
@@ -80,9 +85,11 @@ class TieConfig:
     calibrate: str = "docstrings:1"
     calibration_tokens: int = 16_384
     lora_budget: float | None = None
+    sharing: str = "cycle"
+    prefix_length: int = 0
 
     def __post_init__(self):
-        for name in ("num_loops", "seed", "calibration_tokens"):
+        for name in ("num_loops", "seed", "calibration_tokens", "prefix_length"):
             value = getattr(self, name)
             if not isinstance(value, int | np.integer) or isinstance(value, bool):
                 raise ValueError(f"{name}={value!r}; expected an integer")
@@ -90,6 +97,7 @@ class TieConfig:
         if not isinstance(self.refit, bool):
             raise ValueError(f"refit={self.refit!r}; expected True or False")
         for name, allowed in (
+            ("sharing", SHARINGS),
             ("method", (None, *METHODS)),
             ("lora_init", (None, *LORA_STARTS)),
             ("norms", NORM_MODES),
@@ -205,10 +213,10 @@ def tied_config(cfg: DecoderConfig, how: TieConfig) -> DecoderConfig:
     Raises:
       ValueError: the model is not vanilla, or has another number of layers or other projections.
     """
-    if cfg.num_loops != 1 or cfg.lora_ranks or cfg.norms != "tied":
+    if cfg.num_loops != 1 or cfg.lora_ranks or cfg.norms != "tied" or cfg.prefix_length:
         raise ValueError(
             f"tie expects a vanilla model, got num_loops={cfg.num_loops}, norms={cfg.norms!r}, "
-            f"lora_ranks={dict(cfg.lora_ranks)}; untie it first"
+            f"lora_ranks={dict(cfg.lora_ranks)}, prefix_length={cfg.prefix_length}; untie it first"
         )
     loops = how.num_loops
     if loops < 1 or cfg.depth % loops:
@@ -221,20 +229,24 @@ def tied_config(cfg: DecoderConfig, how: TieConfig) -> DecoderConfig:
         raise ValueError(
             f"the ranks of lora_budget={how.lora_budget} are not dealt yet; `calibration.tie` does"
         )
+    layers = cfg.depth // loops
     changes: dict[str, Any] = {}
+    if (shared_depths(how.sharing, loops, layers) != shared_depths("cycle", loops, layers)).any():
+        changes["sharing"] = how.sharing  # else it is the same order, which can be decoded
     if how.norms == "folded" and cfg.norm == "layer":  # LayerNorm's bias: a bias of each linear
-        changes = {"qkv_bias": True, "mlp_bias": True}
+        changes |= {"qkv_bias": True, "mlp_bias": True}
     return cfg.replace(
-        num_layers=cfg.depth // loops,
+        num_layers=layers,
         num_loops=loops,
         norms=how.norms,
         lora_ranks=resolve_ranks(cfg, how.lora_rank),
+        prefix_length=how.prefix_length,
         **changes,
     )
 
 
 def selected_depths(
-    method: str, depth: int, num_layers: int, rounding: str = "even"
+    method: str, depth: int, num_layers: int, rounding: str = "even", sharing: str = "cycle"
 ) -> np.ndarray | None:
     """The source layer that each shared layer copies: int `[num_layers]`, None under 'average'.
 
@@ -245,10 +257,9 @@ def selected_depths(
     if method == "stepwise":
         positions = np.linspace(0, depth - 1, num_layers)
         return np.array([ROUNDINGS[rounding](float(x)) for x in positions])
-    if method == "lower":
-        return np.arange(num_layers)
-    if method == "upper":
-        return np.arange(depth - num_layers, depth)
+    if method in ("lower", "upper"):
+        depths = shared_depths(sharing, depth // num_layers, num_layers)
+        return depths[:, 0 if method == "lower" else -1]
     return None
 
 

@@ -1,9 +1,9 @@
 """Tying: fold a vanilla model's layers into one block that runs several times, and unfold it.
 
-CYCLE sharing (paper arXiv 2410.20672v3 §2.2): `depth = loop * num_layers + layer`. A stack
-`w [depth, in, out]` is therefore `[loop, layer, in, out]` without moving data, and a method chooses
-the shared `[layer, in, out]` from it. The residual, a loop's source weight minus the shared weight,
-starts the LoRA of that loop (§2.3, `low_rank`).
+`DecoderConfig.depths` says which source layers share a layer of the block; in the paper's order,
+CYCLE, these are `loop * num_layers + layer` (arXiv 2410.20672v3 §2.2). A method chooses the shared
+weight from theirs. The residual, a loop's source weight minus the shared weight, starts the LoRA of
+that loop (§2.3, `low_rank`).
 """
 
 from __future__ import annotations
@@ -100,6 +100,12 @@ def tie(
             on_projection(leaf.projection, kept)
     for path, table in vectors.items():
         out[path] = place(_tie_vector(tied_leaves[path], table, tied, how))
+    for path, leaf in tied_leaves.items():
+        if leaf.kind == "prefix":  # of the size of a normalised state
+            rng = np.random.default_rng([how.seed, len(cfg.projections)])
+            out[path] = place(rng.standard_normal(leaf.shape, np.float32))
+        elif leaf.kind == "prefix_gate":
+            out[path] = place(np.zeros(leaf.shape, np.float32))
     return names.nested(out), tied
 
 
@@ -145,9 +151,10 @@ def untie(params: Params, cfg: DecoderConfig) -> tuple[dict[str, Any], DecoderCo
     Returns:
       Nested float32 params of `cfg.depth` distinct layers, and their config.
     """
-    source = _Source(params, cfg)
-    num_layers = cfg.num_layers
-    vanilla = cfg.replace(num_layers=cfg.depth, num_loops=1, norms="tied", lora_ranks=())
+    source, places = _Source(params, cfg), cfg.places()
+    vanilla = cfg.replace(
+        num_layers=cfg.depth, num_loops=1, sharing="cycle", norms="tied", lora_ranks=()
+    )
     out = {}
     for path, leaf in leaves(vanilla).items():
         stored = source(path)
@@ -157,14 +164,13 @@ def untie(params: Params, cfg: DecoderConfig) -> tuple[dict[str, Any], DecoderCo
             rank = cfg.rank(leaf.projection)
             a, b = (source(leaf.sibling(name)) if rank else None for name in LORA)
             out[path] = np.empty(leaf.shape, np.float32)
-            for depth in range(cfg.depth):
-                loop, layer = divmod(depth, num_layers)
+            for depth, (loop, layer) in enumerate(places):
                 shared = stored[layer]
                 out[path][depth] = shared + a[layer, loop] @ b[layer, loop] if rank else shared
         else:
             has_loops = "loop" in source.leaves[path].axes
-            by_loop = stored if has_loops else np.repeat(stored[:, None], cfg.num_loops, axis=1)
-            out[path] = by_loop.swapaxes(0, 1).reshape(leaf.shape)  # [layer, loop] -> [depth]
+            rows = (stored[layer, loop] if has_loops else stored[layer] for loop, layer in places)
+            out[path] = np.stack(list(rows)).reshape(leaf.shape)  # a prefix keeps its loop axis
     return names.nested(out), vanilla
 
 
@@ -183,7 +189,7 @@ def _tie_projection(name, source, fold, cfg, how, metric) -> tuple[dict[str, np.
       The arrays, and the share of the squared residual that the LoRAs keep, measured on them, or,
       under 'joint', in its metric.
     """
-    selected = selected_depths(how.method, cfg.depth, cfg.num_layers, how.rounding)
+    selected = _selected(cfg, how)
     loops, layers, rank = cfg.num_loops, cfg.num_layers, cfg.rank(name)
     in_dim, out_dim = cfg.projections[name]
     projection = list(cfg.projections).index(name)
@@ -209,7 +215,7 @@ def _tie_projection(name, source, fold, cfg, how, metric) -> tuple[dict[str, np.
                 arrays["lora_a"][layer, loop], arrays["lora_b"][layer, loop] = a, b
         return arrays, 1 - error / residual if residual else 1.0
     for layer in range(layers):
-        weights = [read(loop * layers + layer) for loop in range(loops)]
+        weights = [read(depth) for depth in cfg.depths()[layer]]
         base = low_rank.mean(weights) if selected is None else read(selected[layer])
         residual += sum(low_rank.squared_norm(w - base) for w in weights)
         factors = []
@@ -252,7 +258,7 @@ class _Weights:
 
     def loops(self, layer: int) -> tuple[list[np.ndarray], list[joint.Metric]]:
         """Weights and metrics of the source layers that share one layer of the block."""
-        depths = range(layer, self.cfg.depth, self.cfg.num_layers)
+        depths = self.cfg.depths()[layer]
         return [self.read(d) for d in depths], [self.metric_of(d) for d in depths]
 
 
@@ -278,13 +284,17 @@ def _in_parallel(
             yield waiting.popleft().result()
 
 
+def _selected(cfg: DecoderConfig, how: TieConfig) -> np.ndarray | None:
+    return selected_depths(how.method, cfg.depth, cfg.num_layers, how.rounding, cfg.sharing)
+
+
 def _tie_vector(leaf: Leaf, table: np.ndarray, cfg: DecoderConfig, how: TieConfig) -> np.ndarray:
     """The tied vector `leaf`, `[layer, F]` or `[layer, loop, F]`, from its source `[depth, F]`."""
     start, has_loops = how.norm_start, "loop" in leaf.axes
-    selected = selected_depths(how.method, cfg.depth, cfg.num_layers, how.rounding)
-    own = table.reshape(cfg.num_loops, cfg.num_layers, -1).swapaxes(0, 1)  # [layer, loop, F]
+    selected = _selected(cfg, how)
+    own = table[cfg.depths()]  # [layer, loop, F]
     if start == "own" and has_loops:
-        return np.ascontiguousarray(own)
+        return own
     if start == "zero" and leaf.kind != "bias":
         shared = np.zeros_like(own[:, 0])
     elif start == "average" or (start != "choice" and selected is None):
