@@ -79,6 +79,8 @@ def get_config() -> ConfigDict:
     c.tokens = 1_000_000  # at least so many; a step takes batch_size * context_length
     c.accumulate = 1  # micro-batches of a step: less memory, the same step
     c.ema_decay = 0.0  # of averaged weights, which are then what is evaluated and used; 0 = none
+    c.loop_curriculum = "none"  # loops of a step: all; or random; or growing from one to all …
+    c.loop_curriculum_share = 0.25  # … over this share of the run
     c.seed = 0
     c.dtype = "auto"  # compute: float32 on CPU, bfloat16 on TPU and GPU
     c.remat = "dots"  # none full dots offload_dots save_all_but_merged

@@ -103,7 +103,7 @@ def fit(
     if teacher is not None and setup.teacher is not None:
         places = teacher_shardings(teacher.cfg, mesh)
         teacher_params = teacher.weights.load(places, setup.teacher.dtype)
-    trainer = Trainer(setup, mesh, teacher_params)
+    trainer = Trainer(setup, mesh, teacher_params, config.curriculum(model.cfg.num_loops))
     batches = data.batches(
         corpus.rows, config.data.batch_size, config.seed, jax.process_index(), jax.process_count()
     )
@@ -207,6 +207,8 @@ def make_setup(
     dtype = sharding.compute_dtype(config.dtype)
     options = dict(dtype=dtype, remat_policy=config.remat, data_shards=sharding.data_shards(mesh))
     num_ids = None
+    if config.curriculum(model.cfg.num_loops) is not None:  # which raises if there is one loop
+        model.cfg.check_cycle("loop_curriculum")
     if config.objective.kd:
         if teacher is None:
             raise ValueError(
@@ -264,7 +266,7 @@ def measure(
             params,
             *windows,
             batch_size=min(batch_size, fewer),
-            all_loops=decoder.cfg.num_loops > 1,
+            all_loops=decoder.cfg.has_exits,
             put=lambda batch: sharding.put_global(batch, place),
         )
 

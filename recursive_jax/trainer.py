@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from recursive_jax import sharding
 from recursive_jax.models.parameters import abstract_params, logical_axes
+from recursive_jax.training.curriculum import LoopCurriculum
 from recursive_jax.training.data import Batch
 from recursive_jax.training.setup import TrainSetup
 from recursive_jax.training.state import TrainState
@@ -24,6 +25,7 @@ class Trainer:
       setup: the step.
       mesh: its devices.
       teacher_params: in `teacher_shardings`, in the compute dtype; None without a teacher.
+      curriculum: loops of every step; None: all. Each number of them is a program of its own.
 
     Attributes:
       state: None before `start` or `resume`. Each step donates its arrays.
@@ -32,7 +34,13 @@ class Trainer:
       abstract: shapes and dtypes of the state.
     """
 
-    def __init__(self, setup: TrainSetup, mesh: Mesh, teacher_params: Any = None):
+    def __init__(
+        self,
+        setup: TrainSetup,
+        mesh: Mesh,
+        teacher_params: Any = None,
+        curriculum: LoopCurriculum | None = None,
+    ):
         cfg = setup.model.cfg
         self.setup, self.mesh, self.teacher_params = setup, mesh, teacher_params
         self.rules = sharding.rules_for(mesh, cfg)
@@ -40,12 +48,18 @@ class Trainer:
         self.abstract = jax.eval_shape(setup.init, abstract_params(cfg))
         self.shardings = sharding.state_shardings(self.abstract, self.param_shardings, mesh)
         self.state: TrainState | None = None
+        self._curriculum, self._steps_done = curriculum, 0
         self._init = jax.jit(setup.init, out_shardings=self.shardings)
-        self._step = jax.jit(setup.step, donate_argnums=0, out_shardings=(self.shardings, None))
+        self._step = jax.jit(
+            setup.step,
+            static_argnames="loops",
+            donate_argnums=0,
+            out_shardings=(self.shardings, None),
+        )
 
     def start(self, params: Any) -> None:
         """Begin with float32 params in `param_shardings`, which are copied."""
-        self.state = self._init(params)
+        self.state, self._steps_done = self._init(params), 0
 
     def to_restore(self) -> dict[str, Any]:
         """Shapes, dtypes and shardings of what a checkpoint stores of the state, by name."""
@@ -58,7 +72,7 @@ class Trainer:
     def resume(self, arrays: dict[str, Any], step: int) -> None:
         """Go on with the arrays of a checkpoint, in the form of `to_restore`."""
         number = sharding.put_global(np.int32(step), self.shardings.step)
-        self.state = TrainState(step=number, **arrays)
+        self.state, self._steps_done = TrainState(step=number, **arrays), step
 
     def step(self, batch: Batch) -> dict[str, jax.Array]:
         """Do one step; returns its metrics, still on the devices.
@@ -68,7 +82,9 @@ class Trainer:
         """
         with self.use():
             batch = sharding.put_local_batch(batch, self.mesh)
-            self.state, metrics = self._step(self.state, batch, self.teacher_params)
+            loops = self._curriculum and self._curriculum.loops(self._steps_done)
+            self.state, metrics = self._step(self.state, batch, self.teacher_params, loops=loops)
+        self._steps_done += 1
         return metrics
 
     def lower(self, batch_size: int, context_length: int) -> jax.stages.Lowered:

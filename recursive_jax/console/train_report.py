@@ -46,9 +46,10 @@ class Report(Callback):
         steps, tokens = config.num_steps, config.tokens_per_step
         micro = f" in {config.accumulate} micro-batches" if config.accumulate > 1 else ""
         average = f", weights averaged with decay {config.ema_decay}" if config.ema_decay else ""
+        order = "" if cfg.sharing == "cycle" else f" in order {cfg.sharing}"
         table = [
             ("model", origin),
-            ("decoder", f"{cfg.family}, {cfg.num_loops} loops × {cfg.num_layers} layers, "
+            ("decoder", f"{cfg.family}, {cfg.num_loops} loops × {cfg.num_layers} layers{order}, "
                         f"width {cfg.embed_dim}, norms {cfg.norms}"),
             ("parameters", "  ".join(f"{k} {tables.count(n)}" for k, n in counts.items())),
             ("devices", f"{mesh.size} × {devices[0].device_kind}, "
@@ -81,6 +82,7 @@ class Report(Callback):
     def on_log(self, step, metrics):
         total, rate = self.config.num_steps, self.tokens_per_second
         shown = "  ".join(f"{k} {metrics[k]:.4f}" for k in SHOWN if k in metrics)
+        shown += f"  {metrics['loops']:.0f} loops" if "loops" in metrics else ""
         speed = f"{rate:,.0f} tok/s  ETA {self.clock.eta(step)}"
         self.say(
             f"step {step}/{total}  {step / total:.0%}  {shown}  "
@@ -110,7 +112,7 @@ def end(summary: dict[str, Any]) -> str:
     for key in ("source", "before", "after"):
         if summary[key]:
             sizes = summary["source_parameters" if key == "source" else "parameters"]
-            layers = sizes["shared"] + sizes["lora"] + sizes["vectors"]
+            layers = sum(sizes.get(k, 0) for k in ("shared", "lora", "prefix", "vectors"))
             quality = summary[key]
             rows.append(
                 (key, f"{layers:,}", f"{sizes['total']:,}", f"{quality['perplexity']:,.2f}",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from recursive_jax.models.decoder import REMAT_CHOICES
+from recursive_jax.training.curriculum import CURRICULA, LoopCurriculum
 from recursive_jax.training.losses import Objective
 from recursive_jax.training.optimizer import OptimizerConfig
 from recursive_jax.training.values import check_kinds
@@ -110,7 +111,10 @@ class TrainConfig:
       ema_decay: d of the averaged weights `ema ← d·ema + (1 - d)·params` after each step. With
         d > 0 the averaged weights are evaluated, and they are what the checkpoint is loaded as.
         0: none.
-      seed: of the order of the text.
+      loop_curriculum: loops that a step runs; the loss is taken after them. 'none': all.
+        'random': a number of them, uniform. 'growing': from one to all at the start of the run.
+      loop_curriculum_share: of the run, over which they grow.
+      seed: of the order of the text, and of random numbers of loops.
       dtype: compute dtype; 'auto' is float32 on CPU, bfloat16 on TPU and GPU.
       remat: activations that are kept for the backward pass, see `decoder.REMAT_CHOICES`.
       unroll_layers: layers per iteration of the scan over layers.
@@ -126,6 +130,8 @@ class TrainConfig:
     tokens: int = 1_000_000
     accumulate: int = 1
     ema_decay: float = 0.0
+    loop_curriculum: str = "none"
+    loop_curriculum_share: float = 0.25
     seed: int = 0
     dtype: str = "auto"
     remat: str = "dots"
@@ -143,6 +149,14 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1 step, got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if self.loop_curriculum not in CURRICULA:
+            raise ValueError(
+                f"loop_curriculum={self.loop_curriculum!r}; expected one of {', '.join(CURRICULA)}"
+            )
+        if not 0 < self.loop_curriculum_share <= 1:
+            raise ValueError(
+                f"loop_curriculum_share must be in (0, 1], got {self.loop_curriculum_share}"
+            )
         if self.accumulate < 1 or self.data.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate={self.accumulate} does not divide data.batch_size="
@@ -177,6 +191,14 @@ class TrainConfig:
                 learning_rate=optimizer.learning_rate * near.learning_rate_scale,
                 warmup_steps=min(optimizer.warmup_steps, near.max_warmup_steps),
             ),
+        )
+
+    def curriculum(self, num_loops: int) -> LoopCurriculum | None:
+        """The loops of every step of a model with so many; None: all of them, always."""
+        if self.loop_curriculum == "none":
+            return None
+        return LoopCurriculum(
+            self.loop_curriculum, self.loop_curriculum_share, num_loops, self.num_steps, self.seed
         )
 
     @classmethod

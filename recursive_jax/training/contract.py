@@ -40,6 +40,7 @@ class RunContract:
     objective: Objective
     ema: bool = False
     near_start: bool = False
+    loop_curriculum: str = "none"
 
     _SAVED_AS = {
         "training_text": "training text",
@@ -48,6 +49,7 @@ class RunContract:
         "own_lora_rate": "own LoRA rate",
         "ema": "averaged weights",
         "near_start": "near start",
+        "loop_curriculum": "loop curriculum",
     }
 
     @classmethod
@@ -66,6 +68,9 @@ class RunContract:
           held_out: tokens of the held-out windows, int32 `[N, T]`.
           near_kl: of a near start, for which the config is; None: the start is another.
         """
+        curriculum = config.loop_curriculum
+        if curriculum == "growing":
+            curriculum += f" over {config.loop_curriculum_share} of the run"
         return cls(
             num_steps=config.num_steps,
             batch_size=config.data.batch_size,
@@ -78,6 +83,7 @@ class RunContract:
             objective=config.objective,
             ema=config.ema_decay > 0,
             near_start=near_kl is not None,
+            loop_curriculum=curriculum,
         )
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -36,7 +37,8 @@ class TrainSetup:
       logits_bytes: memory per device for the logits of one chunk of positions.
 
     Raises:
-      ValueError: teacher and objective contradict each other, or the vocabularies differ.
+      ValueError: teacher and objective contradict each other, the vocabularies differ, or a model
+        without exits has a loss of exits.
     """
 
     model: Decoder
@@ -49,6 +51,8 @@ class TrainSetup:
     logits_bytes: int = 256 << 20
 
     def __post_init__(self):
+        if self.objective.exits and self.model.cfg.num_loops > 1:
+            self.model.cfg.check_cycle("a loss of exits")
         if (self.teacher is None) != (self.objective.kd == 0):
             raise ValueError(
                 f"objective.kd={self.objective.kd} and teacher="
@@ -66,19 +70,22 @@ class TrainSetup:
     @property
     def exits(self) -> bool:
         """Whether earlier loops have a loss."""
-        return self.objective.exits and self.model.cfg.num_loops > 1
+        return self.objective.exits and self.model.cfg.has_exits
 
     def init(self, params: Any) -> TrainState:
         return init_state(params, self.tx, self.ema_decay > 0)
 
-    def loss_sum(self, params: Any, batch: Batch, teacher_params: Any) -> tuple[jax.Array, Sums]:
+    def loss_sum(
+        self, params: Any, batch: Batch, teacher_params: Any, loops: int | None = None
+    ) -> tuple[jax.Array, Sums]:
         """The loss summed over the scored tokens, and the sums of its parts with their count.
 
-        Sums, not means: the mean over micro-batches of different counts is then right.
+        Sums, not means: the mean over micro-batches of different counts is then right. `loops`:
+        as for `step`.
         """
         model, teacher, exits = self.model, self.teacher, self.exits
         inputs = (batch.tokens, batch.positions, batch.segment_ids)
-        hidden = model.apply({"params": params}, *inputs, all_loops=exits)
+        hidden = model.apply({"params": params}, *inputs, all_loops=exits, loops=loops)
         hidden = hidden if exits else hidden[None]
         data = {"targets": batch.targets, "weights": batch.weights}
         if teacher is not None:
@@ -110,11 +117,13 @@ class TrainSetup:
             total, sums = chunked_sum(chunk_loss, head_params(params), hidden, data, chunk)
         return total, sums | {"loss": total, "tokens": batch.weights.sum()}
 
-    def gradient_sum(self, params: Any, batch: Batch, teacher_params: Any) -> tuple[Any, Sums]:
+    def gradient_sum(
+        self, params: Any, batch: Batch, teacher_params: Any, loops: int | None = None
+    ) -> tuple[Any, Sums]:
         """The gradient of `loss_sum`, and the sums; over micro-batches one after the other."""
 
         def one(batch):
-            grad = jax.grad(self.loss_sum, has_aux=True)
+            grad = jax.grad(functools.partial(self.loss_sum, loops=loops), has_aux=True)
             return grad(params, batch, teacher_params)
 
         if self.accumulate == 1:
@@ -133,13 +142,14 @@ class TrainSetup:
         return jax.lax.scan(add, zero, micro_batches)[0]
 
     def step(
-        self, state: TrainState, batch: Batch, teacher_params: Any = None
+        self, state: TrainState, batch: Batch, teacher_params: Any = None, loops: int | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """The next state, and metrics: means over the scored tokens.
 
-        To be jitted with donate_argnums=0: the state is replaced.
+        To be jitted with donate_argnums=0: the state is replaced. `loops`, static: run only the
+        first so many loops of the block, and take the loss after them; None: all.
         """
-        grads, sums = self.gradient_sum(state.params, batch, teacher_params)
+        grads, sums = self.gradient_sum(state.params, batch, teacher_params, loops)
         count = jnp.maximum(sums["tokens"], 1.0)
         grads = jax.tree.map(lambda g: g / count, grads)
         with jax.named_scope("optimizer"):
@@ -149,6 +159,8 @@ class TrainSetup:
             if ema is not None:
                 ema = optax.incremental_update(params, ema, 1 - self.ema_decay)
         metrics = self.metrics(sums) | {"grad_norm": optax.global_norm(grads)}
+        if loops is not None:
+            metrics["loops"] = jnp.float32(loops)
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     def metrics(self, sums: Sums) -> dict[str, jax.Array]:
@@ -159,12 +171,12 @@ class TrainSetup:
         metrics |= {"ce": means["ce"][-1], "accuracy": means["correct"][-1]}
         if self.teacher is not None:
             metrics["kd"] = means["kd"]
-        if self.exits:
-            for i in range(self.model.cfg.num_loops - 1):
-                metrics[f"ce_exit_{i + 1}"] = means["ce"][i]
-                metrics[f"accuracy_exit_{i + 1}"] = means["correct"][i]
-            if self.objective.exit_kd:
-                metrics["exit_kd"] = means["exit_kd"]
+        exits = len(means["ce"]) - 1  # of the loops that ran, without the last
+        for i in range(exits):
+            metrics[f"ce_exit_{i + 1}"] = means["ce"][i]
+            metrics[f"accuracy_exit_{i + 1}"] = means["correct"][i]
+        if exits and self.objective.exit_kd:
+            metrics["exit_kd"] = means["exit_kd"]
         return metrics
 
 
