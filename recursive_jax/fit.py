@@ -207,8 +207,7 @@ def make_setup(
     dtype = sharding.compute_dtype(config.dtype)
     options = dict(dtype=dtype, remat_policy=config.remat, data_shards=sharding.data_shards(mesh))
     num_ids = None
-    if config.curriculum(model.cfg.num_loops) is not None:  # which raises if there is one loop
-        model.cfg.check_cycle("loop_curriculum")
+    config.check_fits(model.cfg)
     if config.objective.kd:
         if teacher is None:
             raise ValueError(

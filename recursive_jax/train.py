@@ -68,6 +68,7 @@ def _train_alone(config, settings, source, workdir, stop) -> Fit:
         -1 if latest is None else latest,
     )
     begin = start.choose(config, source, workdir)
+    settings.check_fits(begin.cfg)
     corpus = open_corpus(
         settings.data,
         begin.tokenizer,

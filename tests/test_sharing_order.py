@@ -13,7 +13,6 @@ from recursive_jax.models.config import SHARINGS, DecoderConfig
 from recursive_jax.models.decoder import Decoder
 from recursive_jax.training.config import TrainConfig
 from recursive_jax.training.losses import Objective
-from recursive_jax.training.setup import TrainSetup
 from recursive_jax.weights import joint, names, tie_config, tying
 
 OTHERS = [sharing for sharing in SHARINGS if sharing != "cycle"]
@@ -168,18 +167,18 @@ def test_a_model_is_trained_measured_saved_and_untied(source, words, tmp_path): 
         model.generate("the loop", max_new_tokens=2)
     with pytest.raises(ValueError, match="a loss of exits needs sharing='cycle'"):
         model.train(words, exit_coefficient=0.1, **small)
-    with pytest.raises(ValueError, match="loop_curriculum needs sharing='cycle'"):
-        model.train(words, loop_curriculum="random", **small)
 
 
 def test_what_needs_whole_loops_is_refused():
     cfg = CFGS["llama"].replace(num_layers=3, num_loops=2, sharing="sequence")
     with pytest.raises(ValueError, match="a loss of exits needs sharing='cycle'"):
-        TrainSetup(Decoder(cfg), None, Objective(kd=0.0, exit_loss="weighted"))
+        TrainConfig(objective=Objective(exit_loss="weighted")).check_fits(cfg)
+    with pytest.raises(ValueError, match="loop_curriculum needs sharing='cycle'"):
+        TrainConfig(loop_curriculum="growing").check_fits(cfg)
     with pytest.raises(ValueError, match="the state after a loop needs sharing='cycle'"):
         Decoder(cfg).apply({"params": make_params(cfg)}, TOKENS, TOKENS, all_loops=True)
     with pytest.raises(ValueError, match=r"sharing='zigzag'; expected one of .*cycle_rev"):
         tie_config.TieConfig(2, sharing="zigzag")
     with pytest.raises(ValueError, match=r"sharing='zigzag'; expected one of .*cycle_rev"):
         cfg.replace(sharing="zigzag")
-    assert TrainConfig().curriculum(2) is None
+    TrainConfig().check_fits(cfg)

@@ -308,6 +308,10 @@ REFUSED = {
         ["--config.model.num_loops=3", "--config.model.reduced_baseline=true"],
         r"num_loops=3 .*4 layers",
     ),
+    "exits in another order": (
+        ["--config.model.sharing=sequence"],
+        "a loss of exits needs sharing='cycle'.* this model has sharing='sequence'",
+    ),
     "negative rank": (["--config.model.lora_rank=-7"], "rank -7 of .* is impossible"),
     "bucket": (["--config.init_from=gs://bucket/run"], "gs://bucket/run is a URL.* mount it"),
     "key of a file": (["--config={place}/typo.py"], 'Key "trian" does not exist'),

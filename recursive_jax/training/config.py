@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import REMAT_CHOICES
 from recursive_jax.training.curriculum import CURRICULA, LoopCurriculum
 from recursive_jax.training.losses import Objective
@@ -200,6 +201,13 @@ class TrainConfig:
         return LoopCurriculum(
             self.loop_curriculum, self.loop_curriculum_share, num_loops, self.num_steps, self.seed
         )
+
+    def check_fits(self, cfg: DecoderConfig) -> None:
+        """Raise ValueError if a model has no loops or exits that these settings need."""
+        if self.curriculum(cfg.num_loops) is not None:
+            cfg.check_cycle("loop_curriculum")
+        if self.objective.exits and cfg.num_loops > 1:
+            cfg.check_cycle("a loss of exits")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:

@@ -21,7 +21,7 @@ class LoopCurriculum:
       num_steps, seed: of the run.
 
     Raises:
-      ValueError: the model has one loop only, or its loops cannot be cut off.
+      ValueError: the model has one loop only.
     """
 
     kind: str

@@ -37,8 +37,7 @@ class TrainSetup:
       logits_bytes: memory per device for the logits of one chunk of positions.
 
     Raises:
-      ValueError: teacher and objective contradict each other, the vocabularies differ, or a model
-        without exits has a loss of exits.
+      ValueError: teacher and objective contradict each other, or the vocabularies differ.
     """
 
     model: Decoder
@@ -51,8 +50,6 @@ class TrainSetup:
     logits_bytes: int = 256 << 20
 
     def __post_init__(self):
-        if self.objective.exits and self.model.cfg.num_loops > 1:
-            self.model.cfg.check_cycle("a loss of exits")
         if (self.teacher is None) != (self.objective.kd == 0):
             raise ValueError(
                 f"objective.kd={self.objective.kd} and teacher="
@@ -70,7 +67,7 @@ class TrainSetup:
     @property
     def exits(self) -> bool:
         """Whether earlier loops have a loss."""
-        return self.objective.exits and self.model.cfg.has_exits
+        return self.objective.exits and self.model.cfg.num_loops > 1
 
     def init(self, params: Any) -> TrainState:
         return init_state(params, self.tx, self.ema_decay > 0)
