@@ -206,7 +206,8 @@ class Model:
             return
         cfg, facts = checkpoint.load_config(workdir, note)
         compared = [("sizes", cfg, self.cfg)]
-        tyings = (_with_defaults(x.get("tying")) for x in (facts, self.facts))
+        tyings = (x.get("tying") for x in (facts, self.facts))  # an older one lacks new options
+        tyings = (tying and TieConfig.from_json(tying).to_json() for tying in tyings)
         compared.append(("conversion", *tyings))
         if "begun" in facts:
             compared.append(("start or teacher", facts["begun"], begun))
@@ -409,11 +410,6 @@ def check_free(directory: pathlib.Path) -> None:
     """Raise ValueError unless a checkpoint can be written to `directory`."""
     if directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory} is not empty; choose another directory, or remove it")
-
-
-def _with_defaults(tying: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The record of a conversion, with options that are newer than it."""
-    return tying and TieConfig.from_json(tying).to_json()
 
 
 def _one_of(name: str, given: Any, kind: type, options: dict[str, Any]) -> Any:

@@ -80,6 +80,8 @@ def test_a_growing_number_of_loops():
     assert [curriculum.loops(n) for n in range(8)] == [1, 1, 1, 2, 2, 2, 3, 3]
     assert curriculum.loops(19) == 3
     assert [settings("growing").curriculum(2).loops(n) for n in (0, 4, 5)] == [1, 1, 2]
+    rounded = settings("growing", steps=100, loop_curriculum_share=0.07).curriculum(2)
+    assert [rounded.loops(n) for n in (6, 7)] == [1, 2], "0.07 · 100 is rounded to more than 7"
     assert [settings("growing", steps=1).curriculum(3).loops(0)] == [1]
 
 

@@ -82,7 +82,7 @@ class Report(Callback):
     def on_log(self, step, metrics):
         total, rate = self.config.num_steps, self.tokens_per_second
         shown = "  ".join(f"{k} {metrics[k]:.4f}" for k in SHOWN if k in metrics)
-        shown += f"  {metrics['loops']:.0f} loops" if "loops" in metrics else ""
+        shown += f"  loops {metrics['loops']:.0f}" if "loops" in metrics else ""
         speed = f"{rate:,.0f} tok/s  ETA {self.clock.eta(step)}"
         self.say(
             f"step {step}/{total}  {step / total:.0%}  {shown}  "

@@ -45,4 +45,4 @@ class LoopCurriculum:
         if self.kind == "random":
             return int(np.random.default_rng([self.seed, step]).integers(1, self.num_loops + 1))
         grown = step / (self.share * self.num_steps)  # 1 at the first step with all loops
-        return min(self.num_loops, 1 + int(grown * (self.num_loops - 1)))
+        return min(self.num_loops, 1 + int(grown * (self.num_loops - 1) + 1e-9))  # against rounding
