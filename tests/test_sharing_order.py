@@ -5,10 +5,12 @@ import functools
 import jax
 import numpy as np
 import pytest
+import test_moments
 from test_model import source, words  # noqa: F401
 from test_tying import FAMILIES, QUICK, TOKENS, distance, make_params, perturbed, tie_by, weight
 
 from recursive_jax import load
+from recursive_jax.evaluation import moments, refit
 from recursive_jax.models.config import SHARINGS, DecoderConfig
 from recursive_jax.models.decoder import Decoder
 from recursive_jax.training.config import TrainConfig
@@ -132,6 +134,24 @@ def test_a_fit_reads_the_metrics_of_the_depths_that_share(sharing):
     groups = {"sequence": "01 23 45", "cycle_rev": "05 14 23"}[sharing].split()
     assert [f"{group[0]}{group[1]}" for group in tied_cfg.depths()] == groups
     assert sorted(depth for name, depth in asked if name == "up") == list(range(6))
+
+
+@pytest.mark.parametrize("sharing", OTHERS)
+def test_a_refit_leaves_an_exact_model_as_it_is(sharing, tmp_path):
+    """LoRAs fitted anew (`evaluation.refit`) to outputs that are right already; with prefixes."""
+    cfg = test_moments.GEMMA
+    params = test_moments.random_params(cfg)
+    model, rows = test_moments.source_of(cfg, params), test_moments.rows(copies=4)
+    found = moments.measure(model, rows, tmp_path / "moments", progress=False)
+    how = tie_config.TieConfig(2, "average", "svd", "full", sharing=sharing, prefix_length=2)
+    tied, tied_cfg = tying.tie(params, cfg, how)
+    again = refit.refit(model, tied, tied_cfg, rows, found, "fisher", progress=False)
+    lora_b = "block/attention/k/lora_b"
+    assert not np.array_equal(weight(again, lora_b), weight(tied, lora_b)), "fitted anew"
+    tokens, positions = rows.tokens, rows.positions
+    expected = Decoder(cfg).apply({"params": params}, tokens, positions, rows.segment_ids)
+    hidden = Decoder(tied_cfg).apply({"params": again}, tokens, positions, rows.segment_ids)
+    assert distance(hidden, expected) < 1e-4
 
 
 @pytest.mark.parametrize("sharing", OTHERS)
