@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     c.model.method = config_dict.placeholder(str)
     c.model.lora_init = config_dict.placeholder(str)  # joint svd zero split none; None = by method
     c.model.metric = "auto"  # of lora_init=joint: auto fisher activations none
-    c.model.refit = True  # then, of the LoRAs on the tied model's inputs
+    c.model.refit = False  # then fit the LoRAs anew on the tied model's own inputs
     c.model.calibrate = "docstrings:1"  # text of that metric, as data.train
     c.model.calibration_tokens = 16_384
     # N for every projection, clamped to its size; 'full'; or a rank by projection

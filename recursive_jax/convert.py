@@ -67,7 +67,7 @@ def define_flags(values: flags.FlagValues) -> None:
     integer("seed", 0, "of random starts")
     choice("metric", "auto", tie_options.METRICS, "of lora_init=joint; auto: the better one")
     flags.DEFINE_bool(
-        "refit", True, "then fit the LoRAs to the tied model's own inputs", flag_values=values
+        "refit", False, "then fit the LoRAs anew on the tied model's own inputs", flag_values=values
     )
     string("calibrate", "docstrings:1", "text for lora_init=joint: files, directories, tfds:NAME …")
     integer("calibration_tokens", 16_384, "tokens of it")

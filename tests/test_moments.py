@@ -223,7 +223,7 @@ def test_a_conversion_is_calibrated_once_and_beats_the_paper_s_start(
 ):
     options = dict(calibrate=words, calibration_tokens=500, text=words, text_tokens=300,
                    context_length=32)  # fmt: skip
-    model = source.convert(lora_rank=4, **options)
+    model = source.convert(lora_rank=4, refit=True, **options)
     about = model.certificate["calibration"]
     assert about["text"] == words and about["tokens"] >= 500
     kls = about["kl_by_metric"]
@@ -242,7 +242,7 @@ def test_a_conversion_is_calibrated_once_and_beats_the_paper_s_start(
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    again = source.convert(lora_rank=4, **options)
+    again = source.convert(lora_rank=4, refit=True, **options)
     shown = capfd.readouterr()
     assert "is damaged; it is measured again" in shown.out + shown.err
     assert again.certificate["calibration"] == about
