@@ -10,9 +10,10 @@ Arguments, after a colon and separated by commas:
 What it reproduces (quoted from the paper, Table I.2; not measured here): TinyLlama, 2 loops, 60B
 tokens of SlimPajama with distillation, mean accuracy over seven tasks. Tied 44.3 · rank 64 45.1 ·
 rank 512 45.9 · the source checkpoint (105B tokens) 43.3. Hardware there: 8 × H100.
-Without `paper` it is sized for one small machine. Measured with SmolLM2-135M as the source and novels as
-text, on one CPU core (docs/results.md): a held-out perplexity of 49 (source), 102 (converted, calibrated on
-32,768 tokens of novels) and 69 after 100k tokens, and 229 after 200k tokens from the paper's start.
+Without `paper` it is sized for one small machine. Measured with SmolLM2-135M as the source and
+novels as text, on one CPU core (docs/results.md): a held-out perplexity of 49 (source), 102
+(converted, calibrated on 32,768 tokens of novels) and 69 after 100k tokens; from the paper's start
+229 after 200k tokens.
 """
 
 from configs import common
