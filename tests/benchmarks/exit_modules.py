@@ -1,6 +1,7 @@
 """Exits on a frozen model: what a module behind the first loop could give, and what it costs.
 
-    python -m tests.benchmarks.exit_modules CHECKPOINT [--tokens=196608] [--text=docstrings:6]
+    python -m tests.benchmarks.exit_modules CHECKPOINT [--tokens=196608] [--text=docstrings:6] \\
+        [--modules=none,low-rank,mlp,layer]
 
 Trains three modules on the states after the first loop of a model that stays as it is: a low-rank
 update, a gated MLP, and a whole layer that starts as the model's last. Each has its own final norm,
@@ -106,13 +107,14 @@ def main():
     parser.add_argument("checkpoint")
     parser.add_argument("--tokens", type=int, default=196_608)
     parser.add_argument("--text", default="docstrings:6")
+    parser.add_argument("--modules", default=",".join(RATES))
     parser.add_argument("--held_out", type=int, default=20_000)
     args = parser.parse_args()
     frozen = Frozen(args.checkpoint)
     data = DataConfig(args.text, context_length=256, batch_size=ROWS, eval_tokens=args.held_out)
     model = frozen.model
     corpus = open_corpus(data, model.tokenizer, model.cfg.vocab_size, 0, progress=False)
-    for kind in RATES:
+    for kind in args.modules.split(","):
         began = time.time()
         module = train(frozen, kind, corpus, args.tokens // (256 * ROWS))
         found = measure(frozen, kind, module, corpus.windows)
