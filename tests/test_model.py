@@ -198,6 +198,18 @@ def test_a_run_in_a_workdir_goes_on(source, words, tmp_path):
         source.train(words, workdir=tmp_path / "part", **settings | {"tokens": 7 * 256})
 
 
+def test_a_run_goes_on_whose_conversion_was_recorded_by_an_older_version(source, words, tmp_path):
+    """Options that are newer than the record have their defaults; others are another model."""
+    settings = {"tokens": 256, "kd": 0.0, "quiet": True, "workdir": tmp_path / "run", **SMALL}
+    now = rj.TieConfig(num_loops=1).to_json()
+    then = {name: value for name, value in now.items() if name != "sharing"}
+    for record in (then, now):
+        dataclasses.replace(source, facts=source.facts | {"tying": record}).train(words, **settings)
+    other = dataclasses.replace(source, facts=source.facts | {"tying": now | {"seed": 7}})
+    with pytest.raises(ValueError, match="another model: its conversion is"):
+        other.train(words, **settings)
+
+
 @pytest.fixture
 def interruptible():
     """Python's own handler of SIGINT, which a process in the background of a shell may lack."""
