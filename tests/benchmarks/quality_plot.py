@@ -40,22 +40,26 @@ def main(rows: str, picture: str) -> None:
 
 
 def draw_starts(axes, rows) -> None:
-    for place, (model, rank) in enumerate((("tiny", 16), ("SMOLLM2_DIR", 64))):
+    models = {"tiny": ("embedded model", 16), "SMOLLM2_DIR": ("SmolLM2-135M", 64)}
+    found = {}
+    for model, (name, rank) in models.items():
         mine = {
             row["case"]["start"]: row["text"]["kl"]
             for row in rows
             if (row["case"]["model"], row["case"]["rank"], row["case"]["loops"]) == (model, rank, 2)
         }
-        if set(mine) < set(STARTS):
-            continue
-        at = [n + 0.4 * (place - 0.5) for n in range(len(STARTS))]
-        name = "embedded model" if model == "tiny" else "SmolLM2-135M"
-        axes.barh(at, [mine[start] for start in STARTS], 0.36, label=f"{name}, rank {rank}")
+        if set(mine) >= set(STARTS):
+            found[f"{name}, rank {rank}"] = [mine[start] for start in STARTS]
+    height = 0.8 / len(found)
+    for place, (label, values) in enumerate(found.items()):
+        at = [n + height * (place - (len(found) - 1) / 2) for n in range(len(STARTS))]
+        bars = axes.barh(at, values, 0.9 * height, label=label)
+        axes.bar_label(bars, fmt="%.2f", padding=3)
     axes.set_yticks(range(len(STARTS)), STARTS.values())
     axes.invert_yaxis()
-    axes.set(xscale="log", xlabel="KL from the source, nats per token, untrained")
-    axes.grid(alpha=0.3, axis="x")
-    axes.legend()
+    axes.margins(x=0.12)
+    axes.set(xlabel="KL from the source, nats per token, untrained")
+    axes.legend(loc="lower right")
 
 
 def draw_recovery(axes, rows) -> None:
