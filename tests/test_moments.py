@@ -315,7 +315,9 @@ def test_impossible_options(options, message):
 @pytest.mark.parametrize("norms", ["per_loop", "folded"])
 def test_a_budget_deals_ranks(source, words, cache, norms):
     options = dict(calibrate=words, calibration_tokens=500, metric="fisher", norms=norms)
-    model = source.convert(lora_budget=0.2, **options, quiet=True)
+    measured = dict(text=words, text_tokens=64, context_length=32)
+    model = source.convert(lora_budget=0.2, **options, **measured, quiet=True)
+    assert model.certificate["full_rank_identity"]["max_logit_error"] < 1e-4
     dealt, sizes = model.certificate["calibration"]["dealt"], model.certificate["parameters"]
     ranks = dict(model.cfg.lora_ranks)
     assert ranks == {n: r for n, r in dealt["ranks"].items() if r} and len(set(ranks.values())) > 1

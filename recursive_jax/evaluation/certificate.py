@@ -143,7 +143,7 @@ def full_rank_identity(source: Source, how: TieConfig, windows: text.Windows) ->
     """
     if how.method == "random":
         return {"skipped": "a random start keeps no layer of the source"}
-    tied = tie_config.tied_config(source.cfg, how)
+    tied = tie_config.checked_config(source.cfg, how)
     ends = {0, tied.num_layers - 1}
     depths = [depth for depth, (_, layer) in enumerate(tied.places()) if layer in ends]
     cfg, block = source.layers(depths)
