@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -160,11 +161,14 @@ def measure(
 
 def _forget_old(directory: pathlib.Path) -> None:
     """Remove moments that were not used for long: those of a large model have gigabytes."""
-    entries = [entry for entry in directory.iterdir() if entry.name[0] != "."]
-    entries.sort(key=lambda entry: entry.stat().st_mtime, reverse=True)
-    killed = [entry for entry in directory.iterdir() if entry.name[0] == "."]
-    for entry in [*entries[KEPT:], *killed]:
-        if time.time() - entry.stat().st_mtime > KEPT_SECONDS:
+    used = {}
+    for entry in directory.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process has renamed or removed it
+            used[entry] = entry.stat().st_mtime
+    whole = sorted((entry for entry in used if entry.name[0] != "."), key=used.get, reverse=True)
+    killed = [entry for entry in used if entry.name[0] == "."]
+    for entry in [*whole[KEPT:], *killed]:
+        if time.time() - used[entry] > KEPT_SECONDS:
             shutil.rmtree(entry, ignore_errors=True)
 
 
@@ -201,12 +205,6 @@ def deal_ranks(
     share, how = how.lora_budget, dataclasses.replace(how, lora_budget=None)
     tied = tied_config(cfg, how)
     ranks, used = rank_budget.deal(tied, gains, share)
-    if not used:
-        least = cfg.depth * min(map(sum, cfg.projections.values()))
-        raise ValueError(
-            f"lora_budget={share} is less than one rank of the smallest projection, "
-            f"{least:,} parameters; give more, or lora_rank=0"
-        )
     dealt = {"budget": share, "ranks": ranks, "parameters": used}
     return dataclasses.replace(how, lora_rank=ranks), dealt
 

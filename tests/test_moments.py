@@ -324,7 +324,7 @@ def test_a_budget_deals_ranks(source, words, cache, norms):
     assert sizes["lora"] == dealt["parameters"] <= 0.2 * sizes["source"] < sizes["lora"] * 1.1
     assert model.certificate["recipe"]["lora_rank"] == dealt["ranks"]
     with pytest.raises(ValueError, match="less than one rank of the smallest projection"):
-        source.convert(lora_budget=0.001, **options, quiet=True)
+        source.convert(lora_budget=0.001, **options | {"calibrate": "/no/such/text"}, quiet=True)
 
 
 def test_no_room_for_the_moments(source, words, cache, monkeypatch):

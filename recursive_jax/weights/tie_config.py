@@ -205,7 +205,15 @@ def checked_config(cfg: DecoderConfig, how: TieConfig) -> DecoderConfig:
 
     For checks and tables before the work.
     """
-    return tied_config(cfg, dataclasses.replace(how, lora_budget=None))
+    tied = tied_config(cfg, dataclasses.replace(how, lora_budget=None))
+    sizes, budget = tied.projections.values(), how.lora_budget
+    least = tied.depth * min(n + m for n, m in sizes)
+    if budget is not None and budget * tied.depth * sum(n * m for n, m in sizes) < least:
+        raise ValueError(
+            f"lora_budget={budget} is less than one rank of the smallest projection, "
+            f"{least:,} parameters; give more, or lora_rank=0"
+        )
+    return tied
 
 
 def tied_config(cfg: DecoderConfig, how: TieConfig) -> DecoderConfig:
