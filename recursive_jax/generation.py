@@ -83,7 +83,8 @@ def with_thresholds(config: EngineConfig, model: Model) -> EngineConfig:
     """The config with the model's calibrated thresholds, if they are for a measure without its own.
 
     Raises:
-      ValueError: they were calibrated on other weights, or are not for so many loops.
+      ValueError: they were calibrated on other weights or with other keys and values, or are not
+        for so many loops.
     """
     calibrated = model.thresholds
     if config.measure is None or config.thresholds is not None or calibrated is None:
@@ -91,6 +92,7 @@ def with_thresholds(config: EngineConfig, model: Model) -> EngineConfig:
     if calibrated.measure != config.measure.name:
         return config
     calibrated.check_current()
+    calibrated.check_missing_kv(config.missing_kv)
     try:
         config = dataclasses.replace(config, thresholds=calibrated.thresholds)
         config.check_loops(model.cfg.num_loops)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from recursive_jax import conversion, files, generation, sharding, text
 from recursive_jax.console.output import note
 from recursive_jax.decoding.config import EngineConfig
-from recursive_jax.decoding.exit_measures import Measure
+from recursive_jax.decoding.exit_measures import Measure, TopProbability
 from recursive_jax.decoding.requests import Completion, Event, check_number, shown
 from recursive_jax.decoding.thresholds import Thresholds
 from recursive_jax.evaluation.perplexity import perplexity
@@ -329,6 +329,76 @@ class Model:
                 all_loops=self.cfg.has_exits,
                 put=lambda batch: sharding.put_global(batch, place),
             )
+
+    def exits(
+        self,
+        text: str | os.PathLike | Iterable[str],
+        tokens: int = 20_000,
+        context_length: int = 512,
+        *,
+        measure: Measure | None = None,
+        missing_kv: str = "complete",
+        batch_size: int = 8,
+        dtype: str = "auto",
+        quiet: bool = False,
+    ) -> dict[str, Any]:
+        """Quality, depth and arithmetic of early exits, as `early_exits.measure_exits` returns it.
+
+        Args:
+          measure: decides which tokens leave, such as `TopProbability(0.9)`; None: the top
+            probability. Without a threshold of its own it takes that of `thresholds` if they are
+            for it, and is else measured at five of them.
+          missing_kv: source of the keys and values of skipped loops, as in `EngineConfig`.
+          quiet: show no bars.
+          Others as `perplexity`.
+
+        Raises:
+          ValueError: a model of one loop, or a bad setting.
+        """
+        from recursive_jax.early_exits import Subject, measure_exits
+
+        config = EngineConfig(measure=measure or TopProbability(), missing_kv=missing_kv)
+        config = generation.with_thresholds(config, self)
+        windows = self.windows(text, tokens, context_length)
+        subject = Subject(self, windows, config.measure, missing_kv, dtype, batch_size, quiet)
+        return measure_exits(subject, config.thresholds)
+
+    def calibrate(
+        self,
+        text: str | os.PathLike,
+        tokens: int = 50_000,
+        context_length: int = 256,
+        *,
+        measure: Measure | None = None,
+        bound: float = 0.05,
+        confidence: float = 0.9,
+        risk: str = "disagreement",
+        missing_kv: str = "complete",
+        batch_size: int = 8,
+        dtype: str = "auto",
+        quiet: bool = False,
+    ) -> Model:
+        """This model with `thresholds` that keep a bound on other text of the same kind.
+
+        Args:
+          text: held out, as `text.documents` takes it; windows are drawn from all over it.
+          measure: to find thresholds for; None: the top probability.
+          bound: of the risk.
+          confidence: probability that the bound holds (see `evaluation.risk` for what it assumes).
+          risk: 'disagreement', the share of tokens that differ from full depth, or 'perplexity',
+            its relative rise.
+          Others as `exits`.
+
+        Raises:
+          ValueError: too little text, no thresholds that keep the bound, or a bad setting.
+        """
+        from recursive_jax import early_exits
+
+        windows = early_exits.read_windows(self, text, tokens, context_length, quiet)
+        measure = TopProbability() if measure is None else measure
+        subject = early_exits.Subject(self, windows, measure, missing_kv, dtype, batch_size, quiet)
+        thresholds = early_exits.calibrate(subject, bound, confidence, risk, os.fspath(text))
+        return dataclasses.replace(self, thresholds=thresholds)
 
     def windows(
         self, source: str | os.PathLike | Iterable[str], tokens: int, context_length: int

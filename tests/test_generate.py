@@ -1,5 +1,6 @@
 """The generate job end to end, against a loop without a cache; pieces of text as they come."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -272,7 +273,8 @@ def test_exits_with_calibrated_thresholds_statistics_and_a_picture(
     source.write_text("Once upon a time\nThe list\nx = 1\n")
     path = pathlib.Path(tiny) / Thresholds.FILE
     weights = checkpoint.params_checksum(tiny)
-    Thresholds("cosine", (0.0,), 0.01, "a text", "2026-01-02", *weights).save(tiny)
+    kept = Thresholds("cosine", (0.0,), 0.01, "a text", "2026-01-02", *weights)
+    dataclasses.replace(kept, missing_kv="propagate").save(tiny)
     try:
         named = tmp_path / "a $name$ that is $no formula$"
         named.symlink_to(tiny)
@@ -285,7 +287,7 @@ def test_exits_with_calibrated_thresholds_statistics_and_a_picture(
         path.unlink()
     printed = capsys.readouterr()
     assert "cosine of 2 loops" in printed.err
-    assert "0 (thresholds.json, at most 1.00% of tokens differ)" in printed.err
+    assert "0 (thresholds.json: at most 1.00% of tokens differ, confidence 0.9)" in printed.err
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
     answers, stats = read_jsonl(tmp_path / "out.jsonl"), json.load(open(tmp_path / "stats.json"))
     loops = sum((a["exit_loops"] for a in answers), [])

@@ -17,7 +17,7 @@ PACKAGES = {
     "weights": BASE,
     "training": BASE,
     "decoding": BASE,
-    "evaluation": (*BASE, "weights"),
+    "evaluation": (*BASE, "weights", "decoding"),  # exit measures
     "analysis": (*BASE, "decoding"),
 }
 # Whole files, their errors and locks: everything may import these.

@@ -127,7 +127,7 @@ def complete(
     config = generation.with_thresholds(config, model)
     if config.thresholds is None:
         return config, "the measure's own"
-    return config, f"thresholds.json, at most {calibrated.bound:.2%} of tokens differ"
+    return config, f"thresholds.json: {calibrated.promise}"
 
 
 def describe(engine: Engine, config: EngineConfig, origin: str) -> dict[str, str]:

@@ -21,11 +21,16 @@ class Thresholds:
     Attributes:
       measure: name of the measure they are for.
       thresholds: after loop 1, 2, …, L - 1; the last loop needs none.
-      bound: share of tokens that may differ from full depth, as asked for in calibration.
+      bound: of the risk, as asked for in calibration.
       text: what they were calibrated on.
       date: when, as YYYY-MM-DD.
       step: of the checkpoint on which they were calibrated.
       params: checksum of the params of that step (`checkpoint.params_checksum`).
+      risk: what is bounded: 'disagreement', the share of tokens that differ from full depth, or
+        'perplexity', its relative rise.
+      confidence: probability that the bound holds on other text of the same kind.
+      missing_kv: the source of skipped keys and values that they were calibrated with.
+      record: JSON: how the calibration went.
       stale: why they are not for the weights in use; empty if they are. It is not saved.
     """
 
@@ -36,6 +41,10 @@ class Thresholds:
     date: str
     step: int
     params: int
+    risk: str = "disagreement"
+    confidence: float = 0.9
+    missing_kv: str = "complete"
+    record: dict = dataclasses.field(default_factory=dict, compare=False)
     stale: str = dataclasses.field(default="", compare=False)
 
     FILE: ClassVar[str] = "thresholds.json"
@@ -48,6 +57,7 @@ class Thresholds:
         for value in self.thresholds:
             measure.check_threshold(value)
         check_number("bound", self.bound, False, 0, 1)
+        check_number("confidence", self.confidence, False, 0, 1)
         for name in ("step", "params"):
             check_number(name, getattr(self, name), True, 0, 2**63)
 
@@ -91,6 +101,24 @@ class Thresholds:
             "calibrate again, or name an exit measure and give --exit_threshold"
         )
         return dataclasses.replace(self, stale=stale)
+
+    @property
+    def promise(self) -> str:
+        """What they keep, in words."""
+        what = {
+            "disagreement": f"at most {self.bound:.2%} of tokens differ",
+            "perplexity": f"perplexity rises by at most {self.bound:.2%}",
+        }
+        return f"{what.get(self.risk, self.risk)}, confidence {self.confidence:g}"
+
+    def check_missing_kv(self, missing_kv: str) -> None:
+        """Raise a ValueError if they were calibrated with keys and values of another source."""
+        if missing_kv != self.missing_kv:
+            raise ValueError(
+                f"{self.FILE} keeps its bound with missing_kv={self.missing_kv}, not with "
+                f"{missing_kv}; calibrate again with --missing_kv={missing_kv}, or name an exit "
+                "measure and give --exit_threshold"
+            )
 
     def check_current(self) -> None:
         """Raise a ValueError if the thresholds are for other weights than those in use."""
