@@ -19,6 +19,7 @@ import time
 from absl import flags
 from ml_collections import config_flags
 
+from recursive_jax import conversion_memory as memory
 from recursive_jax import model as model_lib
 from recursive_jax.console import app, certificate_report, output, spectra, stop
 from recursive_jax.models.config import SHARINGS
@@ -92,7 +93,8 @@ def convert(options: flags.FlagValues) -> None:
         spectra.check(options.plot, how)
     source = model_lib.load(spec)
     cfg = checked_config(source.cfg, how)
-    output.say(certificate_report.start(source, cfg, how) + "\n")
+    needed = memory.num_bytes(source.cfg, cfg, how)
+    output.say(certificate_report.start(source, cfg, how, needed) + "\n")
     began = time.time()
     out.parent.mkdir(parents=True, exist_ok=True)
     model = source.convert(
@@ -109,9 +111,7 @@ def convert(options: flags.FlagValues) -> None:
         spectra.save(options.plot, model.certificate, model.cfg)
     output.say("\n" + certificate_report.table(model.certificate))
     family = cfg.family
-    config = (
-        "gemma" if family.startswith("gemma") else "pythia" if family == "gpt_neox" else "llama"
-    )
+    config = {"gpt_neox": "pythia", "llama": "llama"}.get(family, "gemma")
     output.say(
         f"wrote {out} ({model.certificate['seconds']:.0f} s); next: python -m recursive_jax.train "
         f"--config={config}_rrt --workdir=DIR --config.init_from={shlex.quote(str(out))} "

@@ -234,7 +234,7 @@ def calibrate(
     found = subject.trace()
     chosen = np.arange(count) < round(count * PATH_SHARE)  # the windows are in random order
     lowest, highest = measure.range
-    candidates = [tuple(np.clip(c, lowest, highest)) for c in risk.path(found, chosen)]
+    candidates = [tuple(np.clip(c, lowest, highest).tolist()) for c in risk.path(found, chosen)]
     tested = found.take(~chosen)
 
     def try_out(thresholds):

@@ -8,10 +8,11 @@ from typing import Any
 from recursive_jax.console import tables
 
 
-def start(source: Any, cfg: Any, how: Any) -> str:
+def start(source: Any, cfg: Any, how: Any, memory: float) -> str:
     """The table of what is about to happen.
 
-    `source`: a `model.Model`; `cfg`: the config of the result; `how`: a `TieConfig`.
+    `source`: a `model.Model`; `cfg`: the config of the result; `how`: a `TieConfig`; `memory`:
+    bytes, as `conversion_memory.num_bytes` counts them.
     """
     before, order = source.cfg, "" if cfg.sharing == "cycle" else f" in order {cfg.sharing}"
     rows = [
@@ -19,6 +20,7 @@ def start(source: Any, cfg: Any, how: Any) -> str:
                    f"width {before.embed_dim})"),
         ("recursive", f"{cfg.num_loops} loops × {cfg.num_layers} layers{order}, "
                       f"{_ranks(how)}, norms {cfg.norms}"),
+        ("memory", f"at most {memory / 1e9:.1f} GB"),
     ]  # fmt: skip
     return tables.table(rows)
 

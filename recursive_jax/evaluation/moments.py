@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import mmap
 import os
 import pathlib
 import shutil
@@ -191,7 +192,7 @@ def _measure(source, rows, directory, seed, tokens, bar):
     outer = jax.tree.map(lambda x: _put(x, place.replicated), source.outer_params())
     # States before every layer; at last the gradient replaces them, from the top layer down.
     shape = (cfg.depth + 1, count, rows.tokens.shape[1], cfg.embed_dim)
-    states = _on_disk(directory / "states.f32", shape)
+    states = _OnDisk(directory / "states.f32", shape)
 
     def batch(at: slice) -> dict[str, Any]:
         names = ("tokens", "positions", "segment_ids", "weights")
@@ -206,6 +207,7 @@ def _measure(source, rows, directory, seed, tokens, bar):
         run = _forward(here)
         for at in groups:
             states[depth + 1, at] = run(params, _put(states[depth, at], place.split), batch(at))
+        states.release()
         bar.update()
     bar.set_postfix_str("labels")
     head, gradient = head_params(outer), _label_gradient(Decoder(cfg))
@@ -232,6 +234,7 @@ def _measure(source, rows, directory, seed, tokens, bar):
                     "source, or convert with --lora_init=svd"
                 )
         np.savez(_file(directory, depth), **arrays)
+        states.release()
         bar.update()
     del states
     (directory / "states.f32").unlink()
@@ -376,14 +379,28 @@ def _put(x: Any, sharding: NamedSharding) -> jax.Array:
     return jax.device_put(jnp.asarray(x), sharding)
 
 
-def _on_disk(path: pathlib.Path, shape: tuple[int, ...]) -> np.memmap:
-    with open(path, "wb") as file:
+class _OnDisk:
+    """A float32 array in a file; `release` frees the memory of what was read and written."""
+
+    def __init__(self, path: pathlib.Path, shape: tuple[int, ...]):
         size = 4 * int(np.prod(shape))
-        if hasattr(os, "posix_fallocate"):  # a full disk raises here, not SIGBUS on a write
-            os.posix_fallocate(file.fileno(), 0, size)
-        else:
-            file.truncate(size)
-    return np.memmap(path, np.float32, "r+", shape=shape)
+        with open(path, "w+b") as file:
+            if hasattr(os, "posix_fallocate"):  # a full disk raises here, not SIGBUS on a write
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+            self._map = mmap.mmap(file.fileno(), size)
+        self._array = np.frombuffer(self._map, np.float32).reshape(shape)
+
+    def __getitem__(self, at: Any) -> np.ndarray:
+        return self._array[at]
+
+    def __setitem__(self, at: Any, value: Any) -> None:
+        self._array[at] = value
+
+    def release(self) -> None:
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
 
 
 def _file(directory: pathlib.Path, depth: int) -> pathlib.Path:

@@ -26,8 +26,8 @@ from recursive_jax.weights.tie_config import TieConfig, selected_depths, tied_co
 # The projections that read each pre-norm's output: its scale is folded into their weights.
 _FOLDED_INTO = {"pre_attention_norm": ("q", "k", "v"), "pre_mlp_norm": ("gate", "up")}
 
-_LAYERS_AT_ONCE = 2  # 'joint' holds some ten float64 matrices of a layer
-_LARGE = 1 << 23  # entries of a weight of which one layer at a time is fitted
+LAYERS_AT_ONCE = 2  # 'joint' holds some ten float64 matrices of a layer
+LARGE = 1 << 23  # entries of a weight of which one layer at a time is fitted
 Params = Mapping[str, Any]  # nested, or flat with keys like 'block/attention/q/w' (may be lazy)
 # (projection, source layer, scale, bias) -> metric of its weight. Scale and bias `[in]` are those
 # of the norm in front where they are folded into the weight, else None.
@@ -270,10 +270,10 @@ def _in_parallel(
     Large matrices, of `shape`, come one layer at a time: memory counts, and their products keep
     all threads busy.
     """
-    if shape[0] * shape[1] >= _LARGE:
+    if shape[0] * shape[1] >= LARGE:
         yield from map(fit, layers)
         return
-    workers = min(_LAYERS_AT_ONCE, os.cpu_count() or 1)
+    workers = min(LAYERS_AT_ONCE, os.cpu_count() or 1)
     with low_rank.one_blas_thread(), ThreadPoolExecutor(workers) as pool:
         waiting: collections.deque[Any] = collections.deque()
         for layer in layers:
