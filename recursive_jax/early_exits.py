@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from recursive_jax.model import Model
 
 SWEEP = (0.1, 0.25, 0.5, 0.75, 0.9)  # shares of tokens that leave after the first loop
-PATH_SHARE = 1 / 3  # of the calibration windows: they choose candidates, and test none
+WALKED = 4  # where every candidate is a walk, one of so many is tried
+PATH_SHARE = 1 / 5  # of the calibration windows: they choose candidates, and test none
 ORACLE = "teacher-forced oracle: it knows the last loop's answer, so no engine can exit like this"
 
 
@@ -235,6 +236,8 @@ def calibrate(
     chosen = np.arange(count) < round(count * PATH_SHARE)  # the windows are in random order
     lowest, highest = measure.range
     candidates = [tuple(np.clip(c, lowest, highest).tolist()) for c in risk.path(found, chosen)]
+    if subject.missing_kv != "complete":
+        candidates = candidates[::WALKED]
     tested = found.take(~chosen)
 
     def try_out(thresholds):

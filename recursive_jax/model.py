@@ -367,7 +367,7 @@ class Model:
         self,
         text: str | os.PathLike,
         tokens: int = 50_000,
-        context_length: int = 256,
+        context_length: int = 128,
         *,
         measure: Measure | None = None,
         bound: float = 0.05,

@@ -9,6 +9,10 @@ accepted candidate has a risk of at most the bound.
 The p-value is that of a betting martingale (Waudby-Smith and Ramdas, "Estimating means of bounded
 random variables by betting", 2020). It is valid for any number of losses in [0, 1].
 
+With n windows and a confidence of 0.9, a risk that is closer to the bound than some 2.3 / n is not
+accepted: a window with a loss of 1 may just not have come up. So some hundred windows are worth
+their time.
+
 Assumption: the windows of the calibration text, and those the thresholds are used on, are drawn
 independently from one distribution. The tokens of a window may depend on each other, so a loss is
 that of a whole window. Text of another kind than the calibration text has no guarantee.
@@ -27,7 +31,7 @@ from recursive_jax.evaluation.exits import Outcome, Trace
 RISKS = ("disagreement", "perplexity")
 LARGEST_RISE = 0.5  # nats: a window's mean rise of the nll counts at most so much
 # Candidates: shares of tokens that may differ among those that leave after a loop.
-CANDIDATES = (0.0, *np.geomspace(0.002, 1.0, 28).tolist())
+CANDIDATES = (0.0, *np.geomspace(0.002, 1.0, 96).tolist())
 
 
 @dataclasses.dataclass(frozen=True)
