@@ -74,6 +74,16 @@ NEUTRAL = {
 }
 # `tensor_data_layout` by architecture: the rope layout that the name table undoes.
 LAYOUTS = dict.fromkeys(("llama", LOOPED), "Meta AI original pth")
+# By architecture, what llama.cpp's loader takes for granted.
+_NO_BIAS = dict(qkv_bias=False, o_bias=False)
+NEEDS = {
+    "gemma": dict(tied_head=True, **_NO_BIAS),
+    "gemma2": dict(tied_head=True, **_NO_BIAS),
+    "gemma3": _NO_BIAS,
+    "qwen3": _NO_BIAS,
+    "gptneox": dict(tied_head=False, qkv_bias=True, o_bias=True),
+}
+WINDOWED = ("gemma2", "gemma3")  # architectures with attention windows
 ROPE_FACTORS = "rope_freqs.weight"
 # Published settings of llama3 rope scaling: (low_freq_factor, high_freq_factor, original_length).
 # Files store only the factors they lead to, in the tensor ROPE_FACTORS. Ours add the settings.
@@ -124,7 +134,7 @@ class _Reading:
         keys = config_keys(self.architecture)
         neutral = NEUTRAL | {"tensor_data_layout": LAYOUTS.get(self.architecture, "reference")}
         neutral = {k: v for k, v in neutral.items() if k not in keys}
-        if self.architecture not in ("gemma2", "gemma3"):  # these cannot do without a window
+        if self.architecture not in WINDOWED:  # these cannot do without a window
             neutral["attention.sliding_window"] = 0
         settings = {k: v for k, v in settings.items() if neutral.get(k, ...) != v}
         known = keys.keys() | HANDLED_APART | (LOOP_KEYS if self.architecture == LOOPED else set())
@@ -261,6 +271,17 @@ def settings_of(cfg: DecoderConfig) -> tuple[str, dict[str, Any], np.ndarray | N
         check_looped(cfg)
     architecture = LOOPED if cfg.num_loops > 1 else BY_FAMILY[cfg.family]
     said = _as_said(cfg)
+    needs = NEEDS.get(architecture, {})
+    wrong = [
+        f"{name}={getattr(said, name)}" for name in needs if getattr(said, name) != needs[name]
+    ]
+    if any(said.windows) and architecture not in WINDOWED:
+        wrong.append(f"windows={said.windows}")
+    if wrong:
+        raise ValueError(
+            f"llama.cpp's architecture {architecture} cannot run {', '.join(wrong)}. "
+            "Export the model as hf or recursive"
+        )
     hf = hf_config.config_to_hf(said.replace(num_loops=1))
     if "layer_types" in hf and any(said.windows):
         hf["sliding_window_pattern"] = [t == "sliding_attention" for t in hf["layer_types"]]

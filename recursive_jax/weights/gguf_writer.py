@@ -73,10 +73,10 @@ def save(
 
     architecture, metadata, factors = gguf_config.settings_of(cfg)
     table, shapes, params = ARCHITECTURES[architecture].table, names.shapes(cfg), names.flat(params)
-    names.check_paths(params, shapes)
     tensors = names.tensor_shapes(table, shapes)
     found = gguf_config.config_of(metadata, tensors, factors, str(path))
     gguf_config.check_said(cfg, found)
+    names.check_paths(params, shapes)
     types = _types(tensors, kind, cfg.tied_head, say)
     metadata |= _general(kind, facts)
     metadata |= {
@@ -158,14 +158,16 @@ def _stored(name: str, tensor: np.ndarray, stored: Any) -> np.ndarray:
     """The bytes of a float32 tensor in its stored type."""
     from gguf.quants import quantize
 
-    with np.errstate(over="ignore"):  # a large float32 is no float16: infinity, found below
-        out = quantize(tensor, stored)
-    for values in (tensor, out):
-        if values.dtype.kind == "f" and not names.all_finite(values):
-            raise ValueError(
-                f"tensor {name} holds NaN or infinity in {stored.name.lower()}. If its weights are "
-                "finite, choose f32 or bf16; else take an earlier checkpoint"
-            )
+    finite = names.all_finite(tensor)
+    if finite:
+        with np.errstate(over="ignore"):  # a large float32 is no float16: infinity
+            out = quantize(tensor, stored)
+        finite = out.dtype.kind != "f" or names.all_finite(out)
+    if not finite:
+        raise ValueError(
+            f"tensor {name} holds NaN or infinity in {stored.name.lower()}. If its weights are "
+            "finite, choose f32 or bf16; else take an earlier checkpoint"
+        )
     return out
 
 
