@@ -12,14 +12,22 @@ from golden import cases
 from llama_cpp import LlamaCpp
 from test_gguf_tokenizer import train_byte_level, varied_strings
 from test_hf import load_golden
-from tokenizers import AddedToken, Tokenizer, processors
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 import recursive_jax as rj
 from recursive_jax.models.config import Rope
 from recursive_jax.models.decoder import Decoder
 from recursive_jax.weights import gguf, gguf_config, gguf_writer, hf_config, names, tying
-from recursive_jax.weights.gguf_tokenizer import PRE_TOKENIZERS
+from recursive_jax.weights.gguf_tokenizer import PRE_TOKENIZERS, spelled_merges
 
 VOCABULARY = 608  # a few rows more than the tokenizer has tokens
 LLAMA = "llama_gqa_llama3_rope"
@@ -190,6 +198,74 @@ def test_llama_cpp_has_the_same_ids(pre, save, lines):
     assert len(lines) > 3000 or pre != "smollm"
     some = lines if pre == "smollm" else lines[:400]
     assert_llama_cpp_has_the_ids(path, tokenizer, [*some, "a   [own]b<|im_end|> c <|x|>d"])
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    """Tokens of a SentencePiece vocabulary in the order of their scores, and all its merges."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{i:02X}>" for i in range(256))]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=600, show_progress=False)
+    backend.train_from_iterator(varied_strings(400), trainer)
+    vocabulary = backend.get_vocab()
+    tokens = special + ["▁" * n for n in range(2, 9)]
+    tokens += [t for t in sorted(vocabulary, key=vocabulary.get) if t not in tokens]
+    merges = spelled_merges(tokens, [-i for i in range(len(tokens))])
+    return tokens, [merge for merge in merges if "".join(merge) not in special]
+
+
+def sentencepiece(pieces, kind):
+    """A tokenizer as transformers holds those of Llama 2, of newer conversions, and of Gemma."""
+    tokens, merges = pieces
+    backend = Tokenizer(
+        models.BPE(
+            {t: i for i, t in enumerate(tokens)},
+            merges,
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )  # fmt: skip
+    )
+    replace = normalizers.Replace(" ", "▁")
+    if kind == "llama":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace])
+    elif kind == "metaspace":
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        backend.normalizer = replace
+        backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    backend.add_special_tokens(["<pad>", "<eos>", "<bos>", "<unk>"])
+    backend.post_processor = starting_with("<bos>", 2)
+    special = dict(bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
+    return fast(backend, **special)
+
+
+@pytest.mark.parametrize("kind", ["llama", "metaspace", "gemma"])
+def test_llama_cpp_has_the_ids_of_sentencepiece(kind, pieces, save, lines):
+    tokenizer = sentencepiece(pieces, kind)
+    name = "gemma_mqa" if kind == "gemma" else LLAMA
+    cfg = config(name, vocab_size=len(pieces[0]) + 5)
+    path, said = save(cfg, tokenizer=tokenizer)
+    strings = [s for s in lines[:600] if " " * 9 not in s and "<" not in s and s.strip()]
+    if kind == "gemma":  # llama.cpp matches runs of spaces, not of the character for them
+        strings = [s for s in strings if "▁" not in s]
+    if kind == "metaspace":  # it puts no second space; llama.cpp does, which is said
+        strings = [s for s in strings if s[0] not in " ▁"]
+    assert ("begins with a space" in " ".join(said)) == (kind == "metaspace")
+    if kind != "metaspace":
+        strings += ["a<eos> b<unk>c"]
+    assert_llama_cpp_has_the_ids(path, tokenizer, strings)
+    params, found, read = gguf.load_params(path)
+    again, _ = save(found, params, "again.gguf", read)
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_merges_that_scores_cannot_give_are_refused(pieces, save):
+    tokens, merges = pieces
+    tokenizer = sentencepiece((tokens, merges[:-1]), "llama")
+    with pytest.raises(ValueError, match="not those of a SentencePiece vocabulary"):
+        save(config(LLAMA, vocab_size=len(tokens)), tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("kind", gguf_writer.KINDS)

@@ -89,6 +89,11 @@ def tokenizer_metadata(
             say("llama.cpp does not compose characters: text that is not in NFC gets other ids")
     else:
         out = _sentencepiece(rules, steps, tokens, types, tokenizer.unk_token_id, architecture)
+        if any(step["type"] == "Metaspace" and out["ggml.add_space_prefix"] for step in steps):
+            say(
+                "llama.cpp puts a space before every text: a text that begins with a space gets "
+                "other ids there"
+            )
     out |= _special(tokenizer, tokens, types, generation_config, say)
     _check(tokenizer, out, architecture, rules)
     return out
