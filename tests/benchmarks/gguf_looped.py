@@ -4,10 +4,10 @@
         [--threads=1] [--rounds=5] [--prompt="The capital of France is"]
 
 CKPT is a checkpoint that a looped file can hold: a Llama with rank 0 and tied norms (or a vanilla
-model, of which there is only the one file). xllamacpp has to be installed. Both files must give the
-same greedy text. Prints a JSON row per kind: sizes, medians over the rounds of the tokens per second
-that llama.cpp itself reports for the answer, and their ratio. The files take turns, one server
-after the other: an idle one still takes a processor.
+model, of which there is only the one file). xllamacpp has to be installed. Prints a JSON row per
+kind: sizes, whether both files give the same greedy text, and medians over the rounds of the tokens
+per second that llama.cpp reports. The files take turns, one server after the other: an idle one
+still takes a processor.
 """
 
 import argparse
