@@ -75,6 +75,7 @@ setup(
             *ALL,
             "chex>=0.1.92",
             "pytest>=8",
+            "xllamacpp>=2026.10",  # runs the .gguf files that we write
             "pytest-xdist>=3.7",
             "hypothesis>=6.100",
             "ruff>=0.6",

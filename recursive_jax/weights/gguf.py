@@ -1,8 +1,7 @@
 """GGUF files: config, lazily dequantised parameters and tokenizer of one file.
 
-A GGUF is not a renamed Hugging Face checkpoint. Files of the llama architecture store query and key
-rows in another rope layout, Gemma files store norm scales with the 1 already added, llama3 rope
-scaling is a tensor of factors, and a tied head is simply absent.
+A GGUF is not a renamed Hugging Face checkpoint: see `gguf_names` for its tensors, `gguf_config` for
+its settings. A tied head is simply absent.
 """
 
 from __future__ import annotations
@@ -10,122 +9,15 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from recursive_jax.models.config import DecoderConfig, Rope
-from recursive_jax.weights import hf_config, names
+from recursive_jax.models.config import DecoderConfig
+from recursive_jax.weights import gguf_config, names
+from recursive_jax.weights.gguf_config import ROPE_FACTORS
+from recursive_jax.weights.gguf_names import ARCHITECTURES
 from recursive_jax.weights.gguf_tokenizer import build_tokenizer
-from recursive_jax.weights.names import AS_IS, TRANSPOSE, Row, Transform
-
-
-def _unpermuted(x: np.ndarray, cfg: DecoderConfig) -> np.ndarray:
-    """Rows `[head, head_dim / 2, 2]`, the halves interleaved, back to `[head, 2, head_dim / 2]`."""
-    pairs = x.reshape(-1, cfg.head_dim // 2, 2, *x.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(x.shape)
-
-
-UNPERMUTE = Transform(lambda x, cfg: _unpermuted(x, cfg).T, None, lambda s: s[::-1])
-MINUS_ONE = Transform(lambda x, cfg: x - 1, None, lambda s: s)
-
-
-def _table(permuted: bool = False, norm: Transform = AS_IS) -> list[Row]:
-    linears = {
-        "attention/q": "attn_q",
-        "attention/k": "attn_k",
-        "attention/v": "attn_v",
-        "attention/o": "attn_output",
-        "mlp/gate": "ffn_gate",
-        "mlp/up": "ffn_up",
-        "mlp/down": "ffn_down",
-    }
-    norms = {
-        "final_norm": "output_norm",
-        "block/attention/q_norm": "blk.{}.attn_q_norm",
-        "block/attention/k_norm": "blk.{}.attn_k_norm",
-        "block/pre_attention_norm": "blk.{}.attn_norm",
-        "block/post_attention_norm": "blk.{}.post_attention_norm",
-        "block/pre_mlp_norm": "blk.{}.ffn_norm",
-        "block/post_mlp_norm": "blk.{}.post_ffw_norm",
-    }
-    rows = [Row("embedding", "token_embd.weight", AS_IS), Row("head", "output.weight", TRANSPOSE)]
-    for ours, theirs in linears.items():
-        turn = permuted and ours in ("attention/q", "attention/k")
-        rows += [
-            Row(f"block/{ours}/w", f"blk.{{}}.{theirs}.weight", UNPERMUTE if turn else TRANSPOSE),
-            Row(f"block/{ours}/b", f"blk.{{}}.{theirs}.bias", UNPERMUTE if turn else AS_IS),
-        ]
-    return rows + [Row(f"{ours}/scale", f"{theirs}.weight", norm) for ours, theirs in norms.items()]
-
-
-class Architecture(NamedTuple):
-    model_type: str  # of the Hugging Face config these files describe
-    table: list[Row]
-
-
-_GEMMA_TABLE = _table(norm=MINUS_ONE)
-ARCHITECTURES = {
-    "llama": Architecture("llama", _table(permuted=True)),
-    "gemma": Architecture("gemma", _GEMMA_TABLE),
-    "gemma2": Architecture("gemma2", _GEMMA_TABLE),
-    "gemma3": Architecture("gemma3_text", _GEMMA_TABLE),
-    "qwen2": Architecture("qwen2", _table()),
-    "qwen3": Architecture("qwen3", _table()),
-}
-# Metadata (after 'ARCHITECTURE.') -> config.json
-CONFIG_KEYS = {
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "block_count": "num_hidden_layers",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "attention.sliding_window": "sliding_window",
-    "attention.sliding_window_pattern": "sliding_window_pattern",
-    "rope.freq_base": "rope_theta",
-    "rope.freq_base_swa": "rope_local_base_freq",
-    "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
-}
-HANDLED_APART = {
-    "vocab_size",
-    "attention.value_length",
-    "rope.dimension_count",
-    "rope.scaling.type",
-    "rope.scaling.factor",
-    "rope.scaling.original_context_length",
-    "rope.scaling.finetuned",
-    "rope.scaling.yarn_beta_fast",
-    "rope.scaling.yarn_beta_slow",
-    "rope.scale_linear",
-}
-# Metadata that change nothing while they have this value.
-NEUTRAL = {
-    "attention.causal": True,
-    "attention.clamp_kqv": 0,
-    "attention.max_alibi_bias": 0,
-    "embedding_scale": 1,
-    "expert_count": 0,
-    "expert_used_count": 0,
-    "expert_shared_count": 0,
-    "leading_dense_block_count": 0,
-    "logit_scale": 1,
-    "pooling_type": 0,
-    "residual_scale": 1,
-    "rope.scaling.attn_factor": 1,
-    "rope.scaling.yarn_attn_factor": 1,
-    "rope.scaling.yarn_log_multiplier": 0,
-    "use_parallel_residual": False,
-}
-# `tensor_data_layout` by architecture: the rope layout that `_table` undoes for llama files.
-LAYOUTS = {"llama": "Meta AI original pth"}
-# Published settings of llama3 rope scaling: (low_freq_factor, high_freq_factor, original_length).
-# Files store only the factors they lead to, in the tensor rope_freqs.weight.
-LLAMA3_ROPE = (1.0, 4.0, 8192)
 
 
 class GGUFFile:
@@ -158,18 +50,27 @@ class GGUFFile:
         field = self._reader.fields.get(key)
         return default if field is None else field.contents()
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor, `[out, in]`."""
+        return {n: tuple(int(d) for d in reversed(t.shape)) for n, t in self.tensors.items()}
+
     @functools.cached_property
     def config(self) -> DecoderConfig:
-        return hf_config.config_from_hf(self._hf_config())
+        return gguf_config.config_of(
+            {key: self.get(key) for key in self._reader.fields if not key.startswith("tokenizer.")},
+            self.shapes,
+            self.tensors[ROPE_FACTORS].data if ROPE_FACTORS in self.tensors else None,
+            str(self.path),
+        )
 
     def params(self, dtype: np.dtype = np.float32) -> names.LazyParams:
         """The parameters as a lazy flat mapping, dequantised an item at a time; audited now."""
         from gguf.quants import dequantize
 
         cfg, table = self.config, ARCHITECTURES[self.architecture].table
-        shapes = names.leaf_shapes(cfg)
-        found = {n: tuple(int(d) for d in reversed(t.shape)) for n, t in self.tensors.items()}
-        found.pop("rope_freqs.weight", None)  # part of the config, see _llama3_rope
+        shapes, found = names.shapes(cfg), self.shapes
+        found.pop(ROPE_FACTORS, None)  # part of the config
         names.audit(table, shapes, found, str(self.path))
         for tensor in {t.tensor_type: t for t in self.tensors.values()}.values():
             try:
@@ -211,100 +112,6 @@ class GGUFFile:
                 f"{self.config.vocab_size} rows; the file is damaged or wrongly converted"
             )
         return tokenizer
-
-    def _hf_config(self) -> dict[str, Any]:
-        """These metadata as a Hugging Face config; `weights.hf_config` audits the values."""
-        prefix = self.architecture + "."
-        settings = {
-            key.removeprefix(prefix): self._uniform(key)
-            for key in self._reader.fields
-            if key.startswith(prefix)
-        }
-        neutral = NEUTRAL | {"tensor_data_layout": LAYOUTS.get(self.architecture, "reference")}
-        if self.architecture not in ("gemma2", "gemma3"):  # these cannot do without a window
-            neutral["attention.sliding_window"] = 0
-        settings = {k: v for k, v in settings.items() if neutral.get(k, ...) != v}
-        unknown = {k: v for k, v in settings.items() if k not in CONFIG_KEYS.keys() | HANDLED_APART}
-        if unknown:
-            raise ValueError(
-                f"{self.path}: settings that are not implemented: "
-                + ", ".join(f"{prefix}{k}={v!r}" for k, v in sorted(unknown.items()))
-            )
-        hf = {CONFIG_KEYS[k]: v for k, v in settings.items() if k in CONFIG_KEYS}
-        hf["model_type"] = ARCHITECTURES[self.architecture].model_type
-        if "token_embd.weight" not in self.tensors:
-            raise ValueError(f"{self.path}: tensor token_embd.weight is missing")
-        hf["vocab_size"] = int(self.tensors["token_embd.weight"].shape[1])
-        hf["tie_word_embeddings"] = "output.weight" not in self.tensors
-        for key, tensor in (("attention_bias", "attn_q"), ("mlp_bias", "ffn_up")):
-            if key in hf_config.MODEL_TYPES[hf["model_type"]].keys:
-                hf[key] = f"blk.0.{tensor}.bias" in self.tensors
-        self._check_head_dim(hf, settings)
-        if self.architecture in ("gemma2", "gemma3"):
-            # not in the file: llama.cpp knows the one size whose query scale is not its head_dim
-            largest = {"gemma2": 46, "gemma3": 62}[self.architecture] == hf["num_hidden_layers"]
-            per_head = hf["hidden_size"] // hf["num_attention_heads"]
-            hf["query_pre_attn_scalar"] = per_head if largest else hf["head_dim"]
-        pattern = hf.get("sliding_window_pattern")
-        if isinstance(pattern, list):  # one flag per layer
-            hf["layer_types"] = ["sliding_attention" if s else "full_attention" for s in pattern]
-            del hf["sliding_window_pattern"]
-        hf["rope_scaling"] = self._rope_scaling(settings, hf)
-        return hf
-
-    def _uniform(self, key: str) -> Any:
-        """A setting; one given per layer counts as a number when all layers agree."""
-        value = self.get(key)
-        if isinstance(value, list) and not key.endswith("pattern"):
-            if len(set(value)) != 1:
-                raise ValueError(f"{self.path}: {key} differs between layers, {value}")
-            return value[0]
-        return value
-
-    def _check_head_dim(self, hf: dict[str, Any], settings: Mapping[str, Any]) -> None:
-        for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"):
-            if not isinstance(hf.get(key), int) or hf[key] < 1:
-                raise ValueError(f"{self.path}: no usable {key} in the metadata ({hf.get(key)!r})")
-        hf.setdefault("head_dim", hf["hidden_size"] // hf["num_attention_heads"])
-        for key in ("attention.value_length", "rope.dimension_count"):
-            if settings.get(key, hf["head_dim"]) != hf["head_dim"]:
-                raise ValueError(
-                    f"{self.path}: {self.architecture}.{key}={settings[key]} differs from "
-                    f"head_dim={hf['head_dim']}; that is not implemented"
-                )
-
-    def _rope_scaling(self, settings: Mapping[str, Any], hf: Mapping[str, Any]) -> dict | None:
-        factor = settings.get("rope.scaling.factor", settings.get("rope.scale_linear", 1.0))
-        kind = settings.get("rope.scaling.type", "linear" if factor != 1.0 else "none")
-        if "rope_freqs.weight" in self.tensors:
-            return self._llama3_rope(hf)
-        if kind == "none":
-            return None
-        scaling = {"rope_type": kind, "factor": factor}  # hf_config refuses types it does not know
-        if kind == "yarn":
-            scaling |= {
-                "original_max_position_embeddings": settings.get(
-                    "rope.scaling.original_context_length"
-                ),
-                "beta_fast": settings.get("rope.scaling.yarn_beta_fast"),
-                "beta_slow": settings.get("rope.scaling.yarn_beta_slow"),
-            }
-        return scaling
-
-    def _llama3_rope(self, hf: Mapping[str, Any]) -> dict:
-        """Recognise the published llama3 scalings in the tensor of frequency factors."""
-        factors = np.asarray(self.tensors["rope_freqs.weight"].data, np.float32)
-        low, high, length = LLAMA3_ROPE
-        guess = dict(factor=float(factors.max()), low_freq_factor=low, high_freq_factor=high)
-        theta = hf.get("rope_theta", 10000.0)
-        plain = Rope(theta).frequencies(hf["head_dim"])
-        scaled = Rope(theta, "llama3", original_length=length, **guess).frequencies(hf["head_dim"])
-        if factors.shape != plain.shape or not np.allclose(factors, plain / scaled, rtol=1e-3):
-            raise ValueError(
-                f"{self.path}: rope_freqs.weight is not the llama3 rope scaling of a published "
-                f"model (low_freq_factor {low}, high_freq_factor {high}, length {length})"
-            )
-        return guess | {"rope_type": "llama3", "original_max_position_embeddings": length}
 
 
 def load_config(path: str | os.PathLike) -> DecoderConfig:

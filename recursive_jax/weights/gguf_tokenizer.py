@@ -8,22 +8,42 @@ behind the names are those of the models' published tokenizers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 # Token types of a GGUF vocabulary.
-CONTROL, USER_DEFINED = 3, 4
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-# name -> (regex or None for GPT-2's own, digits one by one, NFC, whole tokens before merges)
+
+
+class PreTokenizer(NamedTuple):
+    """How text is cut before merging.
+
+    Attributes:
+      regex: of the pieces; None: GPT-2's own.
+      digits: cut out one by one first.
+      nfc: compose characters first. llama.cpp itself never does.
+      whole_tokens: a piece that is a token is not merged from its parts.
+    """
+
+    regex: str | None = None
+    digits: bool = False
+    nfc: bool = False
+    whole_tokens: bool = False
+
+
 PRE_TOKENIZERS = {
-    "gpt-2": (None, False, False, False),
-    "smollm": (None, True, False, False),
-    "llama-bpe": (_LLAMA3_SPLIT, False, False, True),
-    "qwen2": (_QWEN2_SPLIT, False, True, False),
+    "gpt-2": PreTokenizer(),
+    "smollm": PreTokenizer(digits=True),
+    "olmo": PreTokenizer(nfc=True),  # also Pythia
+    "llama-bpe": PreTokenizer(_LLAMA3_SPLIT, whole_tokens=True),
+    "dbrx": PreTokenizer(_LLAMA3_SPLIT),
+    "qwen2": PreTokenizer(_QWEN2_SPLIT, nfc=True),
+    "stablelm2": PreTokenizer(_QWEN2_SPLIT),
 }
 PRE_ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}
 
@@ -179,14 +199,14 @@ def _merging(models, tokens: Sequence[str], scores, metadata: Mapping[str, Any])
     return models.BPE(
         vocab={token: i for i, token in enumerate(tokens)},
         merges=[tuple(m.split(" ")) for m in metadata.get("ggml.merges", ())]
-        or _merges(tokens, scores),
+        or spelled_merges(tokens, scores),
         unk_token=None if unknown is None else tokens[unknown],
         fuse_unk=True,
         byte_fallback=True,
     )
 
 
-def _merges(tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str, str]]:
+def spelled_merges(tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str, str]]:
     """The merges a scored vocabulary implies: best token first, its longest left part first."""
     ids = {token: i for i, token in enumerate(tokens)}
     found = []

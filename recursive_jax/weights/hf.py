@@ -201,9 +201,7 @@ def save_params(
         raise ValueError(f"{path} already exists and is not empty; choose another directory")
     params = names.flat(params)
     shapes = names.leaf_shapes(cfg)
-    wrong = sorted(set(shapes) ^ set(params))
-    if wrong:
-        raise ValueError(f"parameters missing or left over for this config: {', '.join(wrong)}")
+    names.check_paths(params, shapes)
     stored = np.dtype(dtype or params["embedding"].dtype)
     config = hf_config.config_to_hf(cfg) | {"torch_dtype": stored.name} | dict(config_extra or {})
 
@@ -254,10 +252,6 @@ def _write_shards(params, cfg, shapes, directory, dtype, max_shard_bytes) -> Non
     """Write all tensors into one file, or into numbered files with an index."""
     from safetensors.numpy import save_file
 
-    groups: dict[str, list[names.Row]] = {}
-    for row in names.used_rows(names.HF_TABLES[cfg.family], shapes).values():
-        groups.setdefault(row.theirs, []).append(row)  # several rows: a fused tensor
-
     shards: list[list[str]] = []  # tensor names by shard
     shard, size, total = {}, 0, 0
 
@@ -270,23 +264,11 @@ def _write_shards(params, cfg, shapes, directory, dtype, max_shard_bytes) -> Non
         shards.append(list(shard))
         shard, size = {}, 0
 
-    for rows in groups.values():
-        leaves = [np.asarray(params[row.ours]) for row in rows]
-        for row, leaf in zip(rows, leaves, strict=True):
-            if leaf.shape != shapes[row.ours]:
-                raise ValueError(
-                    f"parameter {row.ours} is {list(leaf.shape)}; the config expects "
-                    f"{list(shapes[row.ours])}"
-                )
-        leaves = [leaf if dtype is None else leaf.astype(dtype) for leaf in leaves]
-        tensors = names.layer_names(rows[0], shapes[rows[0].ours])
-        for i, name in enumerate(tensors):
-            pieces = [leaf[i] if "{}" in rows[0].theirs else leaf for leaf in leaves]
-            tensor = np.ascontiguousarray(rows[0].transform.join(pieces, cfg))
-            if shard and size + tensor.nbytes > max_shard_bytes:
-                flush()
-            shard[name] = tensor
-            size, total = size + tensor.nbytes, total + tensor.nbytes
+    for name, tensor in names.tensors(params, names.HF_TABLES[cfg.family], shapes, cfg, dtype):
+        if shard and size + tensor.nbytes > max_shard_bytes:
+            flush()
+        shard[name] = tensor
+        size, total = size + tensor.nbytes, total + tensor.nbytes
     flush()
 
     if len(shards) == 1:

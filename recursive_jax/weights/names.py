@@ -8,7 +8,7 @@ and without biases, query norms or an untied head.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -166,6 +166,63 @@ def layer_names(row: Row, shape: tuple[int, ...]) -> list[str]:
     return [row.theirs.format(i) for i in range(shape[0])] if "{}" in row.theirs else [row.theirs]
 
 
+def tensor_shapes(
+    table: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of theirs, by name, in the order of `tensors`."""
+    out = {}
+    for path, row in used_rows(table, shapes).items():
+        piece = shapes[path][1:] if "{}" in row.theirs else shapes[path]
+        for name in layer_names(row, shapes[path]):
+            out[name] = tuple(row.transform.shape(piece))
+    return out
+
+
+def check_paths(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError unless flat `params` has the parameters of `shapes` and no other."""
+    wrong = sorted(set(shapes) ^ set(params))
+    if wrong:
+        raise ValueError(f"parameters missing or left over for this config: {', '.join(wrong)}")
+
+
+def tensors(
+    params: Mapping[str, Any],
+    table: Sequence[Row],
+    shapes: Mapping[str, tuple[int, ...]],
+    cfg: DecoderConfig,
+    dtype: np.dtype | None = None,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and values of every tensor of theirs; one parameter of ours is in memory at a time.
+
+    Args:
+      params: flat, perhaps lazy.
+      table: name table.
+      shapes: of our parameters.
+      cfg: config of the model.
+      dtype: of the tensors; None: that of each parameter.
+
+    Raises:
+      ValueError: a parameter is missing, left over, or has another shape than its config says.
+    """
+    check_paths(params, shapes)
+    groups: dict[str, list[Row]] = {}
+    for row in used_rows(table, shapes).values():
+        groups.setdefault(row.theirs, []).append(row)  # several rows: a fused tensor
+    for rows in groups.values():
+        leaves = [np.asarray(params[row.ours]) for row in rows]
+        for row, leaf in zip(rows, leaves, strict=True):
+            if leaf.shape != shapes[row.ours]:
+                raise ValueError(
+                    f"parameter {row.ours} is {list(leaf.shape)}; the config expects "
+                    f"{list(shapes[row.ours])}"
+                )
+        if dtype is not None:
+            leaves = [leaf.astype(dtype, copy=False) for leaf in leaves]
+        for i, name in enumerate(layer_names(rows[0], shapes[rows[0].ours])):
+            pieces = [leaf[i] if "{}" in rows[0].theirs else leaf for leaf in leaves]
+            yield name, np.ascontiguousarray(rows[0].transform.join(pieces, cfg))
+
+
 def audit(
     table: Sequence[Row],
     shapes: Mapping[str, tuple[int, ...]],
@@ -183,11 +240,7 @@ def audit(
     Raises:
       ValueError: tensors are left over, missing or misshapen; the message names them.
     """
-    expected = {}
-    for path, row in used_rows(table, shapes).items():
-        piece = shapes[path][1:] if "{}" in row.theirs else shapes[path]
-        for name in layer_names(row, shapes[path]):
-            expected[name] = tuple(row.transform.shape(piece))
+    expected = tensor_shapes(table, shapes)
     problems = {
         "missing": sorted(set(expected) - set(found)),
         "left over": sorted(set(found) - set(expected)),
@@ -264,7 +317,7 @@ class LazyParams(Mapping):
         for name, piece in zip(names, out if by_layer else [out], strict=True):
             with np.errstate(over="ignore"):  # float64 may exceed float32: infinity, found below
                 piece[...] = row.transform.split(self._read(name), self._cfg)
-            if not _all_finite(piece):
+            if not all_finite(piece):
                 raise ValueError(
                     f"{self._where}: tensor {name} holds NaN or infinity in {dtype}; the file is "
                     "damaged or the model's training diverged. Take another copy or an earlier "
@@ -279,7 +332,7 @@ class LazyParams(Mapping):
         return len(self._rows)
 
 
-def _all_finite(x: np.ndarray) -> bool:
+def all_finite(x: np.ndarray) -> bool:
     """Whether an array of floats has no NaN and no infinity.
 
     Seen as integers, these are the largest positive and the largest negative numbers. Two maxima
