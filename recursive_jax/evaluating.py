@@ -233,9 +233,9 @@ def source_report(
     """The source's numbers by the same settings, and whether they may be compared.
 
     Returns:
-      `from`: 'measured', 'stored' (an earlier report beside `out`), 'certificate' or 'nowhere', with
-      `reason` where the source was not measured; `perplexity` and `tasks` as far as they are known;
-      `check`: of the source against the certificate (`check_source`).
+      `from`: 'measured', 'stored' (an earlier report beside `out`), 'certificate' or 'nowhere'; for
+      the last two with the `reason`. `perplexity` and `tasks` as far as they are known. `check`: of
+      the source against the certificate (`check_source`).
     """
     from recursive_jax.model import load
 

@@ -9,7 +9,10 @@ from recursive_jax.console import tables
 
 
 def start(model: Any, settings: Any, out: str | None) -> str:
-    """The table of what is about to be measured; `model`: a `Model`, `settings`: of `evaluating`."""
+    """The table of what is about to be measured.
+
+    `model`: a `model.Model`; `settings`: `evaluating.Settings`; `out`: file of the report.
+    """
     cfg = model.cfg
     loops = f"{cfg.num_loops} loops × " if cfg.num_loops > 1 else ""
     rows = [("model", f"{model.name} ({cfg.family}, {loops}{cfg.num_layers} layers)")]

@@ -9,7 +9,7 @@ Scores equal those of lm-eval's `hf` model. What that takes:
 3. A text that begins with the prefix gets no second one.
 4. Rolling likelihoods use disjoint windows behind one token of context (`rolling`).
 5. The longest context is that of the model's config.
-6. A context that is too long is cut from the left, to `max_length + 1` tokens with its continuation.
+6. A context that is too long is cut from the left: `max_length + 1` tokens with its continuation.
 7. Log-probabilities are computed in float32.
 
 This module imports lm-eval, so it is imported where tasks are asked for.

@@ -14,11 +14,13 @@ lm-eval's tasks.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import functools
 import json
 import logging
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 SEVEN = (
@@ -225,13 +227,20 @@ def _from_hub(names: Sequence[str]) -> dict[str, Any]:
         ) from error
 
 
-class quiet:
-    """A context without lm-eval's warnings, which are about its own defaults."""
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """A context without lm-eval's warnings, which are about its own defaults, and without its bars.
 
-    def __enter__(self):
-        self._logger = logging.getLogger("lm_eval")
-        self._level = self._logger.level
-        self._logger.setLevel(logging.ERROR)
+    lm-eval shows a bar for every task and loop while it builds requests, in an instant.
+    """
+    from lm_eval.api import task
 
-    def __exit__(self, *_):
-        self._logger.setLevel(self._level)
+    logger, bar = logging.getLogger("lm_eval"), task.tqdm
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    task.tqdm = functools.partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        task.tqdm = bar
