@@ -101,7 +101,7 @@ class Likelihoods:
     ):
         self._params, self._put = params, put
         self._max_length, self._batch_size, self._shards = max_length, batch_size, model.data_shards
-        self._score = _scorer(model, all_loops, replicated)
+        self._states, self._score = _states(model, all_loops), _scorer(model, replicated)
         self.num_exits = model.cfg.num_loops if all_loops else 1
 
     def __call__(self, pairs: Sequence[Pair]) -> Iterator[tuple[float, dict[int, Score]]]:
@@ -143,7 +143,8 @@ class Likelihoods:
             where[n, : len(row.where)] = row.where
             targets[n, : len(row.where)] = row.targets
         inputs = self._put((tokens, positions, segments, where, targets))
-        found = self._score(self._params, *inputs)
+        hidden = self._states(self._params, *inputs[:3])
+        found = self._score(head_params(self._params), hidden, *inputs[3:])
         logprobs, likeliest = (np.asarray(x) for x in found)  # [E, B, C]
         sums: dict[int, Any] = {}
         right: dict[int, Any] = {}
@@ -187,16 +188,27 @@ def padded_length(length: int) -> int:
 
 
 @functools.lru_cache(maxsize=8)
-def _scorer(model: Decoder, all_loops: bool, replicated: Any):
+def _states(model: Decoder, all_loops: bool):
+    """Jitted `(params, tokens, positions, segments [B, T]) -> hidden states [E, B, T, D]`."""
+
+    @jax.jit
+    def run(params, tokens, positions, segments):
+        hidden = model.apply({"params": params}, tokens, positions, segments, all_loops=all_loops)
+        return hidden if all_loops else hidden[None]
+
+    return run
+
+
+@functools.lru_cache(maxsize=8)
+def _scorer(model: Decoder, replicated: Any):
     """Jitted; returns log-probabilities of targets, f32 `[E, B, C]`, and whether likeliest, bool.
 
-    Its arguments: params; tokens, positions, segments int `[B, T]`; where, targets int `[B, C]`.
+    Its arguments: params of the head; hidden `[E, B, T, D]`; where, targets int `[B, C]`. It is not
+    one program with `_states`, which takes longer to compile and does not depend on C.
     """
 
     @functools.partial(jax.jit, out_shardings=replicated)
-    def score(params, tokens, positions, segments, where, targets):
-        hidden = model.apply({"params": params}, tokens, positions, segments, all_loops=all_loops)
-        hidden = hidden if all_loops else hidden[None]
+    def score(head, hidden, where, targets):
         hidden = jnp.take_along_axis(hidden, where[None, :, :, None], axis=2)  # [E, B, C, D]
         exits, rows, predicted = hidden.shape[:3]
         chunk = chunk_length(
@@ -212,7 +224,7 @@ def _scorer(model: Decoder, all_loops: bool, replicated: Any):
             states, wanted = args  # [E, B, c, D], [B, c]
             out = []
             for x in states:
-                logits = model.apply({"params": head_params(params)}, x, method="unembed")
+                logits = model.apply({"params": head}, x, method="unembed")
                 out.append((-cross_entropy(logits, wanted), logits.argmax(-1) == wanted))
             return tuple(jnp.stack(x) for x in zip(*out, strict=True))
 
