@@ -178,7 +178,7 @@ def measure(
                 language_model = harness.RecursiveLM(
                     model.tokenizer, model.cfg.vocab_size, longest,
                     placed.likelihoods(longest, settings.batch_size),
-                    _generator(model, longest, settings.dtype), records, progress,
+                    generator(model, longest, settings.dtype), records, progress,
                 )  # fmt: skip
                 out["tasks"] = harness.run(language_model, loaded, settings.limit)
     return out
@@ -387,7 +387,7 @@ def _rolling(encoder, texts, length, placed, settings, records, progress) -> dic
     return rolling.summarise(texts, [len(after) for _, after in pairs], scores)
 
 
-def _generator(model: Model, max_length: int, dtype: str):
+def generator(model: Model, max_length: int, dtype: str):
     """Answers lm-eval's prompts by the depth-wise engine; see `harness.Generate`."""
 
     def generate(prompts: Sequence[tuple[list[int], Mapping[str, Any]]]) -> Iterable:

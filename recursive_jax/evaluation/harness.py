@@ -7,7 +7,8 @@ Scores equal those of lm-eval's `hf` model. What that takes:
    to the continuation (lm-eval's `TemplateLM`).
 2. The prefix of an empty context is BOS, or EOS in a tokenizer without BOS.
 3. A text that begins with the prefix gets no second one.
-4. Rolling likelihoods use disjoint windows behind one token of context (`rolling`).
+4. Rolling likelihoods use disjoint windows behind one token of context, and a last window with as
+   much context as fits (`rolling`).
 5. The longest context is that of the model's config.
 6. A context that is too long is cut from the left: `max_length + 1` tokens with its continuation.
 7. Log-probabilities are computed in float32.
@@ -134,6 +135,20 @@ class RecursiveLM(TemplateLM):
                 self._records.add([(names[order[k]], answer)])
                 self._progress(count / len(order))
         return [self._records[name] for name in names]
+
+
+def answers(
+    model: Any, loaded: dict[str, Any], limit: int | None = None
+) -> dict[str, list[list[float]]]:
+    """Log-likelihoods of the choices of every item, by task; to compare two models of lm-eval."""
+    with tasks.quiet():
+        result = evaluator.evaluate(
+            model, {"tasks": loaded, "groups": {}}, limit=limit, bootstrap_iters=0
+        )
+    return {
+        name: [[value for ((value, _),) in sample["resps"]] for sample in samples]
+        for name, samples in result["samples"].items()
+    }
 
 
 def _args(request: Any) -> tuple[str, dict[str, Any]]:

@@ -96,7 +96,7 @@ class Likelihoods:
         max_length: int,
         batch_size: int = 8,
         all_loops: bool = False,
-        put: Callable[[Any], Any] = jnp.asarray,
+        put: Callable[[Any], Any] = jax.device_put,
         replicated: Any = None,
     ):
         self._params, self._put = params, put

@@ -1,7 +1,9 @@
 """Perplexity as lm-eval defines it: whole documents, by word and by byte.
 
-A document is cut into windows that do not overlap. Every token is predicted once. The first window
-starts behind the prefix token, and every later one behind the last token of the window before it.
+A document is cut into windows of predicted tokens that do not overlap: every token is predicted
+once. The first window starts behind the prefix token, and every later one behind the last token of
+the window before it. The last window is short, so that it has more context: as much as the model
+takes.
 """
 
 from __future__ import annotations
@@ -18,16 +20,18 @@ from recursive_jax.evaluation.perplexity import exp
 
 DEFINITION = (
     "lm-eval loglikelihood_rolling: whole documents in disjoint windows of max_length tokens, each "
-    "behind one token of context; per word (split at white space), per UTF-8 byte and per token"
+    "behind one token of context, the last one behind as many as fit; per word (split at white "
+    "space), per UTF-8 byte and per token"
 )
 
 
 def windows(tokens: Sequence[int], prefix: int, max_length: int) -> list[Pair]:
-    """(context of one token, tokens that it predicts) of every window of a document."""
+    """(context, tokens that it predicts) of every window of a document."""
     pairs = []
     for start in range(0, len(tokens), max_length):
-        context = [prefix] if start == 0 else [tokens[start - 1]]
-        pairs.append((context, list(tokens[start : start + max_length])))
+        end = min(start + max_length, len(tokens))
+        context = list(tokens[end - max_length - 1 : start]) if start else [prefix]
+        pairs.append((context, list(tokens[start:end])))
     return pairs
 
 
