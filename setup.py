@@ -21,7 +21,7 @@ FEATURES = {
     "tfds": ["tensorflow-datasets>=4.9.10"],  # text from tfds:NAME
     "hub": ["huggingface-hub>=0.34"],  # models by hub id
     "eval": ["lm-eval>=0.4.13,<0.5"],  # evaluate --tasks; without its extra hf, thus without torch
-    "plot": ["matplotlib>=3.8"],  # generate --heatmap, convert --plot
+    "plot": ["matplotlib>=3.8"],  # generate --heatmap, convert --plot, evaluate --plots
 }
 ALL = sorted({package for packages in FEATURES.values() for package in packages})
 

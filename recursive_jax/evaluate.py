@@ -16,9 +16,10 @@ import os
 import pathlib
 import sys
 
+import jax
 from absl import flags
 
-from recursive_jax.console import app, evaluation_report, output, stop
+from recursive_jax.console import app, evaluation_plots, evaluation_report, output, stop
 from recursive_jax.decoding.answers import check_writable
 from recursive_jax.evaluating import Settings, evaluate
 from recursive_jax.model import load
@@ -51,6 +52,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "vanilla model to put beside a recursive one; auto: what it was converted from; none",
     )  # fmt: skip
     string("out", None, "report; default evaluation.json in a checkpoint of ours")
+    string("plots", None, "directory: pictures of quality and perplexity over loops, and others")
     flags.mark_flag_as_required("checkpoint", flag_values=values)
 
 
@@ -61,13 +63,19 @@ def run(options: flags.FlagValues) -> None:
     out = report_file(options)
     if out is not None:
         check_writable(out)
+    if options.plots:
+        evaluation_plots.check(options.plots)
     model = load(options.checkpoint, options.step)
     output.note(evaluation_report.start(model, settings, out) + "\n")
     source = None if options.source == "none" else options.source
     report = evaluate(model, settings, source, out)
     output.say(evaluation_report.table(report))
-    if out is not None:
-        output.say(f"\nreport: {out}")
+    written = [] if out is None else [out]
+    if options.plots and jax.process_index() == 0:
+        metrics = pathlib.Path(options.checkpoint) / "metrics.jsonl"
+        written += evaluation_plots.save(options.plots, report, model.certificate, metrics)
+    if written:
+        output.say("\nwrote " + ", ".join(map(str, written)))
 
 
 def report_file(options: flags.FlagValues) -> str | None:

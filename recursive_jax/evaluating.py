@@ -203,15 +203,21 @@ def evaluate(
       quiet: show no progress.
 
     Returns:
-      JSON: `settings`, `model`, `perplexity` and `tasks` as `measure` returns them, and `source`
-      (see `source_report`).
+      JSON: `settings`, `model`, `perplexity` and `tasks` as `measure` returns them. `source` of a
+      recursive model: `source_report`, or what its certificate stores: `from` is then 'certificate'
+      or 'nowhere', and `reason` says why the source was not measured.
     """
     out = None if out is None else pathlib.Path(out)
     part = None if out is None else pathlib.Path(f"{out}.part")
+    beside, reason = None, ""
+    if model.cfg.num_loops > 1 and source is not None:
+        beside, reason = _find_source(model, source)  # before any work
     report = {"settings": settings.to_json(), "versions": versions()}
     report |= measure(model, settings, part, quiet)
-    if model.cfg.num_loops > 1 and source is not None:
-        report["source"] = source_report(model, settings, source, out, quiet)
+    if beside is not None:
+        report["source"] = source_report(model, settings, beside, out, quiet)
+    elif reason:
+        report["source"] = _from_certificate(model, settings) | {"reason": reason}
     if out is not None and jax.process_index() == 0:
         files.write_whole(out, json.dumps(report, indent=1) + "\n")
         part.unlink(missing_ok=True)
@@ -227,46 +233,50 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _find_source(model: Model, source: Model | str) -> tuple[Model | None, str]:
+    """The source, or None and the reason.
+
+    Raises:
+      FileNotFoundError, ValueError: a source that was named, not 'auto', cannot be used.
+    """
+    from recursive_jax.model import load
+
+    if source == "auto":
+        if model.facts.get("source") is None:
+            return None, "the model does not name its source"
+        try:
+            source = load(model.facts["source"])
+        except (OSError, ValueError) as error:
+            return None, f"no source to measure: {error}"
+    found = load(source) if isinstance(source, str) else source
+    if found.cfg.num_loops > 1:
+        raise ValueError(f"the source {found.name} is recursive; expected a vanilla model")
+    return found, ""
+
+
 def source_report(
-    model: Model, settings: Settings, source: Model | str, out: pathlib.Path | None, quiet: bool
+    model: Model, settings: Settings, source: Model, out: pathlib.Path | None, quiet: bool
 ) -> dict[str, Any]:
     """The source's numbers by the same settings, and whether they may be compared.
 
     Returns:
-      `from`: 'measured', 'stored' (an earlier report beside `out`), 'certificate' or 'nowhere'; for
-      the last two with the `reason`. `perplexity` and `tasks` as far as they are known. `check`: of
-      the source against the certificate (`check_source`).
+      `from`: 'measured', or 'stored' in an earlier report beside `out`. `perplexity` and `tasks` as
+      `measure` returns them. `check`: of the source against the certificate (`check_source`).
     """
-    from recursive_jax.model import load
-
-    try:
-        if not isinstance(source, str):
-            found = source
-        else:
-            named = model.facts.get("source") if source == "auto" else source
-            if named is None:
-                raise ValueError("the checkpoint does not name its source")
-            found = load(named)
-    except (OSError, ValueError) as error:
-        if source != "auto":
-            raise
-        return _from_certificate(model, settings) | {"reason": f"no source to measure: {error}"}
-    if found.cfg.num_loops > 1:
-        raise ValueError(f"the source {found.name} is recursive; expected a vanilla model")
-    key = {"content": found.weights.content(), "settings": settings.to_json()}
+    key = {"content": source.weights.content(), "settings": settings.to_json()}
     key["items"] = _checksums(settings)
     stored = None if out is None else pathlib.Path(f"{out}.source.json")
     report = _stored_report(stored, key)
     if report is None:
         part = None if stored is None else pathlib.Path(f"{stored}.part")
-        report = {"key": key, "from": "stored"} | measure(found, settings, part, quiet)
-        report["check"] = check_source(model, found, settings)
+        report = {"key": key, "from": "stored"} | measure(source, settings, part, quiet)
+        report["check"] = check_source(model, source, settings)
         if stored is not None and jax.process_index() == 0:
             files.write_whole(stored, json.dumps(report, indent=1) + "\n")
             part.unlink(missing_ok=True)
         report["from"] = "measured"
     else:
-        report["check"] = check_source(model, found, settings)
+        report["check"] = check_source(model, source, settings)
     del report["key"]
     return report
 

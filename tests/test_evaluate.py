@@ -10,6 +10,7 @@ import pytest
 from evaluated import make_model, reference, write_tasks
 
 from recursive_jax import evaluating
+from recursive_jax.console import evaluation_plots
 from recursive_jax.evaluation import rolling
 from recursive_jax.evaluation.encoding import Encoder
 from recursive_jax.evaluation.perplexity import perplexity
@@ -54,7 +55,7 @@ def done(place):
     pytest.importorskip("lm_eval", reason="pip install 'lm-eval>=0.4.13'")
     done = evaluate(
         place, f"--text={place / 'text.txt'}", "--text_tokens=100", "--context_length=32",
-        "--tasks=all", f"--task_dir={place / 'tasks'}",
+        "--tasks=all", f"--task_dir={place / 'tasks'}", "--source=none",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done, json.loads((place / "model" / "evaluation.json").read_text())
@@ -89,23 +90,27 @@ def test_the_report_is_whole_and_names_what_was_measured(place, done):
     assert report["settings"]["text_tokens"] == 100
     assert set(report["tasks"]) == {"arc_easy", "winogrande", "lambada_openai"}
     assert all(len(task["exits"]) == 2 for task in report["tasks"].values())
-    for words in ("after loop 1", "after loop 2", "source", "arc_easy", "mean", "self-correction"):
+    for words in ("after loop 1", "after loop 2", "arc_easy", "mean", "self-correction"):
         assert words in output.stdout
-    assert "the source gives its certified nll" in output.stdout
+    assert "source" not in report and "source" not in output.stdout
     assert not list((place / "model").glob("*.part*"))
     assert "context" in output.stderr and "tasks" in output.stderr  # the start table
 
 
-def test_the_source_is_measured_once_and_stored(place, done):
-    output, report = done
+def test_the_source_is_measured_once_and_stored(place, tmp_path):
+    pytest.importorskip("lm_eval", reason="pip install 'lm-eval>=0.4.13'")
+    flags = (f"--text={place / 'text.txt'}", "--text_tokens=100", "--context_length=32",
+             "--tasks=lambada_openai", f"--task_dir={place / 'tasks'}",
+             f"--out={tmp_path / 'report.json'}")  # fmt: skip
+    output, report = evaluate(place, *flags), json.loads((tmp_path / "report.json").read_text())
+    assert "the source gives its certified nll" in output.stdout
+    assert "points of accuracy against the source" in output.stdout
     assert report["source"]["from"] == "measured" and report["source"]["check"]["agrees"] is True
     source = load(place / "source")
     want = source.perplexity(place / "text.txt", 100, 32, dtype="float32")
     assert report["source"]["perplexity"]["windows"]["nll"] == pytest.approx(want["nll"], rel=1e-5)
-    flags = (f"--text={place / 'text.txt'}", "--text_tokens=100", "--context_length=32",
-             "--tasks=all", f"--task_dir={place / 'tasks'}")  # fmt: skip
     assert evaluate(place, *flags).returncode == 0
-    again = json.loads((place / "model" / "evaluation.json").read_text())
+    again = json.loads((tmp_path / "report.json").read_text())
     assert again["source"] == report["source"] | {"from": "stored"}
     assert again["tasks"] == report["tasks"]
 
@@ -118,7 +123,7 @@ def test_a_source_that_differs_from_its_certificate_refuses_the_comparison(place
     try:
         path.write_text(json.dumps(certificate | {"source_nll": certificate["source_nll"] + 0.1}))
         done = evaluate(
-            place, f"--text={place / 'text.txt'}", "--text_tokens=100",
+            place, f"--text={place / 'text.txt'}", "--text_tokens=100", "--context_length=32",
             f"--out={tmp_path / 'report.json'}",
         )  # fmt: skip
     finally:
@@ -262,3 +267,21 @@ def test_the_standard_error_of_a_mean_over_windows():
         assert found["nll_stderr_exits"][loop] == pytest.approx(error, rel=1e-2)
         assert rolling.ratio_error(sums[:, loop], counts) == pytest.approx(error, rel=1e-9)
     assert found["nll_stderr"] == found["nll_stderr_exits"][-1]
+
+
+def test_pictures(place, done, tmp_path):
+    pytest.importorskip("matplotlib", reason="pip install 'recursive_jax[plot]'")
+    _, report = done
+    rows = [{"step": 0, "source/perplexity": 3.0}, {"step": 4, "train/tokens": 10.0}]
+    for step, values in ((0, (9.0, 5.0)), (4, (8.0, 4.0))):
+        exits = {f"valid/perplexity_exit_{n}": value for n, value in enumerate(values, 1)}
+        rows.append({"step": step, "valid/perplexity": values[-1], **exits})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{")
+    evaluation_plots.check(tmp_path / "plots")
+    certificate = load(place / "model").certificate
+    files = evaluation_plots.save(
+        tmp_path / "plots", report, certificate, tmp_path / "metrics.jsonl"
+    )
+    names = ["quality", "perplexity", "energy", "recovery"]
+    assert [file.name for file in files] == [f"{name}.svg" for name in names]
+    assert all("<svg" in file.read_text() for file in files)

@@ -353,7 +353,7 @@ def test_scores_equal_those_of_lm_evals_own_model(tmp_path):
     loaded = tasks.load_tasks("all", write_tasks(tmp_path / "tasks"))
     found = [harness.answers(lm, loaded) for lm in (theirs, ours)]
     for name in loaded:
-        np.testing.assert_allclose(*(np.array(f[name]) for f in found), atol=1e-3)
+        np.testing.assert_allclose(*(np.array(f[name], float) for f in found), atol=1e-3)
     long = "Return the list of names that are in the file. " * 12
     rolls = [
         lm.loglikelihood_rolling(requests("loglikelihood_rolling", (long,)))

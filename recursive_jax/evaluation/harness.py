@@ -139,14 +139,14 @@ class RecursiveLM(TemplateLM):
 
 def answers(
     model: Any, loaded: dict[str, Any], limit: int | None = None
-) -> dict[str, list[list[float]]]:
-    """Log-likelihoods of the choices of every item, by task; to compare two models of lm-eval."""
+) -> dict[str, list[list[tuple[float, bool]]]]:
+    """What a model answers for every choice of every item, by task; to compare two models."""
     with tasks.quiet():
         result = evaluator.evaluate(
             model, {"tasks": loaded, "groups": {}}, limit=limit, bootstrap_iters=0
         )
     return {
-        name: [[value for ((value, _),) in sample["resps"]] for sample in samples]
+        name: [[answer for (answer,) in sample["resps"]] for sample in samples]
         for name, samples in result["samples"].items()
     }
 
