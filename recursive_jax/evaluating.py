@@ -130,7 +130,7 @@ class Placed:
     def likelihoods(self, max_length: int, batch_size: int) -> Likelihoods:
         return Likelihoods(
             self.decoder, self.params, max_length, batch_size, self.decoder.cfg.has_exits,
-            self.put, sharding.replicated(self.mesh),
+            self.put, sharding.replicated(self.mesh), self.use,
         )  # fmt: skip
 
 
@@ -147,7 +147,10 @@ def measure(
     """
     loaded = None
     if settings.tasks is not None:
-        loaded = _load_tasks(settings)  # before any work
+        check_lm_eval()
+        from recursive_jax.evaluation.tasks import load_tasks
+
+        loaded = load_tasks(settings.tasks, settings.task_dir)  # before any work
     texts = None
     if settings.text is not None:
         windows = model.windows(
@@ -168,20 +171,34 @@ def measure(
             facts = {"definition": WINDOWS, "context_length": length}
             out["perplexity"] = {"windows": facts | found}
             length = longest if settings.context_length else min(longest, LONGEST_WINDOW)
-            with WorkProgress("rolling perplexity", quiet) as progress, placed.use():
+            with WorkProgress("rolling perplexity", quiet) as progress:
                 found = _rolling(encoder, texts, length, placed, settings, records, progress)
             out["perplexity"]["rolling"] = {"max_length": length} | found
         if loaded is not None:
             from recursive_jax.evaluation import harness
 
-            with WorkProgress("tasks", quiet) as progress, placed.use():
-                language_model = harness.RecursiveLM(
-                    model.tokenizer, model.cfg.vocab_size, longest,
-                    placed.likelihoods(longest, settings.batch_size),
-                    generator(model, longest, settings.dtype), records, progress,
-                )  # fmt: skip
-                out["tasks"] = harness.run(language_model, loaded, settings.limit)
+            with WorkProgress("tasks", quiet) as progress:
+                args = placed, longest, settings.batch_size, records, progress
+                out["tasks"] = harness.run(language_model(model, *args), loaded, settings.limit)
     return out
+
+
+def language_model(
+    model: Model,
+    placed: Placed,
+    max_length: int,
+    batch_size: int,
+    records: Records | None = None,
+    progress: Callable[[float], None] = float,
+) -> Any:
+    """The model as lm-eval calls it: a `harness.RecursiveLM`."""
+    from recursive_jax.evaluation import harness
+
+    generate = generator(model, max_length, placed.decoder.dtype.name)
+    return harness.RecursiveLM(
+        model.tokenizer, model.cfg.vocab_size, max_length,
+        placed.likelihoods(max_length, batch_size), generate, records, progress,
+    )  # fmt: skip
 
 
 def evaluate(
@@ -366,7 +383,8 @@ def describe(model: Model) -> dict[str, Any]:
     }
 
 
-def _load_tasks(settings: Settings) -> dict[str, Any]:
+def check_lm_eval() -> None:
+    """Raise ValueError if lm-eval is not installed."""
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
@@ -374,9 +392,6 @@ def _load_tasks(settings: Settings) -> dict[str, Any]:
             f"tasks need lm-eval, which cannot be imported ({error}); "
             "pip install 'recursive_jax[eval]'"
         ) from error
-    from recursive_jax.evaluation.tasks import load_tasks
-
-    return load_tasks(settings.tasks, settings.task_dir)
 
 
 @contextlib.contextmanager

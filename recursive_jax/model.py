@@ -341,6 +341,23 @@ class Model:
         how = _one_of("settings", None, evaluating.Settings, {"text": text, **settings})
         return evaluating.evaluate(self, how, source, out, quiet)
 
+    def harness(
+        self, *, context_length: int | None = None, batch_size: int = 8, dtype: str = "auto"
+    ) -> Any:
+        """The model as lm-eval calls it, for `lm_eval.simple_evaluate(model=...)`.
+
+        Args:
+          context_length: longest context; None: that of the model's config.
+          batch_size: rows per call of the model.
+          dtype: compute dtype.
+
+        Raises:
+          ValueError: lm-eval is not installed.
+        """
+        evaluating.check_lm_eval()
+        longest = min(context_length or self.cfg.max_length, self.cfg.max_length)
+        return evaluating.language_model(self, evaluating.Placed(self, dtype), longest, batch_size)
+
     def windows(
         self, source: str | os.PathLike | Iterable[str], tokens: int, context_length: int
     ) -> text.Windows:

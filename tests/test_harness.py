@@ -141,9 +141,8 @@ def test_log_probabilities_are_computed_in_float32():
     placed = evaluating.Placed(make_model(), "bfloat16")
     pairs = [([1, 2, 3], [token]) for token in range(4096)]
     scores = {}
-    with placed.use():
-        for _, batch in placed.likelihoods(64, 8)(pairs):
-            scores |= batch
+    for _, batch in placed.likelihoods(64, 8)(pairs):
+        scores |= batch
     assert len(scores) == 4096
     for loop in range(2):
         total = math.fsum(math.exp(scores[n].loglikelihood[loop]) for n in scores)
@@ -157,8 +156,7 @@ def test_log_probabilities_are_computed_in_float32():
 def test_continuations_that_share_a_row_score_as_if_alone(placed):
     pairs = [([1, 2, 3, 4], [5, 6]), ([1, 2, 3, 4], [7]), ([1, 2, 3, 4], [5, 9, 8]), ([4], [5])]
     assert [len(row.tokens) for row in make_rows(pairs, 64)] == [4 + 1 + 0 + 2, 1]
-    with placed.use():
-        ((share, scores),) = placed.likelihoods(64, 8)(pairs)
+    ((share, scores),) = placed.likelihoods(64, 8)(pairs)
     assert share == 1.0
     for n, pair in enumerate(pairs):
         values, greedy = reference(make_model(), *pair)
@@ -172,11 +170,9 @@ def test_one_device_gives_what_a_mesh_gives(placed):
     pairs = [([1, 2, 3], [token, 5]) for token in range(9)]
     alone = Likelihoods(Decoder(model.cfg), model.params, 64, 3, all_loops=True)
     found = [{}, {}]
-    with placed.use():
-        for _, batch in placed.likelihoods(64, 8)(pairs):
-            found[0] |= batch
-    for _, batch in alone(pairs):
-        found[1] |= batch
+    for kind, scorer in enumerate((placed.likelihoods(64, 8), alone)):
+        for _, batch in scorer(pairs):
+            found[kind] |= batch
     for n in range(9):
         np.testing.assert_allclose(found[0][n].loglikelihood, found[1][n].loglikelihood, atol=1e-4)
 
@@ -280,6 +276,10 @@ def test_generation_that_the_engine_cannot_do_is_refused(options, message):
 
 def test_the_model_is_registered_with_lm_eval():
     assert get_model("recursive_jax") is harness.RecursiveLM
+    lm = make_model().harness(context_length=32, dtype="float32")
+    assert isinstance(lm, harness.RecursiveLM) and lm.max_length == 32
+    with pytest.raises(ValueError, match=r"load\(NAME\).harness\(\)"):
+        harness.RecursiveLM.create_from_arg_obj({"checkpoint": "tiny"})
 
 
 # Local files

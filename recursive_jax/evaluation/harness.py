@@ -73,6 +73,18 @@ class RecursiveLM(TemplateLM):
         self._encoded: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
         self._encoder = Encoder(tokenizer, vocab_size)
 
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict, additional_config=None):
+        """lm-eval's way from a name to a model.
+
+        Raises:
+          ValueError: always; lm-eval takes the model itself.
+        """
+        raise ValueError(
+            f"model='recursive_jax' with {arg_dict}: give lm-eval the model itself, as "
+            "simple_evaluate(model=recursive_jax.load(NAME).harness())"
+        )
+
     @property
     def eot_token_id(self) -> int | None:
         return self.tokenizer.eos_token_id

@@ -11,9 +11,11 @@ Axes: E exits (loops executed), B rows, T positions of a row, C predicted positi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
@@ -87,6 +89,7 @@ class Likelihoods:
       all_loops: score after every loop, not only the last one.
       put: host batch -> device batch, in the sharding of the caller.
       replicated: sharding of the results; None on one device.
+      use: a context in which the model runs, such as `sharding.use` of its mesh.
     """
 
     def __init__(
@@ -98,8 +101,9 @@ class Likelihoods:
         all_loops: bool = False,
         put: Callable[[Any], Any] = jax.device_put,
         replicated: Any = None,
+        use: Callable[[], AbstractContextManager] = contextlib.nullcontext,
     ):
-        self._params, self._put = params, put
+        self._params, self._put, self._use = params, put, use
         self._max_length, self._batch_size, self._shards = max_length, batch_size, model.data_shards
         self._states, self._score = _states(model, all_loops), _scorer(model, replicated)
         self.num_exits = model.cfg.num_loops if all_loops else 1
@@ -113,7 +117,8 @@ class Likelihoods:
         batches = list(self._batches(make_rows(pairs, self._max_length)))
         total, done = sum(rows * length for _, rows, length in batches), 0
         for batch, rows, length in batches:
-            scores = self._run(batch, rows, length)
+            with self._use():
+                scores = self._run(batch, rows, length)
             done += rows * length
             yield done / total, scores
 
