@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from recursive_jax import files, sharding
+from recursive_jax import file_lock, files, sharding
 from recursive_jax.console.output import note
 from recursive_jax.console.progress import WorkProgress
 from recursive_jax.decoding.requests import Request, Sampling, check_number
@@ -23,7 +23,7 @@ from recursive_jax.evaluation import rolling
 from recursive_jax.evaluation.encoding import Encoder
 from recursive_jax.evaluation.likelihood import Likelihoods
 from recursive_jax.evaluation.perplexity import perplexity
-from recursive_jax.evaluation.records import Records, recorded_scores
+from recursive_jax.evaluation.records import Records, key, recorded_scores
 from recursive_jax.models.decoder import Decoder
 from recursive_jax.models.parameters import logical_axes
 from recursive_jax.text import Windows
@@ -165,9 +165,13 @@ def measure(
     say = str if quiet else note
     with _records(model, settings, longest, part, say) as records:
         if texts is not None:
-            with WorkProgress("perplexity by windows", quiet) as progress:
-                found = placed.perplexity(windows, settings.batch_size, progress)
             length = windows.tokens.shape[1]
+            name = key("windows", length, zlib.crc32(windows.tokens.tobytes()))
+            if name not in records:
+                with WorkProgress("perplexity by windows", quiet) as progress:
+                    found = placed.perplexity(windows, settings.batch_size, progress)
+                records.add([(name, found)])
+            found = records[name]
             facts = {"definition": WINDOWS, "context_length": length}
             out["perplexity"] = {"windows": facts | found}
             length = longest if settings.context_length else min(longest, LONGEST_WINDOW)
@@ -229,15 +233,20 @@ def evaluate(
     beside, reason = None, ""
     if model.cfg.num_loops > 1 and source is not None:
         beside, reason = _find_source(model, source)  # before any work
-    report = {"settings": settings.to_json(), "versions": versions()}
-    report |= measure(model, settings, part, quiet)
-    if beside is not None:
-        report["source"] = source_report(model, settings, beside, out, quiet)
-    elif reason:
-        report["source"] = _from_certificate(model, settings) | {"reason": reason}
-    if out is not None and jax.process_index() == 0:
-        files.write_whole(out, json.dumps(report, indent=1) + "\n")
-        part.unlink(missing_ok=True)
+    first = jax.process_index() == 0
+    with contextlib.ExitStack() as stack:
+        if out is not None and first:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(file_lock.hold(pathlib.Path(f"{part}.lock"), part, "--out"))
+        report = {"settings": settings.to_json(), "versions": versions()}
+        report |= measure(model, settings, part, quiet)
+        if beside is not None:
+            report["source"] = source_report(model, settings, beside, out, quiet)
+        elif reason:
+            report["source"] = _from_certificate(model, settings) | {"reason": reason}
+        if out is not None and first:
+            files.write_whole(out, json.dumps(report, indent=1) + "\n")
+            part.unlink(missing_ok=True)
     return report
 
 
@@ -280,13 +289,13 @@ def source_report(
       `from`: 'measured', or 'stored' in an earlier report beside `out`. `perplexity` and `tasks` as
       `measure` returns them. `check`: of the source against the certificate (`check_source`).
     """
-    key = {"content": source.weights.content(), "settings": settings.to_json()}
-    key["items"] = _checksums(settings)
+    asked = {"content": source.weights.content(), "settings": settings.to_json()}
+    asked["items"] = _checksums(settings)
     stored = None if out is None else pathlib.Path(f"{out}.source.json")
-    report = _stored_report(stored, key)
+    report = _stored_report(stored, asked)
     if report is None:
         part = None if stored is None else pathlib.Path(f"{stored}.part")
-        report = {"key": key, "from": "stored"} | measure(source, settings, part, quiet)
+        report = {"key": asked, "from": "stored"} | measure(source, settings, part, quiet)
         report["check"] = check_source(model, source, settings)
         if stored is not None and jax.process_index() == 0:
             files.write_whole(stored, json.dumps(report, indent=1) + "\n")
@@ -298,13 +307,13 @@ def source_report(
     return report
 
 
-def _stored_report(path: pathlib.Path | None, key: dict[str, Any]) -> dict[str, Any] | None:
+def _stored_report(path: pathlib.Path | None, asked: dict[str, Any]) -> dict[str, Any] | None:
     """The source's report in a file, if it is of these weights and settings."""
     if path is None or not path.is_file():
         return None
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        return report if report["key"] == key else None
+        return report if report["key"] == asked else None
     except (ValueError, TypeError, KeyError, RecursionError):  # a file of something else
         return None
 

@@ -5,7 +5,8 @@
 MODEL_DIR is a Hugging Face directory. A GGUF is made one first: `hf.save_params`. Prints a JSON row
 for every task: on how many items both make the same choice, and the largest difference of a
 log-likelihood, in nats. A choice is the likeliest of several, or whether a single continuation is
-greedy. Needs torch and accelerate; float32 on both sides.
+greedy. Needs torch and accelerate. We compute in float32, and so does `hf`; with --dtype=float64 the
+difference is our own error.
 """
 
 import argparse
@@ -26,13 +27,15 @@ def main():
     parser.add_argument("--tasks", default="all")
     parser.add_argument("--limit", type=int, default=1000)
     parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--dtype", default="float32", help="of hf")
     options = parser.parse_args()
     loaded = tasks.load_tasks(options.tasks, options.task_dir)
-    theirs = hf_model(options.model_dir, options.batch_size)
+    theirs = hf_model(options.model_dir, options.batch_size, options.dtype)
     ours = our_model(options.model_dir, options.batch_size)
     facts = {
         "benchmark": "harness_parity",
         "model": options.model_dir,
+        "hf_dtype": options.dtype,
         "max_length": [ours.max_length, theirs.max_length],
         "prefix": [ours.prefix_token_id, theirs.prefix_token_id],
     }
@@ -52,10 +55,10 @@ def our_model(directory, batch_size):
     return harness.RecursiveLM(model.tokenizer, model.cfg.vocab_size, longest, scorer)
 
 
-def hf_model(directory, batch_size):
+def hf_model(directory, batch_size, dtype):
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(directory, device="cpu", dtype="float32", batch_size=batch_size)
+    return HFLM(directory, device="cpu", dtype=dtype, batch_size=batch_size)
 
 
 def compare(ours, theirs):
