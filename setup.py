@@ -20,7 +20,8 @@ FEATURES = {
     "gguf": ["gguf>=0.17"],  # models in .gguf files
     "tfds": ["tensorflow-datasets>=4.9.10"],  # text from tfds:NAME
     "hub": ["huggingface-hub>=0.34"],  # models by hub id
-    "plot": ["matplotlib>=3.8"],  # generate --heatmap, convert --plot
+    "eval": ["lm-eval>=0.4.13,<0.5"],  # evaluate --tasks; without its extra hf, thus without torch
+    "plot": ["matplotlib>=3.8"],  # generate --heatmap, convert --plot, evaluate --plots
 }
 ALL = sorted({package for packages in FEATURES.values() for package in packages})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import tempfile
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -60,4 +61,8 @@ def convert(
         if reference is not None:
             certificate |= reference.compare(Decoder(cfg), params)
             certificate |= {"full_rank_identity": identity, "text": text}
+            certificate |= {
+                "context_length": windows.tokens.shape[1],
+                "text_checksum": zlib.crc32(windows.tokens.tobytes()),
+            }
     return params, cfg, certificate

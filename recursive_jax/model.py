@@ -21,16 +21,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from recursive_jax import conversion, files, generation, sharding, text
+from recursive_jax import conversion, evaluating, files, generation, sharding, text
 from recursive_jax.console.output import note
 from recursive_jax.decoding.config import EngineConfig
 from recursive_jax.decoding.exit_measures import Measure, TopProbability
 from recursive_jax.decoding.requests import Completion, Event, check_number, shown
 from recursive_jax.decoding.thresholds import Thresholds
-from recursive_jax.evaluation.perplexity import perplexity
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.models.decoder import Decoder
-from recursive_jax.models.parameters import logical_axes
 from recursive_jax.text.documents import documents
 from recursive_jax.training.config import TrainConfig
 from recursive_jax.weights import checkpoint, tying, workdir_lock
@@ -314,21 +311,52 @@ class Model:
         """
         check_number("batch_size", batch_size, True, 1, 2**31 - 1)
         windows = self.windows(text, tokens, context_length)
-        mesh, compute = sharding.make_mesh(), sharding.compute_dtype(dtype)
-        shards = sharding.data_shards(mesh)
-        rules = sharding.rules_for(mesh, self.cfg)
-        places = sharding.shardings(logical_axes(self.cfg), mesh, rules)
-        rows = -(-min(batch_size, len(windows.tokens)) // shards) * shards
-        place = sharding.batch_sharding(mesh)
-        with sharding.use(mesh, rules), sharding.matmul_precision(compute):
-            return perplexity(
-                Decoder(self.cfg, dtype=compute, data_shards=shards),
-                self.weights.read(places, jnp.float32),
-                *windows,
-                batch_size=rows,
-                all_loops=self.cfg.has_exits,
-                put=lambda batch: sharding.put_global(batch, place),
-            )
+        return evaluating.Placed(self, dtype).perplexity(windows, batch_size)
+
+    def evaluate(
+        self,
+        text: str | os.PathLike | None = None,
+        *,
+        source: Model | str | None = "auto",
+        out: str | os.PathLike | None = None,
+        quiet: bool = False,
+        **settings: Any,
+    ) -> dict[str, Any]:
+        """The report of this model, and of its source by the same settings, as JSON.
+
+        Args:
+          text: to measure perplexity on, as `text.documents` takes it.
+          source: vanilla model or its name; 'auto': what this model was converted from, if it is
+            still there; None leaves it out. A vanilla model has none.
+          out: file of the report. While it is made, results are kept in OUT.part, and the same call
+            goes on from there. The source's report is kept in OUT.source.json.
+          quiet: show no progress.
+          settings: fields of `evaluating.Settings`: `tasks`, `task_dir`, `text_tokens`,
+            `context_length`, `limit`, `batch_size`, `dtype`.
+
+        Raises:
+          FileNotFoundError, ValueError: a setting, text or task that cannot be used; by name.
+        """
+        text = text if text is None else os.fspath(text)
+        how = _one_of("settings", None, evaluating.Settings, {"text": text, **settings})
+        return evaluating.evaluate(self, how, source, out, quiet)
+
+    def harness(
+        self, *, context_length: int | None = None, batch_size: int = 8, dtype: str = "auto"
+    ) -> Any:
+        """The model as lm-eval calls it, for `lm_eval.simple_evaluate(model=...)`.
+
+        Args:
+          context_length: longest context; None: that of the model's config.
+          batch_size: rows per call of the model.
+          dtype: compute dtype.
+
+        Raises:
+          ValueError: lm-eval is not installed.
+        """
+        evaluating.check_lm_eval()
+        longest = min(context_length or self.cfg.max_length, self.cfg.max_length)
+        return evaluating.language_model(self, evaluating.Placed(self, dtype), longest, batch_size)
 
     def exits(
         self,

@@ -138,3 +138,33 @@ class PrintedAnswer:
         if self._first is not None:
             facts.append(f"first token after {self._first:.2f} s")
         return ", ".join(facts)
+
+
+class WorkProgress:
+    """A bar on standard error for work of which a share is done: elapsed and remaining time.
+
+    Args:
+      name: of the work.
+      quiet: show nothing.
+    """
+
+    def __init__(self, name: str, quiet: bool = False):
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=1.0,
+            desc=name,
+            disable=quiet or jax.process_index() != 0,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| [{elapsed}, {remaining} left]",
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._bar.close()
+
+    def __call__(self, share: float) -> None:
+        """`share`: of the work, in [0, 1]; a smaller one than before begins another part."""
+        self._bar.n = min(share, 1.0)
+        self._bar.refresh()

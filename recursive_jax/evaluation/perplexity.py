@@ -37,18 +37,28 @@ def perplexity(
       put: host batch -> device batch, in the sharding of the caller.
 
     Returns:
-      `nll` (nats per scored token), `perplexity`, `tokens`; with `all_loops` also `nll_exits`
-      and `perplexity_exits`, a list by loops executed.
+      `nll` (nats per scored token), `perplexity`, `tokens`, and `nll_stderr`: the standard error
+      of `nll` over independent windows, None for a single one. With `all_loops` also `nll_exits`,
+      `perplexity_exits` and `nll_stderr_exits`, lists by loops executed.
     """
-    totals, count = 0.0, int(scored[:, 1:].sum())
+    moments, counts = 0.0, scored[:, 1:].sum(1).astype(np.float64)
+    count = int(counts.sum())
     if not count:
         raise ValueError("no scored tokens: expected at least one True behind the first column")
     score = _scorer(model, all_loops)
     for batch in _batches(tokens, scored, batch_size):
-        totals = totals + np.asarray(score(params, *put(batch)), np.float64)
+        moments = moments + np.asarray(score(params, *put(batch)), np.float64)
+    totals, squares, products = moments
     nll = totals / count
     out = {"nll": float(nll[-1]), "perplexity": exp(nll[-1]), "tokens": count}
+    errors = [None] * len(nll)
+    if (windows := np.count_nonzero(counts)) > 1:  # the error of a ratio of two sums
+        spread = squares - 2 * nll * products + nll**2 * (counts**2).sum()
+        variance = windows / (windows - 1) * np.maximum(spread, 0)
+        errors = [float(x) for x in np.sqrt(variance) / count]
+    out["nll_stderr"] = errors[-1]
     if all_loops:
+        out["nll_stderr_exits"] = errors
         out["nll_exits"] = [float(x) for x in nll]
         out["perplexity_exits"] = [exp(x) for x in nll]
     return out
@@ -68,15 +78,18 @@ def _batches(tokens, scored, batch_size) -> Iterator[tuple[np.ndarray, np.ndarra
 
 @functools.lru_cache(maxsize=8)
 def _scorer(model: Decoder, all_loops: bool):
-    """Jitted `(params, tokens [B, T], scored [B, T]) -> summed nll [E]`."""
+    """Jitted `(params, tokens [B, T], scored [B, T]) -> [3, E]`.
+
+    Sums over windows of their summed nll, of its square, and of its product with their tokens.
+    """
 
     def chunk_nll(head, hidden, data):
         def exit_nll(x):  # [B, t, D]
             logits = model.apply({"params": head}, x, method="unembed")
-            return (data["weights"] * cross_entropy(logits, data["targets"])).sum()
+            return (data["weights"] * cross_entropy(logits, data["targets"])).sum(-1)
 
-        nll = jnp.stack([exit_nll(x) for x in hidden])
-        return nll[-1], nll
+        nll = jnp.stack([exit_nll(x) for x in hidden])  # [E, B]
+        return nll[-1].sum(), nll
 
     @jax.jit
     def score(params, tokens, scored):
@@ -89,6 +102,8 @@ def _scorer(model: Decoder, all_loops: bool):
         chunk = chunk_length(
             rows, inputs.shape[1], model.cfg.vocab_size, hidden.shape[0], 256 << 20
         )
-        return chunked_sum(chunk_nll, head_params(params), hidden, data, chunk)[1]
+        nll = chunked_sum(chunk_nll, head_params(params), hidden, data, chunk)[1]  # [E, B]
+        counts = data["weights"].sum(-1)[None]
+        return jnp.stack([nll.sum(-1), (nll**2).sum(-1), (nll * counts).sum(-1)])
 
     return score

@@ -18,6 +18,7 @@ from recursive_jax.models.layers import Linear, Norm
 
 # Finite, so that a row whose keys are all masked (padding) gives numbers, not NaN.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+COMMON = -1  # segment id of tokens that every segment of the row sees
 
 
 @struct.dataclass
@@ -189,7 +190,8 @@ def attention_mask(query_positions, key_positions, segment_ids, window) -> jax.A
     """bool `[B, T, S]`: key not ahead of the query, within its window and in its segment.
 
     `window` is None, a scalar or `[B]`; 0 means unlimited. Packed documents restart their
-    positions, and `segment_ids` (None with a cache) keeps them apart.
+    positions, and `segment_ids` (None with a cache) keeps them apart. All segments of a row see
+    keys of segment `COMMON`: the context that several continuations share.
     """
     distance = query_positions[:, :, None] - key_positions[:, None, :]
     mask = distance >= 0
@@ -197,7 +199,8 @@ def attention_mask(query_positions, key_positions, segment_ids, window) -> jax.A
         window = jnp.reshape(window, (-1, 1, 1))
         mask &= (distance < window) | (window == 0)
     if segment_ids is not None:
-        mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
+        keys = segment_ids[:, None, :]
+        mask &= (segment_ids[:, :, None] == keys) | (keys == COMMON)
     return mask
 
 

@@ -144,7 +144,7 @@ class Decoder(nn.Module):
 
         Args:
           tokens, positions: int `[B, T]`.
-          segment_ids: int `[B, T]` of packed documents.
+          segment_ids: int `[B, T]` of packed documents; `attention.COMMON` is seen by all.
           all_loops: return the hidden state after every loop.
 
         Returns:

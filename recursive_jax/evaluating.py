@@ -1,0 +1,468 @@
+"""What a model is worth: perplexity and tasks after every loop, with its source beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from recursive_jax import file_lock, files, sharding
+from recursive_jax.console.output import note
+from recursive_jax.console.progress import WorkProgress
+from recursive_jax.decoding.requests import Request, Sampling, check_number
+from recursive_jax.evaluation import rolling
+from recursive_jax.evaluation.encoding import Encoder
+from recursive_jax.evaluation.likelihood import Likelihoods
+from recursive_jax.evaluation.perplexity import perplexity
+from recursive_jax.evaluation.records import Records, key, recorded_scores
+from recursive_jax.models.decoder import Decoder
+from recursive_jax.models.parameters import logical_axes
+from recursive_jax.text import Windows
+from recursive_jax.text.documents import documents
+
+if TYPE_CHECKING:
+    from recursive_jax.model import Model
+
+WINDOW = 512  # tokens of a window by this project's convention, if not given
+LONGEST_WINDOW = 2048  # of rolling perplexity, if not given: attention is quadratic in it
+WINDOWS = (
+    "recursive_jax: disjoint windows of context_length tokens, each behind the tokenizer's own "
+    "prefix (BOS or nothing); per token. Every loop is an exit through the same final norm and head"
+)
+TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # nats per token between two runs of one model
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured, and how.
+
+    Attributes:
+      text: files, directories, tfds:NAME or docstrings[:N]; None measures no perplexity.
+      text_tokens: of it, at most.
+      tasks: names separated by commas, or 'all'; None measures none.
+      task_dir: directory of local tasks; None: lm-eval's own, from a hub.
+      context_length: longest context; None: 512 for windows, 2,048 at most for rolling perplexity,
+        the model's own for tasks.
+      limit: items of every task, at most.
+      batch_size: rows per call of the model.
+      dtype: compute dtype.
+    """
+
+    text: str | None = None
+    text_tokens: int = 20_000
+    tasks: str | None = None
+    task_dir: str | None = None
+    context_length: int | None = None
+    limit: int | None = None
+    batch_size: int = 8
+    dtype: str = "auto"
+
+    def __post_init__(self):
+        if self.text is None and self.tasks is None:
+            raise ValueError("nothing to evaluate: give a text, or tasks")
+        if self.task_dir is not None and self.tasks is None:
+            raise ValueError("task_dir without tasks; name some, or 'all'")
+        for name in ("text_tokens", "batch_size", "context_length", "limit"):
+            value = getattr(self, name)
+            if value is not None:
+                least = 2 if name == "context_length" else 1
+                check_number(name, value, True, least, 2**31 - 1)
+        object.__setattr__(self, "dtype", sharding.compute_dtype(self.dtype).name)
+
+    def max_length(self, longest: int) -> int:
+        return min(self.context_length or longest, longest)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+class Placed:
+    """A model's decoder and weights on all devices, for measurements."""
+
+    def __init__(self, model: Model, dtype: str):
+        compute = sharding.compute_dtype(dtype)
+        self.mesh = sharding.make_mesh()
+        self._rules = sharding.rules_for(self.mesh, model.cfg)
+        places = sharding.shardings(logical_axes(model.cfg), self.mesh, self._rules)
+        self.decoder = Decoder(
+            model.cfg, dtype=compute, data_shards=sharding.data_shards(self.mesh)
+        )
+        self.params = model.weights.read(places, jnp.float32)
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[None]:
+        precise = sharding.matmul_precision(self.decoder.dtype)
+        with sharding.use(self.mesh, self._rules), precise:
+            yield
+
+    def put(self, batch: Any) -> Any:
+        return sharding.put_global(batch, sharding.batch_sharding(self.mesh))
+
+    def perplexity(
+        self, windows: Windows, batch_size: int, progress: Callable[[float], None] = float
+    ) -> dict[str, Any]:
+        """As `evaluation.perplexity` returns it; `progress` as in `Records`."""
+        shards, number = self.decoder.data_shards, len(windows.tokens)
+        rows = -(-min(batch_size, number) // shards) * shards
+        batches, done = -(-number // rows), 0
+
+        def put(batch):
+            nonlocal done
+            progress(done / batches)
+            done += 1
+            return self.put(batch)
+
+        with self.use():
+            every = self.decoder.cfg.has_exits
+            found = perplexity(self.decoder, self.params, *windows, rows, every, put)
+        progress(1.0)
+        return found
+
+    def likelihoods(self, max_length: int, batch_size: int) -> Likelihoods:
+        return Likelihoods(
+            self.decoder, self.params, max_length, batch_size, self.decoder.cfg.has_exits,
+            self.put, sharding.replicated(self.mesh), self.use,
+        )  # fmt: skip
+
+
+def measure(
+    model: Model, settings: Settings, part: str | os.PathLike | None = None, quiet: bool = False
+) -> dict[str, Any]:
+    """The numbers of one model: `model`, and what was asked of `perplexity` and `tasks`.
+
+    Args:
+      model: any.
+      settings: what is measured.
+      part: file that keeps results of requests, from which an interrupted call goes on.
+      quiet: show no progress.
+    """
+    loaded = None
+    if settings.tasks is not None:
+        check_lm_eval()
+        from recursive_jax.evaluation.tasks import load_tasks
+
+        loaded = load_tasks(settings.tasks, settings.task_dir)  # before any work
+    texts = None
+    if settings.text is not None:
+        windows = model.windows(
+            settings.text, settings.text_tokens, settings.context_length or WINDOW
+        )
+        encoder = Encoder(model.tokenizer, model.cfg.vocab_size)
+        stream = (text for _, text in documents(settings.text))
+        texts = encoder.first_documents(stream, settings.text_tokens)
+    out: dict[str, Any] = {"model": describe(model)}
+    placed = Placed(model, settings.dtype)
+    longest = settings.max_length(model.cfg.max_length)
+    say = str if quiet else note
+    with _records(model, settings, longest, part, say) as records:
+        if texts is not None:
+            length = windows.tokens.shape[1]
+            name = key("windows", length, zlib.crc32(windows.tokens.tobytes()))
+            if name not in records:
+                with WorkProgress("perplexity by windows", quiet) as progress:
+                    found = placed.perplexity(windows, settings.batch_size, progress)
+                records.add([(name, found)])
+            found = records[name]
+            facts = {"definition": WINDOWS, "context_length": length}
+            out["perplexity"] = {"windows": facts | found}
+            length = longest if settings.context_length else min(longest, LONGEST_WINDOW)
+            with WorkProgress("rolling perplexity", quiet) as progress:
+                found = _rolling(encoder, texts, length, placed, settings, records, progress)
+            out["perplexity"]["rolling"] = {"max_length": length} | found
+        if loaded is not None:
+            from recursive_jax.evaluation import harness
+
+            with WorkProgress("tasks", quiet) as progress:
+                args = placed, longest, settings.batch_size, records, progress
+                out["tasks"] = harness.run(language_model(model, *args), loaded, settings.limit)
+    return out
+
+
+def language_model(
+    model: Model,
+    placed: Placed,
+    max_length: int,
+    batch_size: int,
+    records: Records | None = None,
+    progress: Callable[[float], None] = float,
+) -> Any:
+    """The model as lm-eval calls it: a `harness.RecursiveLM`."""
+    from recursive_jax.evaluation import harness
+
+    generate = generator(model, max_length, placed.decoder.dtype.name)
+    return harness.RecursiveLM(
+        model.tokenizer, model.cfg.vocab_size, max_length,
+        placed.likelihoods(max_length, batch_size), generate, records, progress,
+    )  # fmt: skip
+
+
+def evaluate(
+    model: Model,
+    settings: Settings,
+    source: Model | str | None = "auto",
+    out: str | os.PathLike | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """The report of a model, and of the source of a recursive one by the same settings.
+
+    Args:
+      model: any.
+      settings: what is measured.
+      source: vanilla model; 'auto': the one the model was converted from, if it is still there;
+        None leaves it out.
+      out: file of the report. OUT.part keeps results while they are made, OUT.source.json the
+        source's report.
+      quiet: show no progress.
+
+    Returns:
+      JSON: `settings`, `model`, `perplexity` and `tasks` as `measure` returns them. `source` of a
+      recursive model: `source_report`, or what its certificate stores: `from` is then 'certificate'
+      or 'nowhere', and `reason` says why the source was not measured.
+    """
+    out = None if out is None else pathlib.Path(out)
+    part = None if out is None else pathlib.Path(f"{out}.part")
+    beside, reason = None, ""
+    if model.cfg.num_loops > 1 and source is not None:
+        beside, reason = _find_source(model, source)  # before any work
+    first = jax.process_index() == 0
+    with contextlib.ExitStack() as stack:
+        if out is not None and first:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(file_lock.hold(pathlib.Path(f"{part}.lock"), part, "--out"))
+        report = {"settings": settings.to_json(), "versions": versions()}
+        report |= measure(model, settings, part, quiet)
+        if beside is not None:
+            report["source"] = source_report(model, settings, beside, out, quiet)
+        elif reason:
+            report["source"] = _from_certificate(model, settings) | {"reason": reason}
+        if out is not None and first:
+            files.write_whole(out, json.dumps(report, indent=1) + "\n")
+            part.unlink(missing_ok=True)
+    return report
+
+
+def versions() -> dict[str, str]:
+    from recursive_jax import __version__
+
+    found = {"recursive_jax": __version__, "jax": jax.__version__}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["lm_eval"] = importlib.metadata.version("lm_eval")
+    return found
+
+
+def _find_source(model: Model, source: Model | str) -> tuple[Model | None, str]:
+    """The source, or None and the reason.
+
+    Raises:
+      FileNotFoundError, ValueError: a source that was named, not 'auto', cannot be used.
+    """
+    from recursive_jax.model import load
+
+    if source == "auto":
+        if model.facts.get("source") is None:
+            return None, "the model does not name its source"
+        try:
+            source = load(model.facts["source"])
+        except (OSError, ValueError) as error:
+            return None, f"no source to measure: {error}"
+    found = load(source) if isinstance(source, str) else source
+    if found.cfg.num_loops > 1:
+        raise ValueError(f"the source {found.name} is recursive; expected a vanilla model")
+    return found, ""
+
+
+def source_report(
+    model: Model, settings: Settings, source: Model, out: pathlib.Path | None, quiet: bool
+) -> dict[str, Any]:
+    """The source's numbers by the same settings, and whether they may be compared.
+
+    Returns:
+      `from`: 'measured', or 'stored' in an earlier report beside `out`. `perplexity` and `tasks` as
+      `measure` returns them. `check`: of the source against the certificate (`check_source`).
+    """
+    asked = {"content": source.weights.content(), "settings": settings.to_json()}
+    asked["items"] = _checksums(settings)
+    stored = None if out is None else pathlib.Path(f"{out}.source.json")
+    report = _stored_report(stored, asked)
+    if report is None:
+        part = None if stored is None else pathlib.Path(f"{stored}.part")
+        report = {"key": asked, "from": "stored"} | measure(source, settings, part, quiet)
+        report["check"] = check_source(model, source, settings)
+        if stored is not None and jax.process_index() == 0:
+            files.write_whole(stored, json.dumps(report, indent=1) + "\n")
+            part.unlink(missing_ok=True)
+        report["from"] = "measured"
+    else:
+        report["check"] = check_source(model, source, settings)
+    del report["key"]
+    return report
+
+
+def _stored_report(path: pathlib.Path | None, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """The source's report in a file, if it is of these weights and settings."""
+    if path is None or not path.is_file():
+        return None
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        return report if report["key"] == asked else None
+    except (ValueError, TypeError, KeyError, RecursionError):  # a file of something else
+        return None
+
+
+def _checksums(settings: Settings) -> list[Any]:
+    """What changes when the text or the local tasks do, though their names stay."""
+    out: list[Any] = []
+    if settings.text is not None:
+        out.append(documents(settings.text).fingerprint)
+    if settings.task_dir is not None:
+        paths = sorted(pathlib.Path(settings.task_dir).expanduser().glob("*.jsonl"))
+        out += [[path.name, zlib.crc32(path.read_bytes())] for path in paths]
+    return out
+
+
+def _from_certificate(model: Model, settings: Settings) -> dict[str, Any]:
+    """The source's perplexity as the conversion measured it, where text and settings are equal."""
+    certificate = model.certificate or {}
+    stored = [certificate.get(name) for name in ("text", "text_tokens", "context_length")]
+    asked = [settings.text, settings.text_tokens, settings.context_length or WINDOW]
+    if "source_nll" not in certificate or stored != asked:
+        return {"from": "nowhere"}
+    windows = {
+        "definition": WINDOWS,
+        "context_length": certificate["context_length"],
+        "tokens": certificate["text_tokens"],
+        "nll": certificate["source_nll"],
+        "nll_stderr": None,
+        "perplexity": certificate["source_perplexity"],
+    }
+    return {"from": "certificate", "perplexity": {"windows": windows}}
+
+
+def check_source(model: Model, source: Model, settings: Settings) -> dict[str, Any]:
+    """Whether the source still gives the nll that the model's certificate stores.
+
+    If not, it is another model, or is computed otherwise: numbers must not be compared with it.
+
+    Returns:
+      `agrees`: True, False, or None where it cannot be told, with the `reason`; `text`, `stored`
+      and `measured` nll in nats per token, and the `tolerance`.
+    """
+    certificate = model.certificate or {}
+    if "source_nll" not in certificate:
+        return {"agrees": None, "reason": "the certificate has no measurement of the source"}
+    text, tokens = certificate["text"], certificate["text_tokens"]
+    try:
+        windows = source.windows(text, tokens, certificate.get("context_length", WINDOW))
+    except (OSError, ValueError) as error:
+        return {"agrees": None, "reason": f"the certificate's text cannot be read: {error}"}
+    checksum = zlib.crc32(windows.tokens.tobytes())
+    if certificate.get("text_checksum", checksum) != checksum:
+        return {"agrees": None, "reason": f"{text} is another text than the certificate's"}
+    placed = Placed(source, settings.dtype)
+    measured = placed.perplexity(windows, settings.batch_size)["nll"]
+    stored, tolerance = certificate["source_nll"], TOLERANCE[settings.dtype]
+    return {
+        "agrees": abs(measured - stored) <= tolerance,
+        "text": text,
+        "stored": stored,
+        "measured": measured,
+        "tolerance": tolerance,
+    }
+
+
+def describe(model: Model) -> dict[str, Any]:
+    """What was measured, as JSON."""
+    cfg = model.cfg
+    return {
+        "name": model.name,
+        "family": cfg.family,
+        "num_loops": cfg.num_loops,
+        "layers": cfg.num_layers,
+        "content": model.weights.content(),
+        "step": getattr(model.weights, "step", None),
+    }
+
+
+def check_lm_eval() -> None:
+    """Raise ValueError if lm-eval is not installed."""
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"tasks need lm-eval, which cannot be imported ({error}); "
+            "pip install 'recursive_jax[eval]'"
+        ) from error
+
+
+@contextlib.contextmanager
+def _records(model, settings, longest, part, say) -> Iterator[Records]:
+    """Results so far; their file stays until the report is written."""
+    run = json.dumps([model.cfg.to_json(), model.weights.content(), settings.dtype, longest])
+    records = Records(part, run, say, jax.process_index() == 0)
+    sharding.check_agreement("the number of results that are kept", len(records))
+    with contextlib.closing(records):
+        yield records
+
+
+def _rolling(encoder, texts, length, placed, settings, records, progress) -> dict[str, Any]:
+    encoded = [encoder.encode(text) for text in texts]
+    pairs = [pair for ids in encoded for pair in rolling.windows(ids, encoder.prefix, length)]
+    scorer = placed.likelihoods(length, settings.batch_size)
+    scores = recorded_scores(scorer, pairs, records, progress)
+    return rolling.summarise(texts, [len(after) for _, after in pairs], scores)
+
+
+def generator(model: Model, max_length: int, dtype: str):
+    """Answers lm-eval's prompts by the depth-wise engine; see `harness.Generate`."""
+
+    def generate(prompts: Sequence[tuple[list[int], Mapping[str, Any]]]) -> Iterable:
+        requests = [
+            make_request(n, ids, options, max_length, model.stop)
+            for n, (ids, options) in enumerate(prompts)
+        ]
+        for event in model.stream(requests, dtype=dtype, max_ticks=None):
+            if event.completion is not None:
+                if event.completion.error:
+                    raise ValueError(event.completion.error)
+                yield event.index, event.completion.text
+
+    return generate
+
+
+def make_request(
+    number: int, ids: Sequence[int], options: Mapping[str, Any], max_length: int, stop: Any
+) -> Request:
+    """The request of a prompt of lm-eval; a long prompt is cut from the left, as by `hf`.
+
+    Raises:
+      ValueError: an option that the engine does not have.
+    """
+    options = dict(options)
+    limits = [options.pop(n, None) for n in ("max_gen_toks", "max_new_tokens", "max_tokens")]
+    most = int(next((n for n in limits if n is not None), 256))
+    until = options.pop("until", None) or []
+    until = [until] if isinstance(until, str) else list(until)
+    temperature = float(options.pop("temperature", 0.0) or 0.0)
+    if not options.pop("do_sample", temperature > 0):
+        temperature = 0.0
+    names = [n for n in ("top_k", "top_p", "min_p", "seed", "repetition_penalty") if n in options]
+    sampling = Sampling(temperature=temperature, **{name: options.pop(name) for name in names})
+    if options:
+        raise ValueError(f"the task generates with {sorted(options)}, which the engine lacks")
+    if most >= max_length:
+        raise ValueError(
+            f"the task generates up to {most} tokens, and the context holds {max_length} with the "
+            "prompt; raise context_length"
+        )
+    kept = tuple(ids)[-(max_length - most) :]
+    strings = tuple(text for text in until if text)
+    return Request(number, kept, most, stop, sampling, stop_strings=strings)
