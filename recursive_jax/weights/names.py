@@ -202,7 +202,8 @@ def tensors(
       dtype: of the tensors; None: that of each parameter.
 
     Raises:
-      ValueError: a parameter is missing, left over, or has another shape than its config says.
+      ValueError: a parameter is missing, left over, not finite in `dtype`, or has another shape than
+        its config says.
     """
     check_paths(params, shapes)
     groups: dict[str, list[Row]] = {}
@@ -216,8 +217,7 @@ def tensors(
                     f"parameter {row.ours} is {list(leaf.shape)}; the config expects "
                     f"{list(shapes[row.ours])}"
                 )
-        if dtype is not None:
-            leaves = [leaf.astype(dtype, copy=False) for leaf in leaves]
+        leaves = [cast(row.ours, leaf, dtype) for row, leaf in zip(rows, leaves, strict=True)]
         for i, name in enumerate(layer_names(rows[0], shapes[rows[0].ours])):
             pieces = [leaf[i] if "{}" in rows[0].theirs else leaf for leaf in leaves]
             yield name, np.ascontiguousarray(rows[0].transform.join(pieces, cfg))
@@ -330,6 +330,22 @@ class LazyParams(Mapping):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+
+def cast(name: str, x: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
+    """A parameter in the dtype it is written in; None keeps its own.
+
+    Raises:
+      ValueError: it holds NaN or infinity then.
+    """
+    with np.errstate(over="ignore"):  # infinity, found below
+        x = x if dtype is None else x.astype(dtype, copy=False)
+    if not all_finite(np.ascontiguousarray(x)):
+        raise ValueError(
+            f"parameter {name} holds NaN or infinity in {x.dtype}; choose a wider dtype, such as "
+            "float32, or an earlier step if the training diverged"
+        )
+    return x
 
 
 def all_finite(x: np.ndarray) -> bool:
