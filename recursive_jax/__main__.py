@@ -7,7 +7,7 @@ import pathlib
 
 from recursive_jax.console import output, tables
 
-JOBS = ("convert", "train", "generate")
+JOBS = ("convert", "train", "generate", "export")
 
 
 def main() -> None:
