@@ -18,7 +18,7 @@ import numpy as np
 from recursive_jax import files, model_card
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.parameters import abstract_params, leaves
-from recursive_jax.weights import checkpoint, hf, hf_config, looped, own_format, tying
+from recursive_jax.weights import checkpoint, hf, hf_config, own_format, tying
 from recursive_jax.weights.integrity import storage_fault
 from recursive_jax.weights.stored import CheckpointWeights
 
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 FORMATS = ("hf", "gguf", "orbax", "recursive")
 LAYOUTS = ("unrolled", "looped")
 DTYPES = ("float32", "bfloat16", "float16")
-GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1")
-BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q4_0": 4.5, "q4_1": 5}  # per weight
+BITS = {  # of a weight in GGUF, by type: blocks of 32 share a scale, and some an offset
+    "f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q5_1": 6, "q5_0": 5.5, "q4_1": 5, "q4_0": 4.5,
+}  # fmt: skip
+GGUF_TYPES = tuple(BITS)
 OTHER_FILES = 20_000_000  # bytes of tokenizer and texts, at most
 
 
@@ -44,7 +46,7 @@ class Export:
       layout: one of LAYOUTS; None where the format has one layout only.
       dtype: of the stored weights; of format 'gguf' one of GGUF_TYPES.
       max_shard_bytes: of a safetensors file.
-      cfg: of the weights as they are stored.
+      cfg: that is written: unrolled, or that of the model.
       num_bytes: of them.
       free: bytes that the disk has.
     """
@@ -92,9 +94,8 @@ class Export:
         generation = generation_config(model)
         ids = {name: generation.get(name) for name in ("bos_token_id", "pad_token_id")}
         ids["eos_token_id"] = model.tokenizer.eos_token_id
-        written = model.cfg if self.layout == "looped" else self.cfg
         hf.save_params(
-            params, written, made, self.dtype, self.max_shard_bytes, ids, self.layout
+            params, self.cfg, made, self.dtype, self.max_shard_bytes, ids, self.layout
         )  # fmt: skip
         _write_json(made / "generation_config.json", generation)
         model.tokenizer.save_pretrained(str(made))
@@ -116,13 +117,11 @@ class Export:
     def _gguf(self, made: pathlib.Path) -> None:
         from recursive_jax.weights import gguf_writer
 
-        params, cfg = host_params(self.model), self.model.cfg
+        model, params = self.model, host_params(self.model)
         if self.layout == "unrolled":
-            params, cfg = tying.Unrolled(params, cfg), self.cfg
-        gguf_writer.save(
-            params, cfg, self.model.tokenizer, made, kind=self.dtype,
-            facts=self.model.facts | {"generation_config": generation_config(self.model)},
-        )  # fmt: skip
+            params = tying.Unrolled(params, model.cfg)
+        facts = model.facts | {"generation_config": generation_config(model)}
+        gguf_writer.save(params, self.cfg, model.tokenizer, made, kind=self.dtype, facts=facts)
 
     def _card(self, made: pathlib.Path) -> None:
         (made / "README.md").write_text(model_card.card(self), encoding="utf-8")
@@ -219,13 +218,12 @@ def generation_config(model: Model) -> dict[str, Any]:
 def describe(export: Export) -> list[tuple[str, str]]:
     """Rows of the start table: source, form, size and free space."""
     model, cfg = export.model, export.cfg
-    ranks = sorted({rank for _, rank in model.cfg.lora_ranks})
-    loras = f", LoRA rank {'-'.join(map(str, ranks))}" if ranks else ""
+    loras = f", LoRA rank {model_card.ranks(model.cfg)}" if model.cfg.lora_ranks else ""
     step = f", step {model.weights.step}" if isinstance(model.weights, CheckpointWeights) else ""
     form = export.format if export.layout is None else f"{export.format}, {export.layout}"
     layers = f"{cfg.num_layers} layers"
-    if cfg.num_loops > 1 or export.layout == "looped":
-        layers = f"{model.cfg.num_layers} layers stored once, run {model.cfg.num_loops} times"
+    if cfg.num_loops > 1:
+        layers += f" stored once, run {cfg.num_loops} times"
     return [
         ("source", f"{model.name}{step} ({cfg.family}, {model.cfg.num_loops} loops × "
                    f"{model.cfg.num_layers} layers{loras})"),
@@ -242,20 +240,25 @@ def leftovers(out: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _stored_config(cfg: DecoderConfig, format: str, layout: str | None) -> DecoderConfig:
-    """The config of the stored weights; ValueError if the format cannot express the model."""
-    if layout == "looped":
-        block = looped.block(cfg)
-        if format == "hf":
-            hf_config.looped_to_hf(cfg)
-        return block
+    """The config that is written; ValueError if the format cannot express the model."""
     if cfg.prefix_length:
         raise ValueError(
             f"the model has prefixes (prefix_length={cfg.prefix_length}), which {format} cannot "
             "express; use format=recursive or format=orbax"
         )
-    unrolled = tying.unrolled_config(cfg)
-    hf_config.config_to_hf(unrolled)
-    return unrolled
+    if layout == "unrolled":
+        cfg = tying.unrolled_config(cfg)
+    elif cfg.num_loops == 1:
+        raise ValueError("layout=looped, but this model has one loop; use layout=unrolled")
+    if format == "gguf":
+        from recursive_jax.weights import gguf_config
+
+        gguf_config.settings_of(cfg)
+    elif layout == "looped":
+        hf_config.looped_to_hf(cfg)
+    else:
+        hf_config.config_to_hf(cfg)
+    return cfg
 
 
 def _num_bytes(cfg: DecoderConfig, dtype: str) -> int:

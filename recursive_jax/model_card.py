@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from recursive_jax.models.config import DecoderConfig
 from recursive_jax.weights.stored import CheckpointWeights
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ from orbax.checkpoint import v1 as ocp
 path, mesh = os.path.abspath({params}), jax.sharding.Mesh(jax.devices(), ("x",))
 place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())  # a copy on each device
 shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-params = ocp.load_pytree(path, jax.tree.map(shape, ocp.pytree_metadata(path).metadata))""",
+params = ocp.load(path, jax.tree.map(shape, ocp.metadata(path).metadata))""",
     ("gguf", "unrolled"): "llama-cli -m {path}",
     ("gguf", "looped"): "llama-cli -m {path}",
 }
@@ -117,12 +118,17 @@ def _hub_id(source: pathlib.Path | None) -> str | None:
     return f"{found[1]}/{found[2]}" if found else None
 
 
+def ranks(cfg: DecoderConfig) -> str:
+    """The LoRA ranks of a model, in words."""
+    found = {rank for _, rank in cfg.lora_ranks}
+    return str(*found) if len(found) == 1 else f"{min(found)} to {max(found)}"
+
+
 def _what_it_is(export: Export) -> str:
     cfg = export.model.cfg
     if cfg.num_loops == 1:
         return f"A {cfg.family} model of {cfg.num_layers} layers."
-    ranks = sorted({rank for _, rank in cfg.lora_ranks})
-    loras = f", and LoRAs of rank {' to '.join(map(str, ranks))} for each loop" if ranks else ""
+    loras = f", and LoRAs of rank {ranks(cfg)} for each loop" if cfg.lora_ranks else ""
     text = (
         f"A recursive transformer ({METHOD}): a {cfg.family} block of {cfg.num_layers} layers that "
         f"runs {cfg.num_loops} times{loras}."
@@ -161,30 +167,51 @@ def _measured(model: Any) -> list[str]:
         text = pathlib.PurePath(str(certificate.get("text", ""))).name
         rows.append(("text", f"{text}, {certificate.get('text_tokens', 0):,} tokens"))
         lines += ["", "## Measured at its conversion, before any training", "", *_table(rows)]
-    if isinstance(model.weights, CheckpointWeights):
-        file = pathlib.Path(model.weights.directory) / EVALUATION
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return lines
-        rows = [(name, _number(value)) for name, value in _numbers(record)]
-        if rows:
-            lines += ["", "## Evaluated", "", *_table(rows)]
+    report = _evaluation(model)
+    source = dict(_results(report.get("source")))
+    rows = [(name, value, source.get(name, "")) for name, value in _results(report)]
+    if rows:
+        lines += ["", "## Evaluated", "", *_table(rows, ("", "this model", "source"))]
     return lines
 
 
-def _numbers(record: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Every number in a nested JSON object, by its path."""
-    if isinstance(record, Mapping):
-        for name, value in record.items():
-            yield from _numbers(value, f"{prefix}{name} ")
-    elif isinstance(record, int | float) and not isinstance(record, bool):
-        yield prefix.strip(), record
+def _evaluation(model: Any) -> Mapping[str, Any]:
+    """The report of `evaluate` beside a checkpoint; empty without one of these very weights."""
+    if not isinstance(model.weights, CheckpointWeights):
+        return {}
+    file = pathlib.Path(model.weights.directory) / EVALUATION
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+        same = report["model"]["content"] == model.weights.content()
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return report if same else {}
+
+
+def _results(report: Any) -> Iterator[tuple[str, str]]:
+    """What was measured, and the value, of a report's `perplexity` and `tasks`."""
+    report = report if isinstance(report, Mapping) else {}
+    perplexity, tasks = report.get("perplexity") or {}, report.get("tasks") or {}
+    windows, rolling = perplexity.get("windows") or {}, perplexity.get("rolling") or {}
+    if "perplexity" in windows:
+        length = f"windows of {windows.get('context_length')} tokens"
+        yield f"perplexity per token, {length}", _number(windows["perplexity"])
+    if "word_perplexity" in rolling:
+        yield "perplexity per word, lm-eval's rolling", _number(rolling["word_perplexity"])
+    for name, task in tasks.items():
+        if "value" in task:
+            error = task.get("stderr")
+            spread = "" if error is None else f" ± {_number(error)}"
+            yield (
+                f"{name}, {task.get('metric')}, {task.get('items')} items",
+                (f"{_number(task['value'])}{spread}"),
+            )
 
 
 def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _table(rows: Any) -> list[str]:
-    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+def _table(rows: Iterable[Sequence[str]], header: Sequence[str] = ("", "")) -> list[str]:
+    lines = [f"| {' | '.join(row)} |" for row in (header, *rows)]
+    return [lines[0], "|---" * len(header) + "|", *lines[1:]]

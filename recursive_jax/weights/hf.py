@@ -48,6 +48,7 @@ HARMLESS = {
     "gpt_neox": r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
 }
 HARMLESS_ANYWHERE = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+WANTED = ("*.json", "*.model", "*.jinja", "merges.txt", "README.md")  # README.md: the licence
 HEAD_NAMES = ("lm_head.weight", "embed_out.weight")
 
 
@@ -75,7 +76,7 @@ def resolve(source: str) -> pathlib.Path:
         return pathlib.Path(
             huggingface_hub.snapshot_download(
                 source,
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"],
+                allow_patterns=[*WANTED, "*.safetensors"],
             )
         )
     except Exception as error:  # the hub client raises many kinds

@@ -25,11 +25,6 @@ def block(cfg: DecoderConfig) -> DecoderConfig:
     Raises:
       ValueError: the layout cannot express the model; the message says why, and what to do.
     """
-    if cfg.num_loops == 1:
-        raise ValueError(
-            "layout=looped stores a shared block once, and this model has one loop; use "
-            "layout=unrolled"
-        )
     reason = _why_not(cfg)
     if reason is not None:
         raise ValueError(

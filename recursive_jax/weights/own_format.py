@@ -191,7 +191,7 @@ def _of_orbax(path: pathlib.Path):
     if not os.path.isdir(directory):
         raise FileNotFoundError(f"no directory {PARAMS} in {path}; copy the export again, whole")
     try:
-        described = names.flat(ocp.pytree_metadata(directory).metadata)
+        described = names.flat(ocp.metadata(directory).metadata)
     except Exception as error:  # orbax and tensorstore raise many kinds
         raise ValueError(f"{directory} is damaged ({error}); copy it again") from error
 
@@ -202,7 +202,7 @@ def _of_orbax(path: pathlib.Path):
         like = {
             n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host) for n, x in described.items()
         }
-        return names.flat(jax.tree.map(np.asarray, ocp.load_pytree(directory, names.nested(like))))
+        return names.flat(jax.tree.map(np.asarray, ocp.load(directory, names.nested(like))))
 
     def read(name, layers):
         return whole()[name] if layers is None else whole()[name][layers]
