@@ -212,6 +212,7 @@ def generation_config(model: Model) -> dict[str, Any]:
     } | dict(model.facts.get("generation_config") or {})
     if stop:
         config["eos_token_id"] = stop[0] if len(stop) == 1 else stop
+    config.pop("_from_model_config", None)  # else transformers makes it anew from config.json
     return {name: value for name, value in config.items() if value is not None}
 
 

@@ -134,12 +134,8 @@ def test_the_job_says_what_it_writes_and_how_to_load_it(tokenizer, tmp_path):
     model.save(tmp_path / "run")
     end = commands.run("export", f"--checkpoint={tmp_path / 'run'}", f"--out={tmp_path / 'hf'}")
     assert end.returncode == 0, end.stderr
-    for words in (
-        "2 loops × 2 layers, LoRA rank 2 to 3",
-        "hf, unrolled: 4 layers, float32",
-        "free",
-    ):
-        assert words in end.stdout
+    words = "2 loops × 2 layers, LoRA rank 2 to 3", "hf, unrolled: 4 layers, float32", " free"
+    assert all(part in end.stdout for part in words)
     assert f"from_pretrained('{tmp_path / 'hf'}')" in end.stdout
     exported = rj.load(tmp_path / "hf")
     assert exported.cfg.num_layers == 4 and exported.stop == model.stop
