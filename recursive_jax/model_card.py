@@ -136,7 +136,7 @@ def _what_it_is(export: Export) -> str:
     if export.layout == "unrolled":
         return (
             f"{text} Here the loops are unrolled and the LoRAs merged. It is an ordinary "
-            f"{cfg.family} model of {cfg.depth} layers with the same logits."
+            f"{cfg.family} model of {cfg.depth} layers with the same logits, up to rounding."
         )
     return f"{text} The block is stored once."
 
