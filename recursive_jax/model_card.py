@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,15 +39,15 @@ path, mesh = os.path.abspath({params}), jax.sharding.Mesh(jax.devices(), ("x",))
 place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())  # a copy on each device
 shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 params = ocp.load(path, jax.tree.map(shape, ocp.metadata(path).metadata))""",
-    ("gguf", "unrolled"): "llama-cli -m {path}",
-    ("gguf", "looped"): "llama-cli -m {path}",
+    ("gguf", "unrolled"): "llama-cli -m {file}",
+    ("gguf", "looped"): "llama-cli -m {file}",
 }
 
 
 def how_to_load(export: Export, path: str) -> str:
     """Lines that open the export at `path`."""
     text = LOAD[export.format, export.layout]
-    return text.format(path=repr(path), params=repr(f"{path}/params"))
+    return text.format(path=repr(path), params=repr(f"{path}/params"), file=shlex.quote(path))
 
 
 def card(export: Export) -> str:

@@ -298,6 +298,27 @@ def test_the_looped_layout_stores_the_block_once(tokenizer, tmp_path):
     np.testing.assert_allclose(unrolled, logits_of(model, tokens), rtol=0, atol=1e-5)
 
 
+def test_a_llama_of_transformers_that_runs_the_stored_layers_again_computes_the_same(
+    tokenizer, tmp_path
+):
+    torch = pytest.importorskip("torch", reason="transformers runs models with torch only")
+    transformers = pytest.importorskip("transformers")
+    model = llama(tokenizer, num_loops=3)
+    model.export(tmp_path / "out", layout="looped")
+    file = tmp_path / "out" / "config.json"
+    config = json.loads(file.read_text())
+    loops = config.pop("num_loops")
+    file.write_text(json.dumps(config | {"model_type": "llama"}))
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    loaded.model.layers = torch.nn.ModuleList(list(loaded.model.layers) * loops)
+    loaded.config.num_hidden_layers *= loops
+    tokens = cases.tokens(4096)
+    with torch.no_grad():
+        theirs = loaded(torch.from_numpy(tokens), use_cache=False).logits[0].numpy()
+    ours = logits_of(model, tokens[0])
+    assert np.abs(ours - theirs).max() <= TOLERANCE * np.abs(theirs).max()
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -328,6 +349,40 @@ def test_a_norm_between_loops_is_refused(tokenizer, tmp_path):
         file.write_text(json.dumps(config | {name: value}))
         with pytest.raises(ValueError, match=words):
             rj.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "looped"])
+def test_a_gguf_file_is_read_back(layout, tokenizer, tmp_path):
+    pytest.importorskip("gguf")
+    model = llama(tokenizer)
+    run, out = tmp_path / "run", tmp_path / "model.gguf"
+    model.save(run)
+    flags = ["--format=gguf", f"--layout={layout}", f"--out={out}"]
+    end = commands.run("export", f"--checkpoint={run}", *flags)
+    assert end.returncode == 0, end.stderr
+    assert f"llama-cli -m {out}" in end.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.gguf", "run"]
+    again = rj.load(out)
+    assert again.cfg.num_loops == (2 if layout == "looped" else 1)
+    assert again.params["block"]["mlp"]["up"]["w"].shape[0] == (2 if layout == "looped" else 4)
+    ours, theirs = (logits_of(m, [5, 6, 7, 8]) for m in (model, again))
+    assert np.abs(ours - theirs).max() <= TOLERANCE * np.abs(ours).max()
+    end = commands.run("export", "--checkpoint=nowhere", *flags)
+    assert end.returncode == 2 and f"{out} exists; choose another name" in end.stderr
+
+
+def test_what_gguf_cannot_express_is_refused_before_weights_are_read(tokenizer, tmp_path):
+    pytest.importorskip("gguf")
+    missing = ArrayWeights({})
+    for changes, layout, words in (
+        (dict(norms="per_loop"), "looped", "norms='per_loop'"),
+        (dict(num_loops=1), "looped", "this model has one loop"),
+        (dict(family="qwen3", qk_norm=True, qkv_bias=True), "unrolled", "qkv_bias=True"),
+    ):
+        cfg = DecoderConfig(vocab_size=4096, **LLAMA | changes)
+        with pytest.raises(ValueError, match=words):
+            Model(cfg, tokenizer, missing, "x").export(tmp_path / "a.gguf", "gguf", layout=layout)
+    assert not list(tmp_path.iterdir())
 
 
 # Other programs read our forms
@@ -468,8 +523,9 @@ def test_a_disk_without_room_is_told_before_any_weight_is_read(tokenizer, tmp_pa
 def test_a_number_that_float16_cannot_hold_is_named(tokenizer, tmp_path):
     model = llama(tokenizer)
     model.weights.params["block"]["mlp"]["up"]["w"][1, 2, 3] = 1e5
-    for form in ("hf", "recursive"):
-        with pytest.raises(ValueError, match="block/mlp/up/w holds NaN or infinity in float16"):
+    names = {"hf": "tensor model.layers.1.mlp.up_proj.weight", "recursive": "block/mlp/up/w"}
+    for form, name in names.items():
+        with pytest.raises(ValueError, match=f"{name} holds NaN or infinity in float16"):
             model.export(tmp_path / "out", form, dtype="float16")
     assert not list(tmp_path.iterdir())
 

@@ -222,7 +222,8 @@ def save_params(
     try:
         temporary.chmod(0o755)  # mkdtemp makes it private
         tensors = names.tensors(params, names.HF_TABLES[cfg.family], shapes, cfg, dtype)
-        hf_files.write(temporary, tensors, max_shard_bytes)
+        checked = ((name, names.check_finite(f"tensor {name}", x)) for name, x in tensors)
+        hf_files.write(temporary, checked, max_shard_bytes)
         (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         os.replace(temporary, path)  # replaces an empty directory too
     except BaseException:

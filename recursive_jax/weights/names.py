@@ -202,8 +202,7 @@ def tensors(
       dtype: of the tensors; None: that of each parameter.
 
     Raises:
-      ValueError: a parameter is missing, left over, not finite in `dtype`, or has another shape than
-        its config says.
+      ValueError: a parameter is missing, left over, or has another shape than its config says.
     """
     check_paths(params, shapes)
     groups: dict[str, list[Row]] = {}
@@ -217,7 +216,9 @@ def tensors(
                     f"parameter {row.ours} is {list(leaf.shape)}; the config expects "
                     f"{list(shapes[row.ours])}"
                 )
-        leaves = [cast(row.ours, leaf, dtype) for row, leaf in zip(rows, leaves, strict=True)]
+        if dtype is not None:
+            with np.errstate(over="ignore"):  # infinity, which `check_finite` finds
+                leaves = [leaf.astype(dtype, copy=False) for leaf in leaves]
         for i, name in enumerate(layer_names(rows[0], shapes[rows[0].ours])):
             pieces = [leaf[i] if "{}" in rows[0].theirs else leaf for leaf in leaves]
             yield name, np.ascontiguousarray(rows[0].transform.join(pieces, cfg))
@@ -332,18 +333,12 @@ class LazyParams(Mapping):
         return len(self._rows)
 
 
-def cast(name: str, x: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
-    """A parameter in the dtype it is written in; None keeps its own.
-
-    Raises:
-      ValueError: it holds NaN or infinity then.
-    """
-    with np.errstate(over="ignore"):  # infinity, found below
-        x = x if dtype is None else x.astype(dtype, copy=False)
+def check_finite(name: str, x: np.ndarray) -> np.ndarray:
+    """The array itself; ValueError if a value is no finite number."""
     if not all_finite(np.ascontiguousarray(x)):
         raise ValueError(
-            f"parameter {name} holds NaN or infinity in {x.dtype}; choose a wider dtype, such as "
-            "float32, or an earlier step if the training diverged"
+            f"{name} holds NaN or infinity in {x.dtype}. If its weights are finite, choose float32 "
+            "or bfloat16; else take an earlier checkpoint"
         )
     return x
 

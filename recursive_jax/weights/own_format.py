@@ -55,7 +55,7 @@ def save(
     path = pathlib.Path(path)
     path.mkdir(parents=True, exist_ok=True)
     flat = names.flat(params)
-    arrays = ((name, names.cast(name, np.asarray(flat[name]), dtype)) for name in names.shapes(cfg))
+    arrays = ((name, _cast(name, flat[name], dtype)) for name in names.shapes(cfg))
     if form == "recursive":
         dotted = ((name.replace("/", "."), x) for name, x in arrays)
         hf_files.write(path, dotted, max_shard_bytes)
@@ -78,6 +78,11 @@ def save(
         **(facts or {}),
     }
     (path / "config.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _cast(name: str, x: Any, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):  # infinity, found next
+        return names.check_finite(f"parameter {name}", np.asarray(x).astype(dtype, copy=False))
 
 
 def is_ours(path: str | os.PathLike) -> bool:
@@ -157,9 +162,9 @@ class Arrays(Mapping):
 
     def _checked(self, path: str, x: np.ndarray) -> np.ndarray:
         try:
-            return names.cast(path, x, None)
+            return names.check_finite(path, x)
         except ValueError as error:
-            raise ValueError(f"{self._where}: {error}; the file may be damaged") from error
+            raise ValueError(f"{self._where} may be damaged: {error}") from error
 
 
 def _of_safetensors(path: pathlib.Path):
