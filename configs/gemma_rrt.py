@@ -12,8 +12,15 @@ Arguments, after a colon and separated by commas:
 What it reproduces (quoted from the paper, Table I.2; not measured here): Gemma 2B, 2 loops, 60B
 tokens of SlimPajama with distillation, mean accuracy over seven tasks. Tied 54.9 · rank 64 55.8 ·
 rank 256 57.0 · rank 512 58.4 · the source uptrained on the same tokens 58.6. Hardware there: 8 ×
-H100. The paper distils from a teacher uptrained on 15B tokens; here the teacher is `source` itself
-(uptraining it first needs an export of checkpoints to Hugging Face's form, which is to come).
+H100. The paper distils from a teacher uptrained on 15B tokens; here the teacher is `source` itself.
+The paper's teacher is made by training the source further and exporting it. It is then the source:
+
+    python -m recursive_jax.train --config=gemma_rrt:paper,loops=1,rank=0 --workdir=TEACHER \
+        --config.data.train=TEXT --config.objective.kd=0 --config.tokens=15_000_000_000
+    python -m recursive_jax.export --checkpoint=TEACHER --out=TEACHER_HF --format=hf
+    python -m recursive_jax.train --config=gemma_rrt:paper --workdir=DIR \
+        --config.data.train=TEXT --config.source=TEACHER_HF
+
 Measured here (docs/results.md): the conversions only, of Gemma 3 270M and of a directory in Gemma
 2B's shapes, on two CPU cores.
 """

@@ -458,6 +458,36 @@ class Model:
                 dataclasses.replace(self.thresholds, step=step, params=params).save(made)
             files.put_in_place(made, out)
 
+    def export(
+        self,
+        out: str | os.PathLike,
+        format: str = "hf",
+        *,
+        layout: str | None = None,
+        dtype: str | None = None,
+        max_shard_gb: float = 5.0,
+    ) -> str:
+        """Write the model in a form of other tools, whole or not at all; return how to load it.
+
+        Args:
+          out: directory to make; of format 'gguf' a file name.
+          format: 'hf', 'gguf', 'orbax' or 'recursive', see docs/export.md.
+          layout: of 'hf' and 'gguf': 'unrolled' (default), ordinary layers with the LoRAs merged;
+            or 'looped', the shared block stored once, where the model fits that layout.
+          dtype: of the stored weights: float32 (default), bfloat16 or float16; of 'gguf' f32
+            (default), f16, bf16, q8_0, q4_0 or q4_1.
+          max_shard_gb: size of a safetensors file.
+
+        Raises:
+          ValueError: something is there already, or the format cannot express the model.
+          OSError: the disk has no room.
+        """
+        from recursive_jax import exporting
+
+        plan = exporting.plan(self, out, format, layout, dtype, max_shard_gb)
+        plan.write()
+        return plan.how_to_load
+
     def write_description(self, directory: str | os.PathLike) -> None:
         """Write all of a checkpoint but its weights: config, tokenizer, certificate."""
         facts = {k: v for k, v in self.facts.items() if k not in ("format", "versions")}
@@ -467,12 +497,15 @@ class Model:
             checkpoint.write_json(path, self.certificate)
 
 
-def load(spec: str | os.PathLike, step: int | None = None) -> Model:
+def load(spec: str | os.PathLike, step: int | None = None, ema: bool | None = None) -> Model:
     """The model called `spec`; its weights are not read yet.
 
     Args:
-      spec: a checkpoint of ours, a Hugging Face directory, a .gguf file, a hub id, or 'tiny'.
+      spec: a checkpoint or an export of ours, a Hugging Face directory, a .gguf file, a hub id, or
+        'tiny'.
       step: of a checkpoint; None: the newest now, also if a training saves newer ones later.
+      ema: of a checkpoint: its averaged weights, or those that were trained. None: averaged where
+        the run keeps them.
 
     Raises:
       FileNotFoundError, ValueError: not there, not understood, or damaged; by name.
@@ -480,7 +513,8 @@ def load(spec: str | os.PathLike, step: int | None = None) -> Model:
     spec = os.fspath(spec)
     if checkpoint.is_checkpoint(spec):
         cfg, facts = checkpoint.load_config(spec, note)
-        newest, params = checkpoint.params_checksum(spec, step, note)  # raises: no readable step
+        # raises: no readable step, or no averaged weights
+        newest, params = checkpoint.params_checksum(spec, step, note, ema)
         tokenizer = text.load_tokenizer(pathlib.Path(spec) / "tokenizer")
         certificate = checkpoint.load_certificate(spec)
         thresholds = Thresholds.load(spec)
@@ -488,15 +522,18 @@ def load(spec: str | os.PathLike, step: int | None = None) -> Model:
             thresholds = thresholds.compare(newest, params)
         # Another step is no replacement where it was asked for, or where thresholds are for this.
         exact = step is not None or not (thresholds is None or thresholds.stale)
-        weights = CheckpointWeights(spec, newest, exact, note)
+        weights = CheckpointWeights(spec, newest, exact, note, ema)
         name = spec
     else:
         if step is not None:
             raise ValueError(f"step={step} of {spec}, which is no checkpoint of this package")
+        if ema is not None:
+            raise ValueError(f"ema={ema} of {spec}, which is no checkpoint of this package")
         source = open_source(spec)
         cfg, tokenizer = source.cfg, source.load_tokenizer()
         facts = {"source": str(source.path), "generation_config": source.generation_config}
-        weights, thresholds, certificate = SourceWeights(source), None, None
+        facts |= source.facts
+        weights, thresholds, certificate = SourceWeights(source), None, source.certificate
         name = str(source.path)
     text.check_vocabulary(tokenizer, cfg.vocab_size)
     model = Model(cfg, tokenizer, weights, name, dict(facts), certificate, thresholds)

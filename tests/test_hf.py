@@ -523,6 +523,7 @@ def test_a_hub_model_is_downloaded_once_by_the_real_client(tmp_path):
     pytest.importorskip("huggingface_hub")
     model = write_directory(tmp_path / "model", "llama_gqa_llama3_rope", shards=2)
     (model / "pytorch_model.bin").write_bytes(b"a pickle")
+    (model / "README.md").write_text("---\nlicense: mit\n---\n")
     server = hub_server.serve({"someone/a-model": model})
     here = {
         "HF_HOME": str(tmp_path / "home"),

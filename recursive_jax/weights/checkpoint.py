@@ -254,14 +254,15 @@ def load_step(
     dtype: Any = jnp.float32,
     step: int | None = None,
     say: Say = logging.warning,
+    ema: bool | None = None,
 ) -> tuple[Any, int]:
     """Params of a step, on one device or in `shardings`, and the step; nothing else is read.
 
-    Of a run that averages its weights these are the averaged ones. `step` and `say` are those of
-    `restore`.
+    Of a run that averages its weights these are the averaged ones, unless `ema` is false. `step`
+    and `say` are those of `restore`.
     """
     cfg, _ = load_config(directory)
-    _, part, _ = weights_of(directory, step, say)
+    _, part, _ = weights_of(directory, step, say, ema)
     abstract = abstract_params(cfg)
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -19,7 +19,7 @@ import ml_dtypes  # noqa: F401  (teaches numpy bfloat16, which safetensors then 
 import numpy as np
 
 from recursive_jax.models.config import DecoderConfig
-from recursive_jax.weights import hf_config, hf_files, names
+from recursive_jax.weights import hf_config, hf_files, looped, names
 
 # Type of a stored tensor -> of the array it is read as.
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float32"}
@@ -48,6 +48,7 @@ HARMLESS = {
     "gpt_neox": r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
 }
 HARMLESS_ANYWHERE = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+WANTED = ("*.json", "*.model", "*.jinja", "merges.txt", "README.md")  # README.md: the licence
 HEAD_NAMES = ("lm_head.weight", "embed_out.weight")
 
 
@@ -75,7 +76,7 @@ def resolve(source: str) -> pathlib.Path:
         return pathlib.Path(
             huggingface_hub.snapshot_download(
                 source,
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"],
+                allow_patterns=[*WANTED, "*.safetensors"],
             )
         )
     except Exception as error:  # the hub client raises many kinds
@@ -121,6 +122,8 @@ def open_params(
       FileNotFoundError: there are no safetensors.
     """
     path = pathlib.Path(path)
+    if cfg.num_loops > 1:  # `load_config` has read the stored-once layout
+        cfg = looped.block(cfg)
     files = hf_files.open_files(path)
     owner: dict[str, Any] = {}  # name of a tensor in our table -> (file, its name there)
     wrapped = 0
@@ -185,31 +188,42 @@ def save_params(
     dtype: np.dtype | None = None,
     max_shard_bytes: int = 5 * 10**9,
     config_extra: Mapping[str, Any] | None = None,
+    layout: str = "unrolled",
 ) -> None:
     """Write `config.json` and safetensors that transformers loads; all of them or nothing.
 
     Args:
-      params: of a vanilla model, nested or a flat mapping (which may be lazy).
+      params: nested or a flat mapping (which may be lazy).
       cfg: their config.
       path: directory to make; must be empty if it exists.
       dtype: to store; None means that of each parameter.
       max_shard_bytes: a larger model is split into files of at most this size, with an index.
       config_extra: further keys of `config.json`, such as `bos_token_id` and `eos_token_id`.
+      layout: 'unrolled', of a vanilla model; or 'looped', the stored-once layout (see `looped`).
+
+    Raises:
+      ValueError: the config cannot be expressed, or a value is no finite number in `dtype`.
     """
     path = pathlib.Path(path)
+    if layout == "looped":
+        config, cfg = hf_config.looped_to_hf(cfg), looped.block(cfg)
+    else:
+        config = hf_config.config_to_hf(cfg)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} already exists and is not empty; choose another directory")
     params = names.flat(params)
     shapes = names.leaf_shapes(cfg)
     names.check_paths(params, shapes)
     stored = np.dtype(dtype or params["embedding"].dtype)
-    config = hf_config.config_to_hf(cfg) | {"torch_dtype": stored.name} | dict(config_extra or {})
+    config |= {"torch_dtype": stored.name} | dict(config_extra or {})
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         temporary.chmod(0o755)  # mkdtemp makes it private
-        _write_shards(params, cfg, shapes, temporary, dtype, max_shard_bytes)
+        tensors = names.tensors(params, names.HF_TABLES[cfg.family], shapes, cfg, dtype)
+        checked = ((name, names.check_finite(f"tensor {name}", x)) for name, x in tensors)
+        hf_files.write(temporary, checked, max_shard_bytes)
         (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         os.replace(temporary, path)  # replaces an empty directory too
     except BaseException:
@@ -246,38 +260,3 @@ def _drop_tied_head(path, table, slices, found) -> None:
             'set "tie_word_embeddings": false if the head was trained apart'
         )
     del found[head]
-
-
-def _write_shards(params, cfg, shapes, directory, dtype, max_shard_bytes) -> None:
-    """Write all tensors into one file, or into numbered files with an index."""
-    from safetensors.numpy import save_file
-
-    shards: list[list[str]] = []  # tensor names by shard
-    shard, size, total = {}, 0, 0
-
-    def flush():
-        nonlocal shard, size
-        # The final name contains the number of shards: renamed below.
-        part = directory / f"{len(shards)}.part"
-        save_file(shard, part, metadata={"format": "pt"})
-        part.chmod(0o644)  # safetensors makes files that only the owner may read
-        shards.append(list(shard))
-        shard, size = {}, 0
-
-    for name, tensor in names.tensors(params, names.HF_TABLES[cfg.family], shapes, cfg, dtype):
-        if shard and size + tensor.nbytes > max_shard_bytes:
-            flush()
-        shard[name] = tensor
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    flush()
-
-    if len(shards) == 1:
-        os.replace(directory / "0.part", directory / "model.safetensors")
-        return
-    weight_map = {}
-    for i, tensors in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        os.replace(directory / f"{i}.part", directory / file)
-        weight_map |= dict.fromkeys(tensors, file)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

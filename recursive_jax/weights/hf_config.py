@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from recursive_jax.models.config import DecoderConfig
+from recursive_jax.weights import looped
 from recursive_jax.weights.families import (
     ACTIVATIONS,
     COMMON_KEYS,
@@ -52,11 +53,13 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
       ValueError: the model type, a key or a value is not implemented; the message names it.
     """
     model_type = hf.get("model_type")
+    if model_type == looped.MODEL_TYPE:
+        return _looped_from_hf(hf)
     family = MODEL_TYPES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise ValueError(
             f"config.json: model_type {model_type!r} is not supported; "
-            f"expected one of {sorted(MODEL_TYPES)}"
+            f"expected one of {sorted([*MODEL_TYPES, looped.MODEL_TYPE])}"
         )
     if "text_config" in hf:
         hf = _text_config(hf)
@@ -155,6 +158,35 @@ def config_to_hf(cfg: DecoderConfig) -> dict[str, Any]:
             + ", ".join(f"{n}={getattr(cfg, n)!r}" for n in lost)
         )
     return hf
+
+
+def looped_to_hf(cfg: DecoderConfig) -> dict[str, Any]:
+    """A `config.json` of the stored-once layout (see `looped`); `config_from_hf` reads it, too.
+
+    Raises:
+      ValueError: the layout cannot express the model.
+    """
+    return config_to_hf(looped.block(cfg)) | {
+        "model_type": looped.MODEL_TYPE,
+        "architectures": [looped.ARCHITECTURE],
+        "num_loops": cfg.num_loops,
+        "skip_loop_final_norm": True,
+    }
+
+
+def _looped_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
+    """The recursive model of a `config.json` of the stored-once layout."""
+    loops, skip = hf.get("num_loops", 1), hf.get("skip_loop_final_norm", False)
+    if type(loops) is not int or not 0 < loops <= LARGEST:
+        raise ValueError(f"config.json: num_loops must be a positive integer, got {loops!r}")
+    if loops > 1 and not _flag("skip_loop_final_norm", skip):
+        raise ValueError(
+            "config.json: skip_loop_final_norm is false: the final norm runs between the loops, "
+            "which is not implemented; expected true"
+        )
+    own = ("num_loops", "skip_loop_final_norm")
+    rest = {key: value for key, value in hf.items() if key not in own}
+    return config_from_hf(rest | {"model_type": "llama"}).replace(num_loops=loops)
 
 
 def preset(name: str) -> DecoderConfig:

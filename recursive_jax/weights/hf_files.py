@@ -1,11 +1,15 @@
-"""The safetensors files of a Hugging Face directory. Pickles are never read."""
+"""The safetensors files of a directory, read and written. Pickles are never read."""
 
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import re
+from collections.abc import Iterable
 from typing import Any
+
+import numpy as np
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -42,6 +46,44 @@ def open_files(path: pathlib.Path) -> dict[str, Any]:
         f"no model.safetensors or model.safetensors.index.json in {path}; expected a "
         "Hugging Face model directory"
     )
+
+
+def write(
+    directory: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]], max_shard_bytes: int
+) -> None:
+    """Write tensors into one file, or into numbered files of a size, with an index."""
+    from safetensors.numpy import save_file
+
+    shards: list[list[str]] = []  # tensor names by shard
+    shard: dict[str, np.ndarray] = {}
+    size = total = 0
+
+    def flush():
+        nonlocal shard, size
+        # The final name contains the number of shards: renamed below.
+        part = directory / f"{len(shards)}.part"
+        save_file(shard, part, metadata={"format": "pt"})
+        part.chmod(0o644)  # safetensors makes files that only the owner may read
+        shards.append(list(shard))
+        shard, size = {}, 0
+
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > max_shard_bytes:
+            flush()
+        shard[name] = np.ascontiguousarray(tensor)
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    flush()
+
+    if len(shards) == 1:
+        os.replace(directory / "0.part", directory / "model.safetensors")
+        return
+    weight_map = {}
+    for i, held in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.replace(directory / f"{i}.part", directory / file)
+        weight_map |= dict.fromkeys(held, file)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def name_other_format(path: pathlib.Path) -> None:

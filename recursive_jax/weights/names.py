@@ -217,7 +217,8 @@ def tensors(
                     f"{list(shapes[row.ours])}"
                 )
         if dtype is not None:
-            leaves = [leaf.astype(dtype, copy=False) for leaf in leaves]
+            with np.errstate(over="ignore"):  # infinity, which `check_finite` finds
+                leaves = [leaf.astype(dtype, copy=False) for leaf in leaves]
         for i, name in enumerate(layer_names(rows[0], shapes[rows[0].ours])):
             pieces = [leaf[i] if "{}" in rows[0].theirs else leaf for leaf in leaves]
             yield name, np.ascontiguousarray(rows[0].transform.join(pieces, cfg))
@@ -330,6 +331,16 @@ class LazyParams(Mapping):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+
+def check_finite(name: str, x: np.ndarray) -> np.ndarray:
+    """The array itself; ValueError if a value is no finite number."""
+    if not all_finite(np.ascontiguousarray(x)):
+        raise ValueError(
+            f"{name} holds NaN or infinity in {x.dtype}. If its weights are finite, choose float32 "
+            "or bfloat16; else take an earlier checkpoint"
+        )
+    return x
 
 
 def all_finite(x: np.ndarray) -> bool:

@@ -1,4 +1,4 @@
-"""Pretrained models to start from: Hugging Face directory, GGUF file or hub id, opened lazily."""
+"""Models to start from, opened lazily: Hugging Face directory, GGUF file, hub id, or our export."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.parameters import leaves
-from recursive_jax.weights import gguf, hf, hf_files, names
+from recursive_jax.weights import gguf, hf, hf_files, names, own_format
 
 ASSETS = pathlib.Path(__file__).resolve().parents[1] / "assets"
 
@@ -21,10 +21,11 @@ class Source:
 
     Attributes:
       path: file or directory on this machine.
-      cfg: vanilla config.
+      cfg: its config. Of one loop, but for looped models of other tools and exports of ours.
       params: flat lazy mapping 'block/attention/q/w' -> array `[layer, ...]`, read on access.
       load_tokenizer: () -> transformers tokenizer.
       generation_config: stop ids and sampling defaults the model came with, may be empty.
+      facts, certificate: that an export of ours came with.
     """
 
     path: pathlib.Path
@@ -32,6 +33,8 @@ class Source:
     params: names.LazyParams
     load_tokenizer: Callable[[], Any]
     generation_config: dict[str, Any]
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    certificate: dict[str, Any] | None = None
 
     def load_params(self) -> dict[str, Any]:
         """All params, nested, in their stored dtype (layers cast them to the compute dtype)."""
@@ -68,6 +71,8 @@ def open_source(spec: str) -> Source:
         params, cfg = gguf.open_params(path)
         return Source(path, cfg, params, lambda: gguf.load_tokenizer(path), {})
     path = hf.resolve(spec)
+    if own_format.is_ours(path):
+        return _open_export(path)
     cfg = hf.load_config(path)
     params = hf.open_params(path, cfg)
     generation = path / "generation_config.json"
@@ -89,6 +94,26 @@ def open_source(spec: str) -> Source:
             ) from error
 
     return Source(path, cfg, params, load_tokenizer, generation_config)
+
+
+def _open_export(path: pathlib.Path) -> Source:
+    """An export of ours, as `own_format` writes it."""
+    from recursive_jax.text import load_tokenizer
+
+    cfg, record = own_format.load_config(path)
+    params = own_format.open_params(path, cfg, record["form"])
+    facts = {name: record[name] for name in ("source", "tying") if name in record}
+    file = path / own_format.CERTIFICATE
+    certificate = _read_object(file) if file.is_file() else None
+    return Source(
+        path,
+        cfg,
+        params,
+        lambda: load_tokenizer(path / own_format.TOKENIZER),
+        record.get("generation_config") or {},
+        facts,
+        certificate,
+    )
 
 
 def _read_object(path: pathlib.Path) -> dict[str, Any]:

@@ -95,29 +95,41 @@ def load_progress(
 
 
 def weights_of(
-    directory: str | os.PathLike, step: int | None = None, say: Say = logging.warning
+    directory: str | os.PathLike,
+    step: int | None = None,
+    say: Say = logging.warning,
+    ema: bool | None = None,
 ) -> tuple[int, str, dict[str, int]]:
     """A step, the part that holds its weights, and their checksums by path; no array is read.
 
-    The part is `ema` in a run that averages its weights, else `params`.
+    The part is `ema` in a run that averages its weights, else `params`. `ema` asks for one of them.
 
     Raises:
-      FileNotFoundError, ValueError: as in `restore`.
+      FileNotFoundError: as in `restore`.
+      ValueError: as in `restore`, or the run keeps no averaged weights and they are asked for.
     """
 
     def read(path):
         return together(lambda: _metadata(path))[0]["checksums"]
 
     sums, step = _first_whole(directory, step, read, say)
-    part = "ema" if any(name.startswith("['ema']") for name in sums) else "params"
+    averaged = any(name.startswith("['ema']") for name in sums)
+    if ema and not averaged:
+        raise ValueError(
+            f"{directory} keeps no averaged weights (its run had ema_decay=0); leave out ema"
+        )
+    part = "ema" if averaged and ema is not False else "params"
     return step, part, {n: value for n, value in sums.items() if n.startswith(f"['{part}']")}
 
 
 def params_checksum(
-    directory: str | os.PathLike, step: int | None = None, say: Say = logging.warning
+    directory: str | os.PathLike,
+    step: int | None = None,
+    say: Say = logging.warning,
+    ema: bool | None = None,
 ) -> tuple[int, int]:
     """The number of a step and a checksum of its weights; arguments and errors as `weights_of`."""
-    step, _, sums = weights_of(directory, step, say)
+    step, _, sums = weights_of(directory, step, say, ema)
     return step, json_checksum(sums)
 
 

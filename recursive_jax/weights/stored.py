@@ -60,6 +60,7 @@ class SourceWeights:
     def content(self):
         path = self.source.path
         files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+        files += sorted(file for file in (path / "params").rglob("*") if file.is_file())  # Orbax
         if path.is_dir():
             files = [path / "config.json", *files]
         digest = hashlib.blake2b(digest_size=12)
@@ -79,33 +80,41 @@ class CheckpointWeights:
       step: the step to read. Without `exact`, the one before it once it is found damaged.
       exact: no other step will do. Otherwise `step` was the newest when the model was loaded.
       say: is given a line per step that is set aside as damaged.
+      ema: the averaged weights, or those that were trained; None: averaged where there are any.
     """
 
     directory: str | os.PathLike
     step: int
     exact: bool = True
     say: Callable[[str], None] = logging.warning
+    ema: bool | None = None
 
     def load(self, shardings, dtype):
         return self._of_step(
-            lambda step: checkpoint.load_step(self.directory, shardings, dtype, step, self.say)
+            lambda step: checkpoint.load_step(
+                self.directory, shardings, dtype, step, self.say, self.ema
+            )
         )
 
     read = load
 
     def as_source(self, cfg, tokenizer, facts):
         params = self._of_step(
-            lambda step: checkpoint.load_step(self.directory, step=step, say=self.say)
+            lambda step: checkpoint.load_step(self.directory, step=step, say=self.say, ema=self.ema)
         )
         return ArrayWeights(params, str(self.directory)).as_source(cfg, tokenizer, facts)
 
     def content(self):
         def sums_of(step):
-            step, _, sums = checkpoint.weights_of(self.directory, step, self.say)
+            step, _, sums = checkpoint.weights_of(self.directory, step, self.say, self.ema)
             return sums, step
 
         sums = self._of_step(sums_of)
         return hashlib.blake2b(json.dumps(sums).encode(), digest_size=12).hexdigest()
+
+    def part(self) -> str:
+        """Which weights these are: 'params' or, averaged, 'ema'."""
+        return checkpoint.weights_of(self.directory, self.step, self.say, self.ema)[1]
 
     def _of_step(self, read: Callable[[int | None], tuple[Any, int]]) -> Any:
         """What `read` returns for the step, or for the newest whole one where it is damaged.

@@ -151,27 +151,45 @@ def untie(params: Params, cfg: DecoderConfig) -> tuple[dict[str, Any], DecoderCo
     Returns:
       Nested float32 params of `cfg.depth` distinct layers, and their config.
     """
-    source, places = _Source(params, cfg), cfg.places()
-    vanilla = cfg.replace(
+    return names.nested(Unrolled(params, cfg)), unrolled_config(cfg)
+
+
+def unrolled_config(cfg: DecoderConfig) -> DecoderConfig:
+    """The config of the vanilla model with the same logits."""
+    return cfg.replace(
         num_layers=cfg.depth, num_loops=1, sharing="cycle", norms="tied", lora_ranks=()
     )
-    out = {}
-    for path, leaf in leaves(vanilla).items():
-        stored = source(path)
+
+
+class Unrolled(Mapping):
+    """The params of `untie` as a flat lazy mapping: a parameter is made when it is read."""
+
+    def __init__(self, params: Params, cfg: DecoderConfig):
+        self._source, self._cfg, self._places = _Source(params, cfg), cfg, cfg.places()
+        self._leaves = leaves(unrolled_config(cfg))
+
+    def __getitem__(self, path: str) -> Any:
+        leaf, cfg = self._leaves[path], self._cfg
+        stored = self._source(path)
         if not leaf.in_block:
-            out[path] = stored
-        elif leaf.kind == "weight":
+            return stored
+        if leaf.kind == "weight":
             rank = cfg.rank(leaf.projection)
-            a, b = (source(leaf.sibling(name)) if rank else None for name in LORA)
-            out[path] = np.empty(leaf.shape, np.float32)
-            for depth, (loop, layer) in enumerate(places):
+            a, b = (self._source(leaf.sibling(name)) if rank else None for name in LORA)
+            out = np.empty(leaf.shape, np.float32)
+            for depth, (loop, layer) in enumerate(self._places):
                 shared = stored[layer]
-                out[path][depth] = shared + a[layer, loop] @ b[layer, loop] if rank else shared
-        else:
-            has_loops = "loop" in source.leaves[path].axes
-            rows = (stored[layer, loop] if has_loops else stored[layer] for loop, layer in places)
-            out[path] = np.stack(list(rows)).reshape(leaf.shape)  # a prefix keeps its loop axis
-    return names.nested(out), vanilla
+                out[depth] = shared + a[layer, loop] @ b[layer, loop] if rank else shared
+            return out
+        has_loops = "loop" in self._source.leaves[path].axes
+        rows = (stored[layer, loop] if has_loops else stored[layer] for loop, layer in self._places)
+        return np.stack(list(rows)).reshape(leaf.shape)  # a prefix keeps its loop axis
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._leaves)
+
+    def __len__(self) -> int:
+        return len(self._leaves)
 
 
 def _tie_projection(name, source, fold, cfg, how, metric) -> tuple[dict[str, np.ndarray], float]:

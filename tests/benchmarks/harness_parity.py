@@ -5,8 +5,8 @@
 MODEL_DIR is a Hugging Face directory. A GGUF is made one first: `hf.save_params`. Prints a JSON row
 for every task: on how many items both make the same choice, and the largest difference of a
 log-likelihood, in nats. A choice is the likeliest of several, or whether a single continuation is
-greedy. Needs torch and accelerate. We compute in float32, and so does `hf`; with --dtype=float64 the
-difference is our own error.
+greedy. Needs torch and accelerate. We compute in float32, and so does `hf`; with --dtype=float64
+the difference is our own error.
 """
 
 import argparse
