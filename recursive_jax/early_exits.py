@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -20,8 +19,7 @@ from recursive_jax.decoding.requests import check_number
 from recursive_jax.decoding.thresholds import Thresholds
 from recursive_jax.evaluation import exits, flops, risk
 from recursive_jax.evaluation.perplexity import exp
-from recursive_jax.models.decoder import Decoder
-from recursive_jax.models.parameters import logical_axes
+from recursive_jax.placed import Placed
 from recursive_jax.text.documents import documents
 from recursive_jax.training.data import tokenize
 
@@ -76,18 +74,14 @@ class Subject:
         check_number("batch_size", self.batch_size, True, 1, 2**31 - 1)
         cfg.check_decodes()
 
-    def trace(self) -> exits.Trace:
-        """All loops on all windows."""
-        mesh, compute = sharding.make_mesh(), sharding.compute_dtype(self.dtype)
-        cfg, shards = self.model.cfg, sharding.data_shards(mesh)
-        rules = sharding.rules_for(mesh, cfg)
-        shardings = sharding.shardings(logical_axes(cfg), mesh, rules)
-        params = self.model.weights.read(shardings, jnp.float32)
-        rows, place = self._rows(shards), sharding.batch_sharding(mesh)
-        with sharding.use(mesh, rules), sharding.matmul_precision(compute), self._bar("trace") as b:
+    def trace(self, placed: Placed | None = None) -> exits.Trace:
+        """All loops on all windows; `placed`: the model's weights, if they are there already."""
+        placed = placed or Placed(self.model, self.dtype)
+        rows = self._rows(placed.decoder.data_shards)
+        with placed.use(), self._bar("all loops") as bar:
             return exits.trace(
-                Decoder(cfg, dtype=compute, data_shards=shards), params, *self.windows,
-                self.measure, rows, lambda batch: sharding.put_global(batch, place), b.update,
+                placed.decoder, placed.params, *self.windows, self.measure, rows, placed.put,
+                bar.update,
             )  # fmt: skip
 
     def outcomes(
@@ -127,18 +121,21 @@ class Subject:
         return tqdm(total=total, desc=f"exits, {what}", unit="window", disable=hidden, leave=False)
 
 
-def measure_exits(subject: Subject, thresholds: Sequence[float] | None = None) -> dict[str, Any]:
+def measure_exits(
+    subject: Subject, thresholds: Sequence[float] | None = None, placed: Placed | None = None
+) -> dict[str, Any]:
     """Quality, depth and arithmetic of early exits on the tokens of a text.
 
     Args:
       subject: model, text and measure.
       thresholds: after loop 1, 2, … or one for all; None: a sweep over the scores' quantiles.
+      placed: the model's weights, if they are on the devices already.
 
     Returns:
       `loops`: every token leaves after the same loop. `exits`: by thresholds. `oracle`: labelled as
       such. `rates`: how answers change from loop to loop. All of the same tokens.
     """
-    cfg, found = subject.model.cfg, subject.trace()
+    cfg, found = subject.model.cfg, subject.trace(placed)
     context = subject.windows.tokens.shape[1] / 2
     cost = flops.TokenFlops.of(cfg, context)
 

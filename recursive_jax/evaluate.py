@@ -3,6 +3,8 @@
     python -m recursive_jax.evaluate --checkpoint=CKPT --text=FILES
     python -m recursive_jax.evaluate --checkpoint=CKPT --tasks=all --task_dir=DIR
     python -m recursive_jax.evaluate --checkpoint=CKPT --tasks=arc_easy,piqa --limit=500
+    python -m recursive_jax.evaluate --checkpoint=CKPT --text=FILES --exits
+    python -m recursive_jax.evaluate --checkpoint=CKPT --text=FILES --calibrate=top1 --bound=0.05
 
 The model is a checkpoint of ours, a Hugging Face directory, a .gguf file, a hub id or 'tiny'. The
 report is written to evaluation.json in a checkpoint of ours, or to --out. While it is made, results
@@ -19,9 +21,18 @@ import sys
 import jax
 from absl import flags
 
-from recursive_jax.console import app, evaluation_plots, evaluation_report, output, stop
+from recursive_jax.console import (
+    app,
+    evaluation_plots,
+    evaluation_report,
+    exit_flags,
+    exit_report,
+    output,
+    stop,
+)
 from recursive_jax.decoding.answers import check_writable
-from recursive_jax.evaluating import Settings, evaluate
+from recursive_jax.evaluating import evaluate
+from recursive_jax.evaluation_settings import Settings
 from recursive_jax.model import load
 from recursive_jax.weights import checkpoint
 
@@ -53,13 +64,18 @@ def define_flags(values: flags.FlagValues) -> None:
     )  # fmt: skip
     string("out", None, "report; default evaluation.json in a checkpoint of ours")
     string("plots", None, "directory: pictures of quality and perplexity over loops, and others")
+    exit_flags.define_flags(values)
+    flags.adopt_module_key_flags(exit_flags, values)  # --help lists them too
     flags.mark_flag_as_required("checkpoint", flag_values=values)
 
 
 def run(options: flags.FlagValues) -> None:
     """Run the job. A ValueError or OSError is a mistake of the user."""
+    if options.calibrate:
+        return exit_flags.calibrate(options)
     names = ("text", "text_tokens", "tasks", "task_dir", "context_length", "limit", "batch_size")
-    settings = Settings(**{name: options[name].value for name in names}, dtype=options.dtype)
+    given = {name: options[name].value for name in names}
+    settings = Settings(**given, dtype=options.dtype, **exit_flags.read(options))
     out = report_file(options)
     if out is not None:
         check_writable(out)
@@ -70,6 +86,8 @@ def run(options: flags.FlagValues) -> None:
     source = None if options.source == "none" else options.source
     report = evaluate(model, settings, source, out)
     output.say(evaluation_report.table(report))
+    if "exits" in report:
+        output.say("\n" + exit_report.table(report["exits"]))
     written = [] if out is None else [out]
     if options.plots and jax.process_index() == 0:
         metrics = pathlib.Path(options.checkpoint) / "metrics.jsonl"

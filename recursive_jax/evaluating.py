@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import json
 import os
@@ -13,20 +12,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 
-from recursive_jax import file_lock, files, sharding
+from recursive_jax import file_lock, files, generation, sharding
 from recursive_jax.console.output import note
 from recursive_jax.console.progress import WorkProgress
-from recursive_jax.decoding.requests import Request, Sampling, check_number
+from recursive_jax.decoding.requests import Request, Sampling
 from recursive_jax.evaluation import rolling
 from recursive_jax.evaluation.encoding import Encoder
-from recursive_jax.evaluation.likelihood import Likelihoods
-from recursive_jax.evaluation.perplexity import perplexity
 from recursive_jax.evaluation.records import Records, key, recorded_scores
-from recursive_jax.models.decoder import Decoder
-from recursive_jax.models.parameters import logical_axes
-from recursive_jax.text import Windows
+from recursive_jax.evaluation_settings import Settings
+from recursive_jax.placed import Placed
 from recursive_jax.text.documents import documents
 
 if TYPE_CHECKING:
@@ -39,99 +34,6 @@ WINDOWS = (
     "prefix (BOS or nothing); per token. Every loop is an exit through the same final norm and head"
 )
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # nats per token between two runs of one model
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What is measured, and how.
-
-    Attributes:
-      text: files, directories, tfds:NAME or docstrings[:N]; None measures no perplexity.
-      text_tokens: of it, at most.
-      tasks: names separated by commas, or 'all'; None measures none.
-      task_dir: directory of local tasks; None: lm-eval's own, from a hub.
-      context_length: longest context; None: 512 for windows, 2,048 at most for rolling perplexity,
-        the model's own for tasks.
-      limit: items of every task, at most.
-      batch_size: rows per call of the model.
-      dtype: compute dtype.
-    """
-
-    text: str | None = None
-    text_tokens: int = 20_000
-    tasks: str | None = None
-    task_dir: str | None = None
-    context_length: int | None = None
-    limit: int | None = None
-    batch_size: int = 8
-    dtype: str = "auto"
-
-    def __post_init__(self):
-        if self.text is None and self.tasks is None:
-            raise ValueError("nothing to evaluate: give a text, or tasks")
-        if self.task_dir is not None and self.tasks is None:
-            raise ValueError("task_dir without tasks; name some, or 'all'")
-        for name in ("text_tokens", "batch_size", "context_length", "limit"):
-            value = getattr(self, name)
-            if value is not None:
-                least = 2 if name == "context_length" else 1
-                check_number(name, value, True, least, 2**31 - 1)
-        object.__setattr__(self, "dtype", sharding.compute_dtype(self.dtype).name)
-
-    def max_length(self, longest: int) -> int:
-        return min(self.context_length or longest, longest)
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-
-class Placed:
-    """A model's decoder and weights on all devices, for measurements."""
-
-    def __init__(self, model: Model, dtype: str):
-        compute = sharding.compute_dtype(dtype)
-        self.mesh = sharding.make_mesh()
-        self._rules = sharding.rules_for(self.mesh, model.cfg)
-        places = sharding.shardings(logical_axes(model.cfg), self.mesh, self._rules)
-        self.decoder = Decoder(
-            model.cfg, dtype=compute, data_shards=sharding.data_shards(self.mesh)
-        )
-        self.params = model.weights.read(places, jnp.float32)
-
-    @contextlib.contextmanager
-    def use(self) -> Iterator[None]:
-        precise = sharding.matmul_precision(self.decoder.dtype)
-        with sharding.use(self.mesh, self._rules), precise:
-            yield
-
-    def put(self, batch: Any) -> Any:
-        return sharding.put_global(batch, sharding.batch_sharding(self.mesh))
-
-    def perplexity(
-        self, windows: Windows, batch_size: int, progress: Callable[[float], None] = float
-    ) -> dict[str, Any]:
-        """As `evaluation.perplexity` returns it; `progress` as in `Records`."""
-        shards, number = self.decoder.data_shards, len(windows.tokens)
-        rows = -(-min(batch_size, number) // shards) * shards
-        batches, done = -(-number // rows), 0
-
-        def put(batch):
-            nonlocal done
-            progress(done / batches)
-            done += 1
-            return self.put(batch)
-
-        with self.use():
-            every = self.decoder.cfg.has_exits
-            found = perplexity(self.decoder, self.params, *windows, rows, every, put)
-        progress(1.0)
-        return found
-
-    def likelihoods(self, max_length: int, batch_size: int) -> Likelihoods:
-        return Likelihoods(
-            self.decoder, self.params, max_length, batch_size, self.decoder.cfg.has_exits,
-            self.put, sharding.replicated(self.mesh), self.use,
-        )  # fmt: skip
 
 
 def measure(
@@ -178,6 +80,12 @@ def measure(
             with WorkProgress("rolling perplexity", quiet) as progress:
                 found = _rolling(encoder, texts, length, placed, settings, records, progress)
             out["perplexity"]["rolling"] = {"max_length": length} | found
+            if settings.exits:
+                config = generation.with_thresholds(settings.exit_config(), model)
+                name = key("exits", str(config), zlib.crc32(windows.tokens.tobytes()))
+                if name not in records:
+                    records.add([(name, _exits(model, windows, config, settings, placed, quiet))])
+                out["exits"] = records[name]
         if loaded is not None:
             from recursive_jax.evaluation import harness
 
@@ -185,6 +93,13 @@ def measure(
                 args = placed, longest, settings.batch_size, records, progress
                 out["tasks"] = harness.run(language_model(model, *args), loaded, settings.limit)
     return out
+
+
+def _exits(model, windows, config, settings, placed, quiet) -> dict[str, Any]:
+    from recursive_jax.early_exits import Subject, measure_exits
+
+    how = config.measure, config.missing_kv, settings.dtype, settings.batch_size, quiet
+    return measure_exits(Subject(model, windows, *how), config.thresholds, placed)
 
 
 def language_model(
@@ -230,6 +145,8 @@ def evaluate(
     """
     out = None if out is None else pathlib.Path(out)
     part = None if out is None else pathlib.Path(f"{out}.part")
+    if settings.exits:
+        settings.exit_config().check_loops(model.cfg.num_loops)
     beside, reason = None, ""
     if model.cfg.num_loops > 1 and source is not None:
         beside, reason = _find_source(model, source)  # before any work
@@ -241,7 +158,7 @@ def evaluate(
         report = {"settings": settings.to_json(), "versions": versions()}
         report |= measure(model, settings, part, quiet)
         if beside is not None:
-            report["source"] = source_report(model, settings, beside, out, quiet)
+            report["source"] = source_report(model, settings.of_source(), beside, out, quiet)
         elif reason:
             report["source"] = _from_certificate(model, settings) | {"reason": reason}
         if out is not None and first:

@@ -27,7 +27,9 @@ from recursive_jax.decoding.config import EngineConfig
 from recursive_jax.decoding.exit_measures import Measure, TopProbability
 from recursive_jax.decoding.requests import Completion, Event, check_number, shown
 from recursive_jax.decoding.thresholds import Thresholds
+from recursive_jax.evaluation_settings import Settings
 from recursive_jax.models.config import DecoderConfig
+from recursive_jax.placed import Placed
 from recursive_jax.text.documents import documents
 from recursive_jax.training.config import TrainConfig
 from recursive_jax.weights import checkpoint, tying, workdir_lock
@@ -311,7 +313,7 @@ class Model:
         """
         check_number("batch_size", batch_size, True, 1, 2**31 - 1)
         windows = self.windows(text, tokens, context_length)
-        return evaluating.Placed(self, dtype).perplexity(windows, batch_size)
+        return Placed(self, dtype).perplexity(windows, batch_size)
 
     def evaluate(
         self,
@@ -331,14 +333,14 @@ class Model:
           out: file of the report. While it is made, results are kept in OUT.part, and the same call
             goes on from there. The source's report is kept in OUT.source.json.
           quiet: show no progress.
-          settings: fields of `evaluating.Settings`: `tasks`, `task_dir`, `text_tokens`,
-            `context_length`, `limit`, `batch_size`, `dtype`.
+          settings: fields of `evaluation_settings.Settings`: `tasks`, `task_dir`, `text_tokens`,
+            `context_length`, `limit`, `batch_size`, `dtype`, `exits` and how tokens exit.
 
         Raises:
           FileNotFoundError, ValueError: a setting, text or task that cannot be used; by name.
         """
         text = text if text is None else os.fspath(text)
-        how = _one_of("settings", None, evaluating.Settings, {"text": text, **settings})
+        how = _one_of("settings", None, Settings, {"text": text, **settings})
         return evaluating.evaluate(self, how, source, out, quiet)
 
     def harness(
@@ -356,7 +358,7 @@ class Model:
         """
         evaluating.check_lm_eval()
         longest = min(context_length or self.cfg.max_length, self.cfg.max_length)
-        return evaluating.language_model(self, evaluating.Placed(self, dtype), longest, batch_size)
+        return evaluating.language_model(self, Placed(self, dtype), longest, batch_size)
 
     def exits(
         self,

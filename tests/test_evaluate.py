@@ -17,7 +17,9 @@ from recursive_jax.evaluation import rolling
 from recursive_jax.evaluation.encoding import Encoder
 from recursive_jax.evaluation.perplexity import perplexity
 from recursive_jax.evaluation.records import Records
+from recursive_jax.evaluation_settings import Settings
 from recursive_jax.model import load
+from recursive_jax.placed import Placed
 
 TEXT = "Return the list of names that are in the file. Raise ValueError if there are none.\n" * 9
 
@@ -137,12 +139,12 @@ def test_the_certificate_stands_in_for_a_source_that_is_gone(place, tmp_path):
     model = load(place / "model")
     model.facts["source"] = str(tmp_path / "gone")
     report = evaluating.evaluate(
-        model, evaluating.Settings(str(place / "text.txt"), 100, context_length=32), quiet=True
+        model, Settings(str(place / "text.txt"), 100, context_length=32), quiet=True
     )
     assert report["source"]["from"] == "certificate" and "gone" in report["source"]["reason"]
     nll = report["source"]["perplexity"]["windows"]["nll"]
     assert nll == model.certificate["source_nll"]
-    other = evaluating.Settings(str(place / "text.txt"), 50, context_length=32)
+    other = Settings(str(place / "text.txt"), 50, context_length=32)
     assert evaluating.evaluate(model, other, quiet=True)["source"]["from"] == "nowhere"
 
 
@@ -240,7 +242,7 @@ def test_the_standard_error_of_a_mean_over_windows():
     """Against the ratio estimator, written out on the nll of every window."""
     model = make_model()
     windows = model.windows([TEXT], 150, 32)
-    decoder = evaluating.Placed(model, "float32").decoder
+    decoder = Placed(model, "float32").decoder
     found = perplexity(decoder.clone(data_shards=1), model.params, *windows, 4, all_loops=True)
     sums, counts = [], windows.scored[:, 1:].sum(1)
     for ids, scored in zip(*windows, strict=True):

@@ -11,7 +11,7 @@ from recursive_jax.console import tables
 def start(model: Any, settings: Any, out: str | None) -> str:
     """The table of what is about to be measured.
 
-    `model`: a `model.Model`; `settings`: `evaluating.Settings`; `out`: file of the report.
+    `model`: a `model.Model`; `settings`: `evaluation_settings.Settings`; `out`: file of the report.
     """
     cfg = model.cfg
     loops = f"{cfg.num_loops} loops × " if cfg.num_loops > 1 else ""

@@ -15,9 +15,9 @@ import time
 
 import numpy as np
 
-from recursive_jax import evaluating
 from recursive_jax.evaluation import harness, tasks
 from recursive_jax.model import load
+from recursive_jax.placed import Placed
 
 
 def main():
@@ -51,7 +51,7 @@ def main():
 def our_model(directory, batch_size):
     model = load(directory)
     longest = model.cfg.max_length
-    scorer = evaluating.Placed(model, "float32").likelihoods(longest, batch_size)
+    scorer = Placed(model, "float32").likelihoods(longest, batch_size)
     return harness.RecursiveLM(model.tokenizer, model.cfg.vocab_size, longest, scorer)
 
 
