@@ -1,16 +1,20 @@
 """Early exits on a text: every loop's answers, the engine's own exits, and calibrated bounds."""
 
 import dataclasses
+import json
 
+import commands
 import numpy as np
 import pytest
 from decode_models import scanned
+from evaluated import make_model
 from test_engine import CONTEXT, GEMMA, NEOX, RELAXED, TIED, engine_of, params_of
 
 from recursive_jax.decoding.exit_measures import Cosine, Margin, Stable, TopProbability
 from recursive_jax.decoding.requests import Request
 from recursive_jax.decoding.session import generate
 from recursive_jax.evaluation import exits, flops, risk
+from recursive_jax.model import load
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import Decoder
 
@@ -238,3 +242,80 @@ def test_a_window_s_loss():
     unit, bound = risk.in_unit(np.array([0.1]), 0.05, "perplexity")
     assert unit[0] == 0.2 and bound == pytest.approx(np.log(1.05) / risk.LARGEST_RISE)
     assert risk.readable(np.full(3, np.log(1.05)), "perplexity") == pytest.approx(0.05)
+
+
+TEXT = "Return the list of names that are in the file. Raise ValueError if there are none.\n"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with a checkpoint of two loops, one of one loop, and a text."""
+    place = tmp_path_factory.mktemp("exits")
+    (place / "text.txt").write_text(TEXT * 60)
+    make_model().save(place / "model")
+    make_model(num_loops=1).save(place / "source")
+    return place
+
+
+def evaluate(place, *flags, model="model"):
+    return commands.run(
+        "evaluate", f"--checkpoint={place / model}", f"--text={place / 'text.txt'}",
+        "--dtype=float32", *flags,
+    )  # fmt: skip
+
+
+def test_the_job_measures_exits_as_the_model_does(place):
+    done = evaluate(
+        place, "--exits", "--exit_threshold=0.02", "--missing_kv=propagate", "--text_tokens=90",
+        "--context_length=32", "--source=none",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads((place / "model" / "evaluation.json").read_text())["exits"]
+    wanted = load(place / "model").exits(
+        place / "text.txt", 90, 32, measure=TopProbability(0.02), missing_kv="propagate",
+        dtype="float32", quiet=True,
+    )  # fmt: skip
+    assert found["exits"][0]["depth"] == wanted["exits"][0]["depth"]
+    assert found["tokens"] == 90 and found["exits"][0]["thresholds"] == [0.02]
+    for row in (*found["loops"], found["oracle"]):
+        assert sum(row["depth"]) == pytest.approx(1)
+    assert found["loops"][1]["agreement"] == found["oracle"]["agreement"] == 1.0
+    for words in ("all after loop 1", "top1 > 0.02", "oracle, teacher-forced", "loop gain"):
+        assert words in done.stdout
+
+
+def test_calibrated_thresholds_are_stored_with_the_weights_they_are_for(place):
+    done = evaluate(
+        place, "--calibrate=top1", "--bound=0.2", "--risk=perplexity", "--text_tokens=1500",
+        "--context_length=16",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    thresholds = load(place / "model").thresholds
+    thresholds.check_current()
+    assert thresholds.promise == "perplexity rises by at most 20.00%, confidence 0.9"
+    assert thresholds.promise in done.stdout and "--exit_measure=calibrated" in done.stdout
+    assert thresholds.record["p_value"] <= 0.1 and thresholds.record["windows"] > 80
+    other = dataclasses.replace(load(place / "model"), weights=make_model().weights)
+    with pytest.raises(ValueError, match="missing_kv=complete, not with copy; calibrate again"):
+        other.exits(place / "text.txt", 90, 32, missing_kv="copy", quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "said"),
+    [
+        ("source", ["--exits"], "needs a model of at least 2 loops, this one has 1"),
+        ("source", ["--calibrate=top1"], "has one loop, so no token can exit early"),
+        ("model", ["--calibrate=oracle"], "has no threshold; nothing to calibrate"),
+        ("model", ["--calibrate=top1", "--bound=2"], "bound=2.0"),
+        ("model", ["--calibrate=top1", "--text_tokens=50"], "windows, which prove nothing"),
+        ("model", ["--calibrate=top1", "--limit=3"], "--limit beside --calibrate"),
+        ("model", ["--exits", "--exit_measure=static:1"], "the table shows every loop anyway"),
+        ("model", ["--exit_measure=top1"], "--exit_measure without --exits"),
+        ("model", ["--bound=0.1"], "--bound without --calibrate"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(place, model, flags, said):
+    done = evaluate(place, *flags, model=model)
+    assert done.returncode == 2 and said in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert not (place / "source" / "thresholds.json").exists()
