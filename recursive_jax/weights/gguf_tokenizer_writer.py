@@ -89,6 +89,8 @@ def tokenizer_metadata(
             say("llama.cpp does not compose characters: text that is not in NFC gets other ids")
     else:
         out = _sentencepiece(rules, steps, tokens, types, tokenizer.unk_token_id, architecture)
+        if architecture.startswith("gemma"):
+            say("llama.cpp cuts a run of more than 31 spaces into other tokens")
         if any(step["type"] == "Metaspace" and out["ggml.add_space_prefix"] for step in steps):
             say(
                 "llama.cpp puts a space before every text: a text that begins with a space gets "
