@@ -104,6 +104,8 @@ class Export:
     def _own(self, made: pathlib.Path) -> None:
         model = self.model
         facts = {n: model.facts[n] for n in ("source", "tying") if model.facts.get(n) is not None}
+        if model.cfg.num_loops == 1:  # it is its own source
+            facts.pop("source", None)
         facts["generation_config"] = generation_config(model)
         own_format.save(
             host_params(model), model.cfg, made, self.format, self.dtype, self.max_shard_bytes,

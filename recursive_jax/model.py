@@ -533,8 +533,9 @@ def load(spec: str | os.PathLike, step: int | None = None, ema: bool | None = No
             raise ValueError(f"ema={ema} of {spec}, which is no checkpoint of this package")
         source = open_source(spec)
         cfg, tokenizer = source.cfg, source.load_tokenizer()
-        facts = {"source": str(source.path), "generation_config": source.generation_config}
-        facts |= source.facts
+        facts = {"generation_config": source.generation_config, **source.facts}
+        if cfg.num_loops == 1:  # a vanilla model is its own source
+            facts["source"] = str(source.path)
         weights, thresholds, certificate = SourceWeights(source), None, source.certificate
         name = str(source.path)
     text.check_vocabulary(tokenizer, cfg.vocab_size)
