@@ -142,10 +142,10 @@ def evaluate(
       recursive model: `source_report.measured`, or what its certificate stores: `from` is then
       'certificate' or 'nowhere', and `reason` says why the source was not measured.
     """
-    out = None if out is None else pathlib.Path(out)
-    part = None if out is None else pathlib.Path(f"{out}.part")
     from recursive_jax import source_report
 
+    out = None if out is None else pathlib.Path(out)
+    part = None if out is None else pathlib.Path(f"{out}.part")
     if settings.exits:
         settings.exit_config().check_loops(model.cfg.num_loops)
     beside, reason = None, ""
