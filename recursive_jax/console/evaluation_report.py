@@ -184,6 +184,6 @@ def _kept(report: Mapping[str, Any], source: Mapping[str, Any]) -> list[str]:
     if both:
         mean = 100 * sum(ours - theirs for ours, theirs in both) / len(both)
         lines.append(
-            f"{mean:+.1f} points of accuracy against the source, mean of {len(both)} tasks"
+            f"{mean:+.1f} points of accuracy against the source, tasks: {len(both)}"
         )
     return lines
