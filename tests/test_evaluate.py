@@ -289,6 +289,6 @@ def test_tasks_of_the_source_stand_beside_those_of_the_model():
     assert lines[0].split() == ["task", "items", "metric", "loop", "1", "loop", "2", "source"]
     values = re.findall(r"[\d.]+ ± [\d.]+ %", lines[2])
     assert values == ["25.0 ± 25.0 %", "50.0 ± 25.0 %", "75.0 ± 25.0 %"]
-    assert lines[-1] == "-25.0 points of accuracy against the source, mean of 1"
+    assert lines[-1] == "-25.0 points of accuracy against the source, tasks: 1"
     source["check"] = {"agrees": False, "text": "T", "measured": 2.0, "stored": 1.0}
     assert "points of accuracy" not in evaluation_report.table(report)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import socket
 
 import evaluated
 import jax
@@ -318,6 +319,20 @@ def test_a_missing_task_lists_those_that_are_there(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="empty.jsonl has no items"):
         tasks.load_tasks("empty", tmp_path)
+
+
+def test_a_hub_that_does_not_answer_is_told_at_once(monkeypatch):
+    """By a port of this machine at which nothing listens."""
+    from huggingface_hub import constants
+
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        with pytest.raises(ValueError, match="127.0.0.1 cannot be reached.*--task_dir=DIR"):
+            tasks.load_tasks("arc_easy", None)
 
 
 def test_a_file_may_have_its_distributed_name(tmp_path):

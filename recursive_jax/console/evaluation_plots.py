@@ -80,6 +80,12 @@ def _loops(axes: Any, count: int) -> None:
     axes.set_xlabel("loops executed")
 
 
+def _plain_numbers(axes: Any) -> None:
+    """40, not 4 × 10¹, at the ticks of a logarithmic axis."""
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+
+
 def _quality(axes, tasks, source) -> None:
     """Accuracy of every task over loops, with standard errors; a dotted line: the source."""
     for name, task in tasks.items():
@@ -106,6 +112,7 @@ def _perplexity(axes, found, source) -> None:
         axes.axhline(source["windows"]["perplexity"], ls=":", color="black", label="source")
     _loops(axes, len(values))
     axes.set(ylabel="perplexity", yscale="log")
+    _plain_numbers(axes)
     axes.legend()
 
 
@@ -137,4 +144,5 @@ def _recovery(axes, rows) -> None:
     if source:
         axes.axhline(source[-1], ls=":", color="black", label="source")
     axes.set(xlabel="tokens trained on" if logged else "steps", ylabel="perplexity", yscale="log")
+    _plain_numbers(axes)
     axes.legend()

@@ -183,7 +183,5 @@ def _kept(report: Mapping[str, Any], source: Mapping[str, Any]) -> list[str]:
             if n in source.get("tasks", {}) and t["metric"].startswith("acc")]  # fmt: skip
     if both:
         mean = 100 * sum(ours - theirs for ours, theirs in both) / len(both)
-        lines.append(
-            f"{mean:+.1f} points of accuracy against the source, mean of {len(both)} tasks"
-        )
+        lines.append(f"{mean:+.1f} points of accuracy against the source, tasks: {len(both)}")
     return lines

@@ -117,6 +117,7 @@ def recorded_scores(
     for done, batch in likelihoods([pairs[n] for n in order]):
         records.add((names[order[k]], score) for k, score in batch.items())
         progress(done)
+    progress(1.0)
     return [Score(*records[name]) for name in names]
 
 

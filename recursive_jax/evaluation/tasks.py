@@ -20,6 +20,9 @@ import functools
 import json
 import logging
 import pathlib
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -207,6 +210,7 @@ def _from_hub(names: Sequence[str]) -> dict[str, Any]:
     """lm-eval's own tasks; their data is downloaded."""
     from lm_eval.tasks import TaskManager
 
+    _check_hub(names)
     manager = TaskManager()
     names = [ALIASES.get(name, name) for name in names]
     for name in names:
@@ -224,6 +228,24 @@ def _from_hub(names: Sequence[str]) -> dict[str, Any]:
         raise ValueError(
             f"the data of {', '.join(names)} cannot be loaded from a hub: {reason}. Give local "
             "files with --task_dir=DIR (docs/evaluate.md has their format)"
+        ) from error
+
+
+def _check_hub(names: Sequence[str]) -> None:
+    """Raise ValueError if the hub does not answer: its client would try again for minutes."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or "https" in urllib.request.getproxies():
+        return
+    place = urllib.parse.urlsplit(constants.ENDPOINT)
+    port = place.port or (443 if place.scheme == "https" else 80)
+    try:
+        socket.create_connection((place.hostname, port), timeout=10).close()
+    except OSError as error:
+        raise ValueError(
+            f"the data of {', '.join(names)} is on a hub, and {place.hostname} cannot be reached "
+            f"({error}). Give local files with --task_dir=DIR (docs/evaluate.md has their format), "
+            "or set HF_HUB_OFFLINE=1 to use data that was downloaded before"
         ) from error
 
 
