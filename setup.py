@@ -78,6 +78,8 @@ setup(
             "pytest>=8",
             "xllamacpp>=2026.10",  # runs the .gguf files that we write
             "pytest-xdist>=3.7",
+            "nbclient>=0.10",  # runs the notebook
+            "ipykernel>=6.29",
             "hypothesis>=6.100",
             "ruff>=0.6",
         ],

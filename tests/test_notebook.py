@@ -34,6 +34,7 @@ def test_every_cell_runs(notebook, tmp_path, monkeypatch):
     for name, value in (TINY | {"RJ_TASK_DIR": str(write_tasks(tmp_path / "tasks")),
                                 "TMPDIR": str(tmp_path), "PYTHONPATH": paths}).items():  # fmt: skip
         monkeypatch.setenv(name, value)
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # one device
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute(cwd=tmp_path)
     printed = "".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
