@@ -696,12 +696,22 @@ def test_energy_kept_is_the_share_of_the_squared_residual(loops):
         squares = np.square(np.linalg.svd(stack - base, compute_uv=False))
         for rank in (0, 3, 24):
             energy = {}
-            tie_by(params, cfg, loops, method, "svd", rank, on_projection=energy.__setitem__)
+
+            def note(name, kept, by_layer, energy=energy):
+                energy[name] = kept, by_layer
+
+            tie_by(params, cfg, loops, method, "svd", rank, on_projection=note)
             expected = squares[..., :rank].sum() / squares.sum()
-            assert energy["down"] == pytest.approx(expected, abs=1e-5)
+            assert energy["down"][0] == pytest.approx(expected, abs=1e-5)
+            layers = squares[..., :rank].sum((0, 2)) / squares.sum((0, 2))
+            np.testing.assert_allclose(energy["down"][1], layers, atol=1e-5)
             assert sorted(energy) == ["down", "gate", "k", "o", "q", "up", "v"]
     kept = {}
-    tie_by(params, cfg, loops, "average", "split", 3, on_projection=kept.__setitem__)
+
+    def only_kept(name, share, by_layer):
+        kept[name] = share
+
+    tie_by(params, cfg, loops, "average", "split", 3, on_projection=only_kept)
     squares = np.square(np.linalg.svd(stack - stack.mean(axis=0), compute_uv=False))
     assert kept["down"] > squares[..., :3].sum() / squares.sum() + 0.05
     if loops == 2:

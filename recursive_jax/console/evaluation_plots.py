@@ -39,7 +39,8 @@ def save(
     if len(report.get("perplexity", {}).get("windows", {}).get("nll_exits", [])) > 1:
         drawn["perplexity"] = _perplexity, (report["perplexity"], source.get("perplexity"))
     if (certificate or {}).get("energy_kept"):
-        drawn["energy"] = _energy, (certificate["energy_kept"],)
+        kept = certificate["energy_kept"]
+        drawn["energy"] = _energy, (kept, certificate.get("energy_kept_by_layer", {}))
     steps = [] if metrics is None or not metrics.is_file() else read_metrics(metrics)
     if any("valid/perplexity" in row for row in steps):
         drawn["recovery"] = _recovery, (steps,)
@@ -116,14 +117,14 @@ def _perplexity(axes, found, source) -> None:
     axes.legend()
 
 
-def _energy(axes, kept) -> None:
-    """Bars by projection; lines over layers where the certificate has a list of them."""
-    layered = {name: share for name, share in kept.items() if isinstance(share, list)}
-    for name, shares in layered.items():
-        axes.plot(range(len(shares)), [100 * share for share in shares], "o-", label=name)
-    if layered:
-        axes.set_xlabel("layer")
-        axes.legend()
+def _energy(axes, kept, by_layer) -> None:
+    """A line over the block's layers for each projection; bars where layers are not known."""
+    for name, shares in by_layer.items():
+        label = f"{name}: {kept[name]:.0%}"
+        axes.plot(range(len(shares)), [100 * share for share in shares], "o-", label=label)
+    if by_layer:
+        axes.set_xlabel("layer of the block")
+        axes.legend(ncol=2)
     else:
         axes.bar(list(kept), [100 * share for share in kept.values()])
         axes.set_xlabel("projection")

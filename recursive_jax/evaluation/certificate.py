@@ -59,16 +59,18 @@ def tie_with_certificate(
     Shows a progress bar, called `name`, on process 0 and if `progress`.
     """
     energy: dict[str, float] = {}
+    by_layer: dict[str, list[float]] = {}
     projections, hidden = len(source.cfg.projections), not progress or jax.process_index() != 0
     with tqdm(total=projections, desc=name, unit="projection", disable=hidden) as bar:
 
-        def on_projection(name, kept):
+        def on_projection(name, kept, layers):
             if not math.isfinite(kept):
                 raise ValueError(
                     f"{source.path}: the weights of projection {name} are so large that their "
                     "squares exceed float32. Nothing was written; check the source"
                 )
-            energy[name] = round(float(kept), 6)
+            energy[name] = round(kept, 6)
+            by_layer[name] = [round(float(share), 6) for share in layers]
             bar.set_postfix_str(f"{name} keeps {kept:.1%}")
             bar.update()
 
@@ -87,6 +89,7 @@ def tie_with_certificate(
         "tensors": source.params.num_tensors,
         "parameters": sizes(source.cfg, cfg),
         "energy_kept": energy,
+        "energy_kept_by_layer": by_layer,
         "warnings": warnings(source.cfg, cfg),
     }
     return params, cfg, certificate

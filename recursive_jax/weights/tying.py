@@ -38,7 +38,7 @@ def tie(
     params: Params,
     cfg: DecoderConfig,
     how: TieConfig,
-    on_projection: Callable[[str, float], None] | None = None,
+    on_projection: Callable[[str, float, np.ndarray], None] | None = None,
     place: Callable[[Any], Any] = lambda leaf: _float32(leaf),
     metric: MetricOf | None = None,
 ) -> tuple[dict[str, Any], DecoderConfig]:
@@ -51,9 +51,10 @@ def tie(
         method `layers(path, depths)`, as `names.LazyParams` has, it may load single layers.
       cfg: the vanilla model: `num_loops == 1`, no LoRA, `norms == 'tied'`.
       how: options of the conversion.
-      on_projection: called after each projection with its name and the share of the squared
-        residual ‖W - shared‖² that the LoRAs keep, over all layers and loops. Under 'split' the
-        residual is taken from the mean. 'random' does not call it.
+      on_projection: called after each projection with its name, the share of the squared residual
+        ‖W - shared‖² that the LoRAs keep over all layers and loops, and the share of each layer of
+        the block, `[layer]`. Under 'split' the residual is taken from the mean. 'random' does not
+        call it.
       place: moves a finished leaf to its device, in float32. The result is then never in memory
         twice. The default gives numpy arrays.
       metric: of the source's weights, for 'joint'; None: the plain squared error.
@@ -93,11 +94,12 @@ def tie(
             through = [fold.bias[d] @ layer(d) for d in range(cfg.depth)]
             bias = leaf.sibling("b")
             vectors[bias] = vectors[bias] + np.stack(through)
-        arrays, kept = _tie_projection(leaf.projection, layer, fold, tied, how, metric)
+        arrays, residual, error = _tie_projection(leaf.projection, layer, fold, tied, how, metric)
         del layer
         out |= {leaf.sibling(name): place(arrays.pop(name)) for name in list(arrays)}
         if on_projection:
-            on_projection(leaf.projection, kept)
+            whole = _kept(residual.sum(keepdims=True), error.sum(keepdims=True))
+            on_projection(leaf.projection, float(whole[0]), _kept(residual, error))
     for path, table in vectors.items():
         out[path] = place(_tie_vector(tied_leaves[path], table, tied, how))
     for path, leaf in tied_leaves.items():
@@ -192,7 +194,12 @@ class Unrolled(Mapping):
         return len(self._leaves)
 
 
-def _tie_projection(name, source, fold, cfg, how, metric) -> tuple[dict[str, np.ndarray], float]:
+def _kept(residual: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """Shares of the residuals that the LoRAs keep; 1 where there is none."""
+    return 1 - np.divide(error, residual, out=np.zeros_like(error), where=residual != 0)
+
+
+def _tie_projection(name, source, fold, cfg, how, metric):
     """Shared weight and LoRA factors of one projection, by parameter name; and the share kept.
 
     Args:
@@ -204,8 +211,9 @@ def _tie_projection(name, source, fold, cfg, how, metric) -> tuple[dict[str, np.
       metric: as in `tie`.
 
     Returns:
-      The arrays, and the share of the squared residual that the LoRAs keep, measured on them, or,
-      under 'joint', in its metric.
+      The arrays; by layer of the block, float64 `[layer]`: the squared residuals of the shared
+      weight, and what the LoRAs leave of them, measured on the arrays or, under 'joint', in its
+      metric.
     """
     selected = _selected(cfg, how)
     loops, layers, rank = cfg.num_loops, cfg.num_layers, cfg.rank(name)
@@ -219,7 +227,7 @@ def _tie_projection(name, source, fold, cfg, how, metric) -> tuple[dict[str, np.
 
     weights_of = _Weights(name, source, fold, cfg, metric)
     read = weights_of.read
-    residual = error = 0.0
+    residual, error = np.zeros(layers), np.zeros(layers)
     if how.lora_init == "joint":
 
         def fit(layer: int) -> joint.Fit:
@@ -227,15 +235,15 @@ def _tie_projection(name, source, fold, cfg, how, metric) -> tuple[dict[str, np.
             return joint.fit(*weights_of.loops(layer), rank, own_rng)
 
         for layer, found in enumerate(_in_parallel(fit, range(layers), (in_dim, out_dim))):
-            residual, error = residual + found.residual, error + found.objective[-1]
+            residual[layer], error[layer] = found.residual, found.objective[-1]
             arrays["w"][layer] = found.base
             for loop, (a, b) in enumerate(found.factors):
                 arrays["lora_a"][layer, loop], arrays["lora_b"][layer, loop] = a, b
-        return arrays, 1 - error / residual if residual else 1.0
+        return arrays, residual, error
     for layer in range(layers):
         weights = [read(depth) for depth in cfg.depths()[layer]]
         base = low_rank.mean(weights) if selected is None else read(selected[layer])
-        residual += sum(low_rank.squared_norm(w - base) for w in weights)
+        residual[layer] = sum(low_rank.squared_norm(w - base) for w in weights)
         factors = []
         if how.lora_init == "zero" and rank:
             factors = [low_rank.zero_start(in_dim, out_dim, rank, rng) for _ in weights]
@@ -247,8 +255,8 @@ def _tie_projection(name, source, fold, cfg, how, metric) -> tuple[dict[str, np.
         arrays["w"][layer] = base
         for loop, (a, b) in enumerate(factors):
             arrays["lora_a"][layer, loop], arrays["lora_b"][layer, loop] = a, b
-            error += low_rank.squared_norm(weights[loop] - base - a @ b)
-    return arrays, 1 - (error if rank else residual) / residual if residual else 1.0
+            error[layer] += low_rank.squared_norm(weights[loop] - base - a @ b)
+    return arrays, residual, error if rank else residual
 
 
 @dataclasses.dataclass(frozen=True)
