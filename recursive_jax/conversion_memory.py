@@ -12,8 +12,8 @@ from recursive_jax.models.parameters import leaves
 from recursive_jax.weights import tying
 from recursive_jax.weights.tie_config import TieConfig
 
-BASE = 0.8e9  # of Python, JAX and compiled programs
-OVERHEAD = 1.15  # of allocators, and what is not counted
+BASE = 1.0e9  # of Python, JAX and compiled programs
+OVERHEAD = 1.25  # of allocators, and what is not counted
 LOGITS = 1 << 30  # of the parts that run the head, at most
 
 

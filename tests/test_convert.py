@@ -1,6 +1,8 @@
 """The convert job on a small model with real file formats; its certificate against the paper."""
 
 import json
+import math
+import re
 import subprocess
 import sys
 
@@ -9,16 +11,17 @@ import jax
 import numpy as np
 import pytest
 
+from recursive_jax import conversion_memory
 from recursive_jax import text as text_lib
 from recursive_jax.evaluation import certificate
 from recursive_jax.model import load
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import Decoder
-from recursive_jax.models.parameters import init_params
+from recursive_jax.models.parameters import init_params, leaves
 from recursive_jax.text import Windows
 from recursive_jax.weights import checkpoint, hf, hf_config, tying
 from recursive_jax.weights.source import ASSETS, open_source
-from recursive_jax.weights.tie_config import TieConfig
+from recursive_jax.weights.tie_config import TieConfig, tied_config
 
 CFG = DecoderConfig(
     family="llama",
@@ -74,6 +77,8 @@ def test_command_line_writes_a_checkpoint_and_an_honest_certificate(
         env=commands.environment(), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    stated = re.search(r"^memory +at most ([0-9.]+) GB$", done.stdout, re.MULTILINE)
+    assert 0.9 < float(stated[1]) < 3, "said before anything is read"
     certificate = json.loads((out / "certificate.json").read_text())
     for key in (
         "source_perplexity perplexity kl top1_agreement energy_kept parameters warnings "
@@ -84,6 +89,9 @@ def test_command_line_writes_a_checkpoint_and_an_honest_certificate(
     picture = (tmp_path / "ranks.svg").read_text()
     assert "<svg" in picture and set(certificate["calibration"]["spectra"]) == set(CFG.projections)
     assert set(certificate["energy_kept"]) == set(CFG.projections)
+    for name, shares in certificate["energy_kept_by_layer"].items():
+        assert len(shares) == CFG.num_layers // 2
+        assert min(shares) <= certificate["energy_kept"][name] <= max(shares)
     params, cfg = checkpoint.load_params(out)
     counts = certificate["parameters"]
     assert counts["source"] == 4 * sum(a * b for a, b in CFG.projections.values())
@@ -207,3 +215,18 @@ def test_layer_by_layer_is_the_model(tmp_path):
     rows = np.fromfile(tmp_path / "rows", np.float32).reshape(3, 19, 64)
     np.testing.assert_allclose(rows, log_probabilities(cfg, params, tokens), atol=1e-5)
     assert reference.compare(Decoder(cfg), params)["kl"] < 1e-6
+
+
+def test_memory_grows_with_what_is_held():
+    """Ranks, two results at once, and the widest projection."""
+    base = CFG.replace(embed_dim=256, mlp_dim=4096, num_layers=8)
+
+    def needed(cfg=base, **how):
+        how = TieConfig(**{"num_loops": 2, "lora_rank": 64, "metric": "fisher"} | how)
+        return conversion_memory.num_bytes(cfg, tied_config(cfg, how), how)
+
+    tied = leaves(tied_config(base, TieConfig(2)))
+    assert needed() > conversion_memory.BASE + 4 * sum(math.prod(x.shape) for x in tied.values())
+    assert needed(lora_rank=128) > needed()
+    assert needed(metric="auto") > needed()
+    assert needed(base.replace(mlp_dim=16384)) > needed() + 1e9
