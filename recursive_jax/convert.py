@@ -111,7 +111,8 @@ def convert(options: flags.FlagValues) -> None:
         spectra.save(options.plot, model.certificate, model.cfg)
     output.say("\n" + certificate_report.table(model.certificate))
     family = cfg.family
-    config = {"gpt_neox": "pythia", "llama": "llama"}.get(family, "gemma")
+    name = "gemma" if family.startswith("gemma") else "llama"
+    config = "pythia" if family == "gpt_neox" else name
     output.say(
         f"wrote {out} ({model.certificate['seconds']:.0f} s); next: python -m recursive_jax.train "
         f"--config={config}_rrt --workdir=DIR --config.init_from={shlex.quote(str(out))} "

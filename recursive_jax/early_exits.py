@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from recursive_jax import generation, sharding, text
+from recursive_jax.decode_model import OnDevices
 from recursive_jax.decoding.config import MISSING_KV
 from recursive_jax.decoding.exit_measures import Measure, Oracle, Recorded, Static
 from recursive_jax.decoding.requests import check_number
@@ -26,10 +28,27 @@ from recursive_jax.training.data import tokenize
 if TYPE_CHECKING:
     from recursive_jax.model import Model
 
+MEASURABLE = ("top1", "margin", "stable", "cosine", "oracle")
 SWEEP = (0.1, 0.25, 0.5, 0.75, 0.9)  # shares of tokens that leave after the first loop
 WALKED = 4  # where every candidate is a walk, one of so many is tried
 PATH_SHARE = 1 / 5  # of the calibration windows: they choose candidates, and test none
 ORACLE = "teacher-forced oracle: it knows the last loop's answer, so no engine can exit like this"
+
+
+def check(model: Model, measure: Measure) -> None:
+    """Raise ValueError unless exits by this measure can be measured of the model."""
+    if model.cfg.num_loops < 2:
+        raise ValueError(
+            f"{model.name} has one loop, so no token can exit early; make a model of several with "
+            "python -m recursive_jax.convert --num_loops=2"
+        )
+    if isinstance(measure, Static | Recorded):
+        raise ValueError(
+            f"exit measure {measure.name!r} has no threshold to measure: the table shows every "
+            f"loop anyway; expected {', '.join(MEASURABLE)}"
+        )
+    measure.check_loops(model.cfg.num_loops)
+    model.cfg.check_decodes()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,24 +74,12 @@ class Subject:
     quiet: bool = False
 
     def __post_init__(self):
-        cfg = self.model.cfg
-        if cfg.num_loops < 2:
-            raise ValueError(
-                f"{self.model.name} has one loop, so no token can exit early; make a model of "
-                "several with python -m recursive_jax.convert --num_loops=2"
-            )
-        if isinstance(self.measure, Static | Recorded):
-            raise ValueError(
-                f"exit measure {self.measure.name!r} has no threshold to measure: the table shows "
-                "every loop anyway; expected top1, margin, stable, cosine or oracle"
-            )
-        self.measure.check_loops(cfg.num_loops)
+        check(self.model, self.measure)
         if self.missing_kv not in MISSING_KV:
             raise ValueError(
                 f"missing_kv={self.missing_kv!r}; expected one of {', '.join(MISSING_KV)}"
             )
         check_number("batch_size", self.batch_size, True, 1, 2**31 - 1)
-        cfg.check_decodes()
 
     def trace(self, placed: Placed | None = None) -> exits.Trace:
         """All loops on all windows; `placed`: the model's weights, if they are there already."""
@@ -96,21 +103,26 @@ class Subject:
                     *(getattr(outcome, f.name)[keep] for f in dataclasses.fields(outcome))
                 )
             return
-        mesh, compute = sharding.make_mesh(), sharding.compute_dtype(self.dtype)
-        length = self.windows.tokens.shape[1]
-        placed = generation.put_on_devices(self.model, mesh, compute, length)
+        placed = self._decoding
         windows = self.windows if chosen is None else [x[chosen] for x in self.windows]
-        rows = self._rows(sharding.data_shards(mesh))
+        rows = self._rows(sharding.data_shards(placed.mesh))
         for thresholds in candidates:
             with (
-                sharding.use(mesh, placed.rules),
-                sharding.matmul_precision(compute),
+                sharding.use(placed.mesh, placed.rules),
+                sharding.matmul_precision(placed.decoder.dtype),
                 self._bar(self.missing_kv, len(windows[0])) as bar,
             ):
                 yield exits.walk(
                     placed.decoder, placed.params, *windows, self.measure, thresholds,
                     self.missing_kv, rows, bar.update,
                 )  # fmt: skip
+
+    @functools.cached_property
+    def _decoding(self) -> OnDevices:
+        """The model as an engine has it, for policies that go token by token."""
+        mesh, length = sharding.make_mesh(), self.windows.tokens.shape[1]
+        compute = sharding.compute_dtype(self.dtype)
+        return generation.put_on_devices(self.model, mesh, compute, length)
 
     def _rows(self, shards: int) -> int:
         return -(-min(self.batch_size, len(self.windows.tokens)) // shards) * shards
@@ -174,13 +186,13 @@ def sweep(found: exits.Trace, measure: Measure) -> list[tuple[float, ...]]:
     scores = found.score[~found.first, 0]
     values = np.quantile(scores.astype(np.float64), 1 - np.asarray(SWEEP))
     lowest, highest = measure.range
-    return [(v,) for v in dict.fromkeys(np.clip(values, lowest, highest).round(4).tolist())]
+    return [(v,) for v in dict.fromkeys(np.clip(values, lowest, highest).tolist())]
 
 
 def read_windows(
     model: Model, spec: str | os.PathLike, tokens: int, context_length: int, quiet: bool
-) -> text.Windows:
-    """Windows from all over a text, in random order, as `risk` assumes.
+) -> tuple[text.Windows, int]:
+    """Windows from all over a text, in random order, as `risk` assumes; and how many documents.
 
     Raises:
       ValueError: the text has no token to score.
@@ -197,11 +209,11 @@ def read_windows(
     pieces = list(found.pieces(length - len(text.bos_prefix(model.tokenizer))))
     order = np.random.default_rng(0).permutation(len(pieces))
     shuffled = (pieces[i] for i in order)
-    return text.eval_windows(model.tokenizer, shuffled, length, tokens, size)
+    return text.eval_windows(model.tokenizer, shuffled, length, tokens, size), len(found)
 
 
 def calibrate(
-    subject: Subject, bound: float, confidence: float, kind: str, name: str
+    subject: Subject, bound: float, confidence: float, kind: str, name: str, documents: int
 ) -> Thresholds:
     """Thresholds that keep a bound with a probability, by `risk.learn_then_test`.
 
@@ -211,6 +223,7 @@ def calibrate(
       confidence: that the bound holds on other text of the same kind.
       kind: of risk, one of `risk.RISKS`.
       name: of the text.
+      documents: that it has.
 
     They name no step yet. Their `record` has the windows, the depth, and the candidates tried.
 
@@ -241,7 +254,7 @@ def calibrate(
         (outcome,) = subject.outcomes(found, [thresholds], ~chosen)
         return risk.window_losses(tested, outcome, kind), float(outcome.exit_loops.mean())
 
-    accepted, tried = risk.learn_then_test(candidates, try_out, bound, confidence, kind)
+    accepted, tried = risk.learn_then_test(candidates, try_out, bound, confidence)
     if accepted is None:
         least = tried[0]
         raise ValueError(
@@ -250,6 +263,9 @@ def calibrate(
             f"{least.risk:.4f}, p = {least.p_value:.3f}; give more text or a larger bound"
         )
     record = {
+        "documents": documents,
+        "context_length": subject.windows.tokens.shape[1],
+        "dtype": sharding.compute_dtype(subject.dtype).name,
         "windows": count,
         "tested_windows": int((~chosen).sum()),
         "risk_on_text": accepted.risk,

@@ -113,7 +113,8 @@ def main(options: flags.FlagValues = flags.FLAGS) -> None:
             run(options)
         except stop.Stopped as signal:
             kept = report_file(options)
-            more = f"; results are in {kept}.part, the same command goes on" if kept else ""
+            kept = f"{kept}.part" if kept and os.path.exists(f"{kept}.part") else None
+            more = f"; results are in {kept}, the same command goes on" if kept else ""
             output.note(f"\n{signal}: stopped{more}")
             sys.exit(signal.exit_code)
 

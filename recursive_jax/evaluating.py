@@ -146,8 +146,10 @@ def evaluate(
 
     out = None if out is None else pathlib.Path(out)
     part = None if out is None else pathlib.Path(f"{out}.part")
-    if settings.exits:
-        settings.exit_config().check_loops(model.cfg.num_loops)
+    if settings.exits:  # refused before any work
+        from recursive_jax.early_exits import check
+
+        check(model, generation.with_thresholds(settings.exit_config(), model).measure)
     beside, reason = None, ""
     if model.cfg.num_loops > 1 and source is not None:
         beside, reason = source_report.find(model, source)  # before any work

@@ -50,6 +50,8 @@ class Settings:
             raise ValueError("nothing to evaluate: give a text, or tasks")
         if self.task_dir is not None and self.tasks is None:
             raise ValueError("task_dir without tasks; name some, or 'all'")
+        if self.limit is not None and self.tasks is None:
+            raise ValueError("limit without tasks; name some, or 'all'")
         if self.exits and self.text is None:
             raise ValueError("exits are measured on a text; give one")
         self.exit_config()

@@ -29,7 +29,7 @@ def define_flags(values: flags.FlagValues) -> None:
     kinds = (flags.DEFINE_string, flags.DEFINE_enum, flags.DEFINE_integer)
     string, choice, integer = (functools.partial(x, flag_values=values) for x in kinds)
     string("checkpoint", None, "ours, a Hugging Face directory, .gguf, hub id, or 'tiny'")
-    string("out", None, "directory to write, or a .gguf file; must not exist")
+    string("out", None, "directory to write, or a .gguf file; must not exist or be empty")
     choice("format", "hf", exporting.FORMATS, "form of the files")
     choice(
         "layout", None, exporting.LAYOUTS,

@@ -57,7 +57,7 @@ def card(export: Export) -> str:
     hub_id = _hub_id(source)
     name = export.out.name
     front = {"license": licence, "base_model": hub_id}
-    if export.format == "hf":
+    if (export.format, export.layout) == ("hf", "unrolled"):
         front |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
     lines = ["---", *(f"{k}: {v}" for k, v in front.items() if v)]
     lines += ["tags:", "- recursive-transformer", "- recursive_jax", "---", f"# {name}", ""]
@@ -169,10 +169,14 @@ def _measured(model: Any) -> list[str]:
         rows.append(("text", f"{text}, {certificate.get('text_tokens', 0):,} tokens"))
         lines += ["", "## Measured at its conversion, before any training", "", *_table(rows)]
     report = _evaluation(model)
-    source = dict(_results(report.get("source")))
+    beside = report.get("source") or {}
+    agrees = (beside.get("check") or {}).get("agrees", True)
+    source = dict(_results(beside)) if agrees else {}
     rows = [(name, value, source.get(name, "")) for name, value in _results(report)]
     if rows:
         lines += ["", "## Evaluated", "", *_table(rows, ("", "this model", "source"))]
+    if rows and not agrees:
+        lines += ["", "The source is left out: it differs from what the certificate stores of it."]
     return lines
 
 

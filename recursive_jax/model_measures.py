@@ -153,10 +153,12 @@ class Measures:
         """
         from recursive_jax import early_exits
 
-        windows = early_exits.read_windows(self, text, tokens, context_length, quiet)
+        windows, documents = early_exits.read_windows(self, text, tokens, context_length, quiet)
         measure = TopProbability() if measure is None else measure
         subject = early_exits.Subject(self, windows, measure, missing_kv, dtype, batch_size, quiet)
-        thresholds = early_exits.calibrate(subject, bound, confidence, risk, os.fspath(text))
+        thresholds = early_exits.calibrate(
+            subject, bound, confidence, risk, os.fspath(text), documents
+        )
         return dataclasses.replace(self, thresholds=thresholds)
 
     def windows(

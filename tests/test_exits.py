@@ -194,8 +194,8 @@ def random_trace(count=4000, num_windows=100, seed=0):
 
 @pytest.mark.parametrize("kind", risk.RISKS)
 def test_the_test_ends_at_the_first_candidate_it_cannot_accept(kind):
-    found = random_trace()
-    chosen = np.arange(100) % 3 == 0
+    found = random_trace(16_000, 400)
+    chosen = np.arange(400) % 3 == 0
     candidates = risk.path(found, chosen)
     tested = found.take(~chosen)
 
@@ -203,14 +203,14 @@ def test_the_test_ends_at_the_first_candidate_it_cannot_accept(kind):
         outcome = tested.outcome(tested.exit_loops(thresholds))
         return risk.window_losses(tested, outcome, kind), float(outcome.exit_loops.mean())
 
-    accepted, tried = risk.learn_then_test(candidates, try_out, 0.05, 0.9, kind)
+    accepted, tried = risk.learn_then_test(candidates, try_out, 0.05, 0.9)
     assert [c.thresholds for c in tried] == candidates[: len(tried)]
     assert 1 < len(tried) < len(candidates) and accepted == tried[-2]
     assert all(c.p_value <= 0.1 for c in tried[:-1]) and tried[-1].p_value > 0.1
     assert accepted.risk < 0.05 and accepted.mean_loops < 3
     depth = [c.mean_loops for c in tried]
     assert depth == sorted(depth, reverse=True), "from careful to bold"
-    assert risk.learn_then_test(candidates, try_out, 0.0, 0.9, kind)[0] is None
+    assert risk.learn_then_test(candidates, try_out, 0.0, 0.9)[0] is None
 
 
 def test_candidates_bound_the_share_that_differs_after_every_loop():
@@ -228,20 +228,48 @@ def test_candidates_bound_the_share_that_differs_after_every_loop():
     assert all(t == (np.inf, np.inf) for t in risk.path(short, np.ones(100, bool)))
 
 
-def test_a_window_s_loss():
-    found = random_trace(6, 2)
-    found = dataclasses.replace(found, window=np.array([0, 0, 0, 0, 2, 2], np.int32))
-    outcome = exits.Outcome(
-        np.ones(6, np.int32), found.nll[:, 2] + np.float32([0.1, 0.1, 0.2, 0.2, -1, -1]),
-        np.array([7, 1, 7, 7, 1, 1], np.int32),
+def test_losses_are_those_of_tokens_whatever_their_window():
+    """Windows of 4 and 2 tokens; a first token cannot leave, so it does not count."""
+    found = random_trace(8, 2)
+    found = dataclasses.replace(
+        found, window=np.array([0, 0, 0, 0, 0, 2, 2, 2], np.int32),
+        first=np.array([True, False, False, False, False, True, False, False]),
     )  # fmt: skip
-    assert risk.window_losses(found, outcome, "disagreement").tolist() == [0.25, 1.0]
-    np.testing.assert_allclose(risk.window_losses(found, outcome, "perplexity"), [0.15, 0], 1e-6)
+    rise = np.float32([9, 0.1, 0.1, 0.2, 0.2, 9, -1, -1])
+    outcome = exits.Outcome(
+        np.ones(8, np.int32), found.nll[:, 2] + rise, np.array([1, 7, 1, 7, 7, 1, 1, 1], np.int32)
+    )
+    losses = risk.window_losses(found, outcome, "disagreement")
+    assert (losses.sums.tolist(), losses.counts.tolist()) == ([1, 2], [4, 2])
+    assert losses.risk == 0.5
+    # bound + (sum - bound * count) / 4
+    unit = np.array([0.3 + (1 - 0.3 * 4) / 4, 0.3 + (2 - 0.3 * 2) / 4])
+    assert losses.p_value(0.3) == risk.betting_p_value(unit, 0.3)
+    losses = risk.window_losses(found, outcome, "perplexity")
+    np.testing.assert_allclose(losses.sums, [0.6, 0], 1e-5)
+    assert losses.risk == pytest.approx(np.expm1(0.1), rel=1e-5)
     far = dataclasses.replace(outcome, nll=found.nll[:, 2] + 9)
-    assert (risk.window_losses(found, far, "perplexity") == risk.LARGEST_RISE).all()
-    unit, bound = risk.in_unit(np.array([0.1]), 0.05, "perplexity")
-    assert unit[0] == 0.2 and bound == pytest.approx(np.log(1.05) / risk.LARGEST_RISE)
-    assert risk.readable(np.full(3, np.log(1.05)), "perplexity") == pytest.approx(0.05)
+    assert (risk.window_losses(found, far, "perplexity").sums == [4, 2]).all(), "1 nat per token"
+
+
+@pytest.mark.parametrize("kind", risk.RISKS)
+def test_short_windows_do_not_loosen_the_bound(kind):
+    """Short windows agree always, long ones never: by window the risk is 5%, by token 34%."""
+    rng = np.random.default_rng(0)
+    lengths = np.where(rng.random(400) < 0.05, 100, 10)
+    window = np.repeat(np.arange(400), lengths).astype(np.int32)
+    count, differs = len(window), lengths[window] == 100
+    nothing = np.zeros((count, 2), np.float32)
+    found = exits.Trace(
+        nothing, nothing.astype(np.int32), nothing, nothing[:, 0].astype(np.int32), window,
+        np.zeros(count, bool),
+    )  # fmt: skip
+    outcome = exits.Outcome(
+        np.ones(count, np.int32), np.where(differs, 0.5, 0).astype(np.float32),
+        differs.astype(np.int32),
+    )  # fmt: skip
+    losses = risk.window_losses(found, outcome, kind)
+    assert losses.risk > 0.15 and losses.p_value(0.1) > 0.9
 
 
 TEXT = "Return the list of names that are in the file. Raise ValueError if there are none.\n"
@@ -292,7 +320,9 @@ def test_calibrated_thresholds_are_stored_with_the_weights_they_are_for(place):
     assert done.returncode == 0, done.stderr
     thresholds = load(place / "model").thresholds
     thresholds.check_current()
-    assert thresholds.promise == "perplexity rises by at most 20.00%, confidence 0.9"
+    assert thresholds.promise == (
+        "perplexity rises by at most 20.00% on text like the calibration's, confidence 0.9"
+    )
     assert thresholds.promise in done.stdout and "--exit_measure=calibrated" in done.stdout
     assert thresholds.record["p_value"] <= 0.1 and thresholds.record["windows"] > 80
     other = dataclasses.replace(load(place / "model"), weights=make_model().weights)
@@ -303,12 +333,13 @@ def test_calibrated_thresholds_are_stored_with_the_weights_they_are_for(place):
 @pytest.mark.parametrize(
     ("model", "flags", "said"),
     [
-        ("source", ["--exits"], "needs a model of at least 2 loops, this one has 1"),
+        ("source", ["--exits"], "has one loop, so no token can exit early"),
         ("source", ["--calibrate=top1"], "has one loop, so no token can exit early"),
         ("model", ["--calibrate=oracle"], "has no threshold; nothing to calibrate"),
         ("model", ["--calibrate=top1", "--bound=2"], "bound=2.0"),
         ("model", ["--calibrate=top1", "--text_tokens=50"], "windows, which prove nothing"),
         ("model", ["--calibrate=top1", "--limit=3"], "--limit beside --calibrate"),
+        ("model", ["--limit=3"], "limit without tasks"),
         ("model", ["--exits", "--exit_measure=static:1"], "the table shows every loop anyway"),
         ("model", ["--exit_measure=top1"], "--exit_measure without --exits"),
         ("model", ["--bound=0.1"], "--bound without --calibrate"),

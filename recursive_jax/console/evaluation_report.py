@@ -7,6 +7,8 @@ from typing import Any
 
 from recursive_jax.console import tables
 
+_CONTEXT = "512 tokens for windows, up to 2,048 rolling, the model's own for tasks"
+
 
 def start(model: Any, settings: Any, out: str | None) -> str:
     """The table of what is about to be measured.
@@ -23,7 +25,7 @@ def start(model: Any, settings: Any, out: str | None) -> str:
         items = "" if settings.limit is None else f", {settings.limit:,} items each"
         rows.append(("tasks", f"{settings.tasks} ({place}{items})"))
     length = settings.context_length
-    rows.append(("context", f"{length:,} tokens" if length else "the model's own"))
+    rows.append(("context", f"{length:,} tokens" if length else _CONTEXT))
     rows.append(("dtype", settings.dtype))
     rows.append(("report", out or "not kept: give --out=FILE"))
     return tables.table(rows)

@@ -10,9 +10,11 @@ from typing import Any
 from absl import flags
 
 from recursive_jax.console import exit_report, output
+from recursive_jax.decoding.answers import check_writable
 from recursive_jax.decoding.config import MISSING_KV
-from recursive_jax.decoding.exit_measures import MEASURE_NAMES, make_measure
+from recursive_jax.decoding.exit_measures import make_measure
 from recursive_jax.decoding.thresholds import Thresholds
+from recursive_jax.early_exits import MEASURABLE
 from recursive_jax.evaluation.risk import RISKS
 from recursive_jax.model import load
 from recursive_jax.weights import checkpoint
@@ -30,7 +32,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "exits", False, "measure early exits on --text: quality, loops and arithmetic together",
         flag_values=values,
     )  # fmt: skip
-    measures = ", ".join(MEASURE_NAMES[1:])
+    measures = ", ".join(MEASURABLE)
     string("exit_measure", "top1", f"of --exits: which tokens leave early: {measures}")
     flags.DEFINE_list(
         "exit_threshold", None,
@@ -104,6 +106,8 @@ def calibrate(options: flags.FlagValues) -> None:
             f"{options.checkpoint} is no checkpoint of this package, so it cannot keep thresholds; "
             "make one with python -m recursive_jax.convert"
         )
+    path = pathlib.Path(options.checkpoint) / Thresholds.FILE
+    check_writable(path)
     measure = make_measure(options.calibrate)
     tokens = options.text_tokens if options["text_tokens"].present else CALIBRATION_TOKENS
     model = load(options.checkpoint, options.step)
@@ -112,11 +116,11 @@ def calibrate(options: flags.FlagValues) -> None:
         bound=options.bound, confidence=options.confidence, risk=options.risk,
         missing_kv=options.missing_kv, batch_size=options.batch_size, dtype=options.dtype,
     )  # fmt: skip
-    step, params = checkpoint.params_checksum(options.checkpoint, options.step)
+    # of the step that was measured: a training may have saved others since
+    step, params = checkpoint.params_checksum(options.checkpoint, model.weights.step)
     kept = dataclasses.replace(calibrated.thresholds, step=step, params=params)
     kept.save(options.checkpoint)
     output.say(exit_report.calibrated(kept))
-    path = pathlib.Path(options.checkpoint) / Thresholds.FILE
     output.say(
         f"wrote {path}; use it: python -m recursive_jax.generate "
         f"--checkpoint={options.checkpoint} --exit_measure=calibrated"

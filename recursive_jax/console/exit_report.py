@@ -7,6 +7,7 @@ from typing import Any
 
 from recursive_jax.console import tables
 
+FEW_DOCUMENTS = 30
 HEADER = ("perplexity", "accuracy", "agrees", "loops", "left after loop", "FLOPs")
 
 
@@ -57,4 +58,10 @@ def calibrated(thresholds: Any) -> str:
                          f"p = {record['p_value']:.3f}, {record['mean_loops']:.3f} loops a token"),
         ("missing KV", thresholds.missing_kv),
     ]  # fmt: skip
-    return tables.table(rows)
+    lines = [tables.table(rows)]
+    if record["documents"] < FEW_DOCUMENTS:
+        lines.append(
+            f"the text has {record['documents']} documents only: the bound is for text from these, "
+            "not for other documents"
+        )
+    return "\n".join(lines)

@@ -109,7 +109,8 @@ class Thresholds:
             "disagreement": f"at most {self.bound:.2%} of tokens differ",
             "perplexity": f"perplexity rises by at most {self.bound:.2%}",
         }
-        return f"{what.get(self.risk, self.risk)}, confidence {self.confidence:g}"
+        of = "on text like the calibration's"
+        return f"{what.get(self.risk, self.risk)} {of}, confidence {self.confidence:g}"
 
     def check_missing_kv(self, missing_kv: str) -> None:
         """Raise a ValueError if they were calibrated with keys and values of another source."""

@@ -230,23 +230,29 @@ def _metrics(task: Any, results: dict, samples: list[dict]) -> dict[str, dict[st
     found = {}
     aggregations = task.aggregation()
     for label, value in results.items():
-        name, comma, _ = label.partition(",")
+        name, comma, filtered = label.partition(",")
         if not comma or name.endswith("_stderr") or not isinstance(value, int | float):
             continue
-        values, error = _values(samples, name), None
+        label = name if filtered == "none" else label
+        values, error = _values(samples, label), None
         if values is not None and len(values) > 1:
             deviation = float(np.std(values, ddof=1)) / len(values) ** 0.5
             if aggregations.get(name) is mean:
                 error = deviation
             elif aggregations.get(name) is perplexity:  # exp(-mean): the delta method
                 error = deviation * float(value)
-        found[name] = {"value": float(value), "stderr": error}
+        found[label] = {"value": float(value), "stderr": error}
     return found
 
 
-def _values(samples: list[dict], name: str) -> list[float] | None:
-    """A metric of every item, if it is one number for each."""
-    values = [sample.get(name) for sample in samples]
+def _values(samples: list[dict], label: str) -> list[float] | None:
+    """A metric of every item, if it is one number for each.
+
+    `label`: 'METRIC', or 'METRIC,FILTER' where a task reads answers through several filters.
+    """
+    name, _, filtered = label.partition(",")
+    mine = (sample for sample in samples if sample.get("filter", "none") == (filtered or "none"))
+    values = [sample.get(name) for sample in mine]
     return values if all(isinstance(x, int | float) for x in values) else None
 
 

@@ -15,7 +15,9 @@ their time.
 
 Assumption: the windows of the calibration text, and those the thresholds are used on, are drawn
 independently from one distribution. The tokens of a window may depend on each other, so a loss is
-that of a whole window. Text of another kind than the calibration text has no guarantee.
+that of a whole window. Windows of few documents are no independent draws of other documents. Text
+of another kind than the calibration text has no guarantee, and neither has longer context, nor what
+the model writes itself: tokens are those of the text.
 """
 
 from __future__ import annotations
@@ -29,14 +31,14 @@ import numpy as np
 from recursive_jax.evaluation.exits import Outcome, Trace
 
 RISKS = ("disagreement", "perplexity")
-LARGEST_RISE = 0.5  # nats: a window's mean rise of the nll counts at most so much
+LARGEST_RISE = 1.0  # nats per token: a window's rise of the nll counts at most so much
 # Candidates: shares of tokens that may differ among those that leave after a loop.
 CANDIDATES = (0.0, *np.geomspace(0.002, 1.0, 96).tolist())
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """Thresholds after loop 1, 2, … L - 1, with what the calibration text says of them.
+    """Thresholds after loop 1, 2, … L - 1, and their test on the calibration text.
 
     `risk` is in the unit of the bound; `p_value` is of "the risk is above the bound".
     """
@@ -50,9 +52,9 @@ class Candidate:
 def betting_p_value(losses: np.ndarray, bound: float) -> float:
     """A valid p-value of "the mean is above `bound`", for independent losses in [0, 1].
 
-    A gambler who may not look ahead bets against it; his largest wealth is the inverse. The bets
-    follow the running mean and variance, as in "Distribution-free, risk-controlling prediction
-    sets" (Bates et al., 2021, Proposition 5).
+    It is one over the largest value of a martingale that grows while losses stay below the bound.
+    Its factors follow the running mean and variance, as in "Distribution-free, risk-controlling
+    prediction sets" (Bates et al., 2021, Proposition 5).
 
     Args:
       losses: `[n]`, in the order in which they were drawn.
@@ -66,44 +68,62 @@ def betting_p_value(losses: np.ndarray, bound: float) -> float:
     variances = (0.25 + np.cumsum((losses - means) ** 2)) / (1 + count)
     known = np.concatenate([[0.25], variances[:-1]])  # before the loss is seen
     bets = np.minimum(1.0, np.sqrt(2 * math.log(20) / (losses.size * known)))
-    wealth = np.cumsum(np.log1p(-bets * (losses - bound))) if losses.size else np.zeros(1)
+    with np.errstate(divide="ignore"):  # a bet may lose everything
+        wealth = np.cumsum(np.log1p(-bets * (losses - bound))) if losses.size else np.zeros(1)
     return float(min(1.0, math.exp(-max(0.0, wealth.max()))))
 
 
-def window_losses(found: Trace, outcome: Outcome, risk: str) -> np.ndarray:
-    """The loss of every window, `[B]`.
+@dataclasses.dataclass(frozen=True)
+class WindowLosses:
+    """Losses of the tokens of every window, float64 `[B]` each.
 
-    'disagreement': the share of its tokens that differ from full depth, in [0, 1]. 'perplexity':
-    the mean rise of the nll against full depth, in nats, from 0 (a fall is no merit) to
-    `LARGEST_RISE`.
+    Attributes:
+      sums: 'disagreement': tokens that differ from full depth. 'perplexity': the rise of the nll
+        against full depth, in nats; a window's mean rise counts from 0 (a fall is no merit) to
+        `LARGEST_RISE`.
+      counts: tokens that may leave early; the first token of a window runs all loops.
+      kind: of risk, one of `RISKS`.
     """
-    if risk == "disagreement":
+
+    sums: np.ndarray
+    counts: np.ndarray
+    kind: str
+
+    @property
+    def risk(self) -> float:
+        """Of all tokens: the share that differs, or the relative rise of the perplexity."""
+        mean = float(self.sums.sum() / self.counts.sum())
+        return mean if self.kind == "disagreement" else math.expm1(mean)
+
+    def p_value(self, bound: float) -> float:
+        """Of "the risk of a token is above `bound`"; see `betting_p_value`.
+
+        Windows differ in length, so the loss of a window with n of at most C tokens is
+        `bound + (sum - bound * n) / C`: its mean is at most `bound` exactly if that of tokens is.
+        """
+        largest = 1.0
+        if self.kind == "perplexity":
+            bound, largest = math.log1p(bound) / LARGEST_RISE, LARGEST_RISE
+        excess = self.sums / largest - bound * self.counts
+        return betting_p_value(np.clip(bound + excess / self.counts.max(), 0, 1), bound)
+
+
+def window_losses(found: Trace, outcome: Outcome, kind: str) -> WindowLosses:
+    """The losses of all windows that have a token which may leave."""
+    if kind == "disagreement":
         values = (outcome.guess != found.guess[:, -1]).astype(np.float64)
     else:
         values = outcome.nll.astype(np.float64) - found.nll[:, -1]
-    windows, counts = np.unique(found.window, return_counts=True)
-    sums = np.bincount(found.window, weights=values)[windows]
-    return np.clip(sums / counts, 0.0, 1.0 if risk == "disagreement" else LARGEST_RISE)
-
-
-def in_unit(losses: np.ndarray, bound: float, risk: str) -> tuple[np.ndarray, float]:
-    """Losses and bound as `betting_p_value` takes them.
-
-    A bound of 'perplexity' is a relative rise: 0.05 means a perplexity 5 % above full depth's.
-    """
-    if risk == "disagreement":
-        return losses, bound
-    return losses / LARGEST_RISE, math.log1p(bound) / LARGEST_RISE
-
-
-def readable(losses: np.ndarray, risk: str) -> float:
-    """The mean loss, in the unit of the bound."""
-    mean = float(losses.mean())
-    return mean if risk == "disagreement" else math.expm1(mean)
+    may_leave = ~found.first
+    windows, counts = np.unique(found.window[may_leave], return_counts=True)
+    sums = np.bincount(found.window[may_leave], weights=values[may_leave])[windows]
+    if kind == "perplexity":
+        sums = np.clip(sums / counts, 0.0, LARGEST_RISE) * counts
+    return WindowLosses(sums, counts.astype(np.float64), kind)
 
 
 def path(found: Trace, chosen: np.ndarray) -> list[tuple[float, ...]]:
-    """Candidate thresholds, from the most careful to "everybody leaves".
+    """Candidate thresholds, from the most careful to those above which every token is.
 
     A candidate bounds the share of tokens that differ among those that leave after a loop, the same
     share for all loops. Which scores that needs is read from the windows `chosen`, bool `[B]`.
@@ -132,10 +152,9 @@ def path(found: Trace, chosen: np.ndarray) -> list[tuple[float, ...]]:
 
 def learn_then_test(
     candidates: Sequence[tuple[float, ...]],
-    try_out: Callable[[tuple[float, ...]], tuple[np.ndarray, float]],
+    try_out: Callable[[tuple[float, ...]], tuple[WindowLosses, float]],
     bound: float,
     confidence: float,
-    risk: str,
 ) -> tuple[Candidate | None, list[Candidate]]:
     """The last candidate that the test accepts, or None, and all that were tried.
 
@@ -144,13 +163,12 @@ def learn_then_test(
       try_out: thresholds -> `window_losses` of the test windows, mean loops.
       bound: of the risk.
       confidence: probability that the bound holds, such as 0.9.
-      risk: one of `RISKS`.
     """
     accepted, tried = None, []
     for thresholds in candidates:
         losses, mean_loops = try_out(thresholds)
-        p_value = betting_p_value(*in_unit(losses, bound, risk))
-        tried.append(Candidate(thresholds, readable(losses, risk), p_value, mean_loops))
+        p_value = losses.p_value(bound)
+        tried.append(Candidate(thresholds, losses.risk, p_value, mean_loops))
         if p_value > 1 - confidence:
             break
         accepted = tried[-1]

@@ -1,4 +1,4 @@
-"""Perplexity as lm-eval defines it: whole documents, by word and by byte.
+"""Perplexity as lm-eval defines it: of documents, by word and by byte.
 
 A document is cut into windows of predicted tokens that do not overlap: every token is predicted
 once. The first window starts behind the prefix token, and every later one behind the last token of
@@ -19,7 +19,7 @@ from recursive_jax.evaluation.likelihood import Pair, Score
 from recursive_jax.evaluation.perplexity import exp
 
 DEFINITION = (
-    "lm-eval loglikelihood_rolling: whole documents in disjoint windows of max_length tokens, each "
+    "lm-eval loglikelihood_rolling: documents in disjoint windows of max_length tokens, each "
     "behind one token of context, the last one behind as many as fit; per word (split at white "
     "space), per UTF-8 byte and per token"
 )

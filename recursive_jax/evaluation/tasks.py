@@ -57,11 +57,12 @@ def load_tasks(names: str | Sequence[str], directory: str | pathlib.Path | None)
     return {name: _local_task(name, path) for name, path in _find(names, directory).items()}
 
 
-def headline(metrics: Sequence[str], local_form: dict | None = None) -> str:
+def headline(metrics: Sequence[str]) -> str:
     """The metric that the paper reports: `acc_norm` where choices are scored, else `acc`."""
     for name in ("acc_norm", "acc", "exact_match", "word_perplexity"):
-        if name in metrics:
-            return name
+        for label in metrics:  # 'METRIC', or 'METRIC,FILTER'
+            if label.partition(",")[0] == name:
+                return label
     return next(iter(metrics))
 
 

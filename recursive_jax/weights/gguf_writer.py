@@ -177,7 +177,8 @@ def _general(kind: str, facts: Mapping[str, Any]) -> dict[str, Any]:
 
     file_type = "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
     out = {"general.type": "model", "general.file_type": int(LlamaFileType[file_type])}
-    name = facts.get("name") or pathlib.Path(str(facts.get("source") or "")).stem
+    source = pathlib.Path(str(facts.get("source") or "")).name  # such as SmolLM2-1.7B: no suffix
+    name = facts.get("name") or source.removesuffix(".gguf")
     if name:
         out["general.name"] = name
     return out | ({"general.quantization_version": GGML_QUANT_VERSION} if "q" in kind else {})

@@ -5,7 +5,7 @@
 
 Each time, `sample` windows are drawn to calibrate on; the others stand for all other text. Beside
 Learn then Test stands the naive choice: the boldest thresholds whose risk on the sample is within
-the bound. Prints one JSON row.
+the bound. The other windows may be of the same documents. Prints one JSON row.
 """
 
 import argparse
@@ -33,14 +33,16 @@ def main():
     args = parser.parse_args()
     model = rj.load(args.checkpoint)
     tokens = args.windows * (args.context - 1)
-    windows = early_exits.read_windows(model, args.text, tokens, args.context, quiet=False)
+    windows, documents = early_exits.read_windows(
+        model, args.text, tokens, args.context, quiet=False
+    )
     found = early_exits.Subject(model, windows, TopProbability()).trace()
     count, rng = len(windows.tokens), np.random.default_rng(0)
 
-    def losses(thresholds):
-        outcome = found.outcome(found.exit_loops(thresholds))
-        per_window = risk.window_losses(found, outcome, args.risk)
-        return per_window, np.bincount(found.window, outcome.exit_loops) / np.bincount(found.window)
+    def losses(thresholds, chosen):
+        part = found.take(chosen)
+        outcome = part.outcome(part.exit_loops(thresholds))
+        return risk.window_losses(part, outcome, args.risk), float(outcome.exit_loops.mean())
 
     results = {"calibrated": [], "naive": []}
     for _ in range(args.resamplings):
@@ -50,29 +52,27 @@ def main():
         other = ~(first | second)
 
         def try_out(thresholds, chosen=second):
-            values, loops = losses(thresholds)
-            return values[chosen], float(loops[chosen].mean())
+            return losses(thresholds, chosen)
 
         accepted, _ = risk.learn_then_test(
-            risk.path(found, first), try_out, args.bound, args.confidence, args.risk
+            risk.path(found, first), try_out, args.bound, args.confidence
         )
         within = [
             thresholds
             for thresholds in risk.path(found, first | second)
-            if risk.readable(losses(thresholds)[0][first | second], args.risk) <= args.bound
+            if losses(thresholds, first | second)[0].risk <= args.bound
         ]
         for name, thresholds in (
             ("calibrated", accepted and accepted.thresholds), ("naive", within and within[-1]),
         ):  # fmt: skip
-            if not thresholds:
-                results[name].append((0.0, float(model.cfg.num_loops)))
-                continue
-            values, loops = losses(thresholds)
-            results[name].append((risk.readable(values[other], args.risk), loops[other].mean()))
-    row = {"result": "exit bounds", **vars(args), "windows": count}
+            if thresholds:
+                found_losses, loops = losses(thresholds, other)
+                results[name].append((found_losses.risk, loops))
+    row = {"result": "exit bounds", **vars(args), "windows": count, "documents": documents}
     for name, pairs in results.items():
-        risks, loops = np.array(pairs).T
+        risks, loops = np.array(pairs).reshape(-1, 2).T
         row[name] = {
+            "accepted": len(pairs),
             "violated": float((risks > args.bound).mean()),
             "mean_risk": round(float(risks.mean()), 4),
             "largest_risk": round(float(risks.max()), 4),
