@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from recursive_jax.model import Model
 
 MEASURABLE = ("top1", "margin", "stable", "cosine", "oracle")
+SHOWN = 400  # tokens of the picture, at most
 SWEEP = (0.1, 0.25, 0.5, 0.75, 0.9)  # shares of tokens that leave after the first loop
 WALKED = 4  # where every candidate is a walk, one of so many is tried
 PATH_SHARE = 1 / 5  # of the calibration windows: they choose candidates, and test none
@@ -145,7 +146,8 @@ def measure_exits(
 
     Returns:
       `loops`: every token leaves after the same loop. `exits`: by thresholds. `oracle`: labelled as
-      such. `rates`: how answers change from loop to loop. All of the same tokens.
+      such. `rates`: how answers change from loop to loop. All of the same tokens. `shown`: where
+      the first of them leave, for a picture.
     """
     cfg, found = subject.model.cfg, subject.trace(placed)
     context = subject.windows.tokens.shape[1] / 2
@@ -175,10 +177,24 @@ def measure_exits(
     if isinstance(subject.measure, Oracle):
         return report
     candidates = sweep(found, subject.measure) if thresholds is None else [tuple(thresholds)]
-    for values, outcome in zip(candidates, subject.outcomes(found, candidates), strict=True):
+    for n, outcome in enumerate(subject.outcomes(found, candidates)):
         kept = row(outcome, subject.measure.needs_logits, subject.missing_kv)
-        report["exits"].append({"thresholds": list(values), **kept})
+        report["exits"].append({"thresholds": list(candidates[n]), **kept})
+        if n == len(candidates) // 2:
+            report["shown"] = _shown(subject, found, outcome, candidates[n])
     return report
+
+
+def _shown(subject: Subject, found: exits.Trace, outcome: exits.Outcome, thresholds) -> dict:
+    """The beginning of the first window, token by token, for a picture."""
+    count = int((found.window[:SHOWN] == found.window[0]).sum())
+    tokens = subject.windows.tokens[found.window[0]][: 1 + count]
+    detokenizer = text.Detokenizer(subject.model.tokenizer, tokens[:1].tolist())
+    return {
+        "thresholds": list(thresholds),
+        "pieces": [detokenizer.add([int(token)]) for token in tokens[1:]],
+        "exit_loops": outcome.exit_loops[:count].tolist(),
+    }
 
 
 def sweep(found: exits.Trace, measure: Measure) -> list[tuple[float, ...]]:

@@ -293,9 +293,10 @@ def evaluate(place, *flags, model="model"):
 
 
 def test_the_job_measures_exits_as_the_model_does(place):
+    pytest.importorskip("matplotlib")
     done = evaluate(
         place, "--exits", "--exit_threshold=0.02", "--missing_kv=propagate", "--text_tokens=90",
-        "--context_length=32", "--source=none",
+        "--context_length=32", "--source=none", f"--plots={place / 'plots'}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads((place / "model" / "evaluation.json").read_text())["exits"]
@@ -308,6 +309,8 @@ def test_the_job_measures_exits_as_the_model_does(place):
     for row in (*found["loops"], found["oracle"]):
         assert sum(row["depth"]) == pytest.approx(1)
     assert found["loops"][1]["agreement"] == found["oracle"]["agreement"] == 1.0
+    assert "".join(found["shown"]["pieces"]) in TEXT * 2 and len(found["shown"]["exit_loops"]) > 20
+    assert "<svg" in (place / "plots" / "exits.svg").read_text()
     for words in ("all after loop 1", "top1 > 0.02", "oracle, teacher-forced", "loop gain"):
         assert words in done.stdout
 

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from recursive_jax.console import heatmap
 from recursive_jax.console.pictures import check_picture
 
 KIND = ".svg"
@@ -48,7 +49,19 @@ def save(
     for name, (draw, data) in drawn.items():
         files.append(pathlib.Path(directory) / f"{name}{KIND}")
         _draw(files[-1], draw, *data)
+    if "shown" in report.get("exits", {}):
+        files.append(pathlib.Path(directory) / f"exits{KIND}")
+        _exits(files[-1], report["exits"])
     return files
+
+
+def _exits(path: pathlib.Path, exits: Mapping[str, Any]) -> None:
+    """The text, every token coloured by the loop after which it leaves."""
+    shown = exits["shown"]
+    values = ", ".join(f"{value:.4g}" for value in shown["thresholds"])
+    title = f"{exits['measure']} > {values}, missing KV {exits['missing_kv']}"
+    row = heatmap.Row("the text", shown["pieces"], shown["exit_loops"])
+    heatmap.save(path, [row], len(exits["loops"]), title)
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
