@@ -1,4 +1,4 @@
-"""What a model is worth: perplexity and tasks after every loop, with its source beside it."""
+"""A report of a model: perplexity and tasks after every loop, with its source beside it."""
 
 from __future__ import annotations
 

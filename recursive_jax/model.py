@@ -329,7 +329,7 @@ class Model(Measures):
           layout: of 'hf' and 'gguf': 'unrolled' (default), ordinary layers with the LoRAs merged;
             or 'looped', the shared block stored once, where the model fits that layout.
           dtype: of the stored weights: float32 (default), bfloat16 or float16; of 'gguf' f32
-            (default), f16, bf16, q8_0, q4_0 or q4_1.
+            (default), f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.
           max_shard_gb: size of a safetensors file.
 
         Raises:

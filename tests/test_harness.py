@@ -252,15 +252,18 @@ def test_generation_goes_through_the_engine(placed):
     model = make_model()
     generate = evaluating.generator(model, 64, "float32")
     lm = language_model(placed, generate=generate)
-    options = {"until": ["\n\n"], "max_gen_toks": 5, "do_sample": False, "temperature": 0.7}
     prompts = ["Return the", "A list of names " * 40]
-    got = lm.generate_until(requests("generate_until", *((p, options) for p in prompts)))
     kept = [lm.tok_encode(p)[-59:] for p in prompts]
     want = model.generate(
         [evaluating.make_request(n, ids, {"max_gen_toks": 5}, 64, model.stop)
          for n, ids in enumerate(kept)], dtype="float32",
     )  # fmt: skip
-    assert got == [completion.text for completion in want] and all(got)
+    texts = [completion.text for completion in want]
+    stop = texts[0][2:4]
+    for until, expected in (("\0", texts), (stop, [t.partition(stop)[0] for t in texts])):
+        options = {"until": [until], "max_gen_toks": 5, "do_sample": False, "temperature": 0.7}
+        got = lm.generate_until(requests("generate_until", *((p, options) for p in prompts)))
+        assert got == expected and all(got)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ HEAD_BYTES = 256 << 20  # of logits at a time
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """What the model says of every scored token, in the order of the windows.
+    """Scores, guesses and log-likelihoods of every scored token, in the order of the windows.
 
     Attributes:
       score: f32 `[N, L]`, of the exit measure after each loop.
@@ -97,7 +97,7 @@ def trace(
     put: Callable[[Any], Any] = jnp.asarray,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Trace:
-    """Run all loops over windows of text and note what each would have said.
+    """The scores, guesses and log-likelihoods of all loops on windows of text.
 
     Args:
       model: decoder of the params.

@@ -313,7 +313,7 @@ def settings_of(cfg: DecoderConfig) -> tuple[str, dict[str, Any], np.ndarray | N
     return architecture, metadata, factors
 
 
-def check_said(cfg: DecoderConfig, found: DecoderConfig) -> None:
+def check_round_trip(cfg: DecoderConfig, found: DecoderConfig) -> None:
     """Raise ValueError unless `found`, read back from a file, is the config that was written."""
     said = _as_said(cfg)
     fields = [field.name for field in dataclasses.fields(said)]
@@ -352,7 +352,7 @@ def _windows(cfg: DecoderConfig) -> tuple[int, ...]:
 
 
 def _as_said(cfg: DecoderConfig) -> DecoderConfig:
-    """The config as a file can say it: floats are float32, and a Mistral is a llama."""
+    """The config that a file stores: floats are float32, and a Mistral is a llama."""
 
     def f32(x: float | None) -> float | None:
         return None if x is None else float(np.float32(x))

@@ -1,8 +1,8 @@
 """The metadata of a GGUF file for a tokenizer of transformers; the inverse of `gguf_tokenizer`.
 
-A file names the rule by which text is cut before merging. llama.cpp refuses an unknown name, and a
-wrong one gives other ids without a word. So the tokenizer's own rules are compared with the known
-ones, and the tokenizer that our reader makes of the metadata must give the same ids.
+A file names the rule by which text is cut before merging. llama.cpp refuses an unknown name. With a
+wrong one it makes other ids, and tells nobody. So the tokenizer's own rules are compared with the
+known ones, and the tokenizer that our reader makes of the metadata must give the same ids.
 """
 
 from __future__ import annotations

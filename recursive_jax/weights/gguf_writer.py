@@ -75,7 +75,7 @@ def save(
     table, shapes, params = ARCHITECTURES[architecture].table, names.shapes(cfg), names.flat(params)
     tensors = names.tensor_shapes(table, shapes)
     found = gguf_config.config_of(metadata, tensors, factors, str(path))
-    gguf_config.check_said(cfg, found)
+    gguf_config.check_round_trip(cfg, found)
     names.check_paths(params, shapes)
     types = _types(tensors, kind, cfg.tied_head, say)
     metadata |= _general(kind, facts)
