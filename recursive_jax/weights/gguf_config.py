@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from recursive_jax.models.config import DecoderConfig, Rope
-from recursive_jax.weights import hf_config
+from recursive_jax.weights import hf_config, looped
 from recursive_jax.weights.gguf_names import ARCHITECTURES, BY_FAMILY, LOOPED
 
 # Metadata (after 'ARCHITECTURE.') -> config.json
@@ -257,7 +257,7 @@ def settings_of(cfg: DecoderConfig) -> tuple[str, dict[str, Any], np.ndarray | N
     """Architecture, metadata and rope factors of a model; the inverse of `config_of`.
 
     Args:
-      cfg: vanilla, or a looped model that `check_looped` accepts.
+      cfg: vanilla, or a looped model that `looped.block` accepts.
 
     Raises:
       ValueError: llama.cpp has no such family, or cannot run a model with these settings.
@@ -268,7 +268,7 @@ def settings_of(cfg: DecoderConfig) -> tuple[str, dict[str, Any], np.ndarray | N
             f"{', '.join(BY_FAMILY)}. Export it as hf or recursive"
         )
     if cfg.num_loops > 1:
-        check_looped(cfg)
+        looped.block(cfg, ("none", "linear", "llama3", "yarn"))
     architecture = LOOPED if cfg.num_loops > 1 else BY_FAMILY[cfg.family]
     said = _as_said(cfg)
     needs = NEEDS.get(architecture, {})
@@ -323,25 +323,6 @@ def check_round_trip(cfg: DecoderConfig, found: DecoderConfig) -> None:
             f"a GGUF file of architecture {BY_FAMILY[cfg.family]} cannot express "
             + ", ".join(f"{name}={getattr(said, name)!r}" for name in lost)
             + ". Export the model as hf or recursive"
-        )
-
-
-def check_looped(cfg: DecoderConfig) -> None:
-    """Raise ValueError unless llama.cpp can run the model with its weights stored once."""
-    wrong = {
-        f"the {cfg.family} family": BY_FAMILY.get(cfg.family) != "llama",
-        f"LoRA ranks {dict(cfg.lora_ranks)}": bool(cfg.lora_ranks),
-        f"norms={cfg.norms!r}": cfg.norms != "tied",
-        f"sharing={cfg.sharing!r}": cfg.sharing != "cycle",
-        f"prefix_length={cfg.prefix_length}": bool(cfg.prefix_length),
-        "attention windows": any(_windows(cfg)),
-        "biases": cfg.qkv_bias or cfg.o_bias or cfg.mlp_bias,
-    }
-    reasons = [reason for reason, is_so in wrong.items() if is_so]
-    if reasons:
-        raise ValueError(
-            "a looped GGUF file holds llamas with rank 0, tied norms and sharing='cycle'; this "
-            f"model has {', '.join(reasons)}. Export it with layout=unrolled"
         )
 
 

@@ -46,7 +46,7 @@ def save(
 
     Args:
       params: nested or flat (perhaps lazy) params.
-      cfg: their config: vanilla, or one that `gguf_config.check_looped` accepts.
+      cfg: their config: vanilla, or one that `looped.block` accepts.
       tokenizer: a fast tokenizer of transformers.
       path: file to make.
       kind: one of `KINDS`.

@@ -7,6 +7,8 @@ between the loops (`skip_loop_final_norm`). Nothing may differ from loop to loop
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.parameters import leaves
 
@@ -19,13 +21,17 @@ _LLAMA = dict(
 )  # fmt: skip
 
 
-def block(cfg: DecoderConfig) -> DecoderConfig:
+def block(cfg: DecoderConfig, scalings: Sequence[str] = ("none", "linear")) -> DecoderConfig:
     """The vanilla Llama config of the tensors that are stored: the block, once.
+
+    Args:
+      cfg: of a looped model.
+      scalings: of the rotary embedding, which the engines of a format have.
 
     Raises:
       ValueError: the layout cannot express the model; the message says why, and what to do.
     """
-    reason = _why_not(cfg)
+    reason = _why_not(cfg, scalings)
     if reason is not None:
         raise ValueError(
             f"layout=looped cannot express this model: {reason}. Use layout=unrolled, or convert a "
@@ -34,7 +40,7 @@ def block(cfg: DecoderConfig) -> DecoderConfig:
     return cfg.replace(family="llama", num_loops=1, norms="tied", windows=(), rope_of_depth=())
 
 
-def _why_not(cfg: DecoderConfig) -> str | None:
+def _why_not(cfg: DecoderConfig, scalings: Sequence[str]) -> str | None:
     """The reason why the layout cannot express a model, in words; None if it can."""
     if cfg.prefix_length:
         return f"it has prefixes (prefix_length={cfg.prefix_length})"
@@ -51,8 +57,8 @@ def _why_not(cfg: DecoderConfig) -> str | None:
     ]
     if odd:
         return f"its layers are not those of a Llama ({', '.join(odd)})"
-    if any(cfg.windows):
+    if any(0 < window < cfg.max_length for window in cfg.windows):
         return "its attention has a sliding window"
-    if len(cfg.ropes_in_use()) > 1 or cfg.ropes_in_use()[0].scaling not in ("none", "linear"):
+    if len(cfg.ropes_in_use()) > 1 or cfg.ropes_in_use()[0].scaling not in scalings:
         return "its rotary embedding is scaled in a way that the engines do not have"
     return None
