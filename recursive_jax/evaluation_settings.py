@@ -50,8 +50,6 @@ class Settings:
             raise ValueError("nothing to evaluate: give a text, or tasks")
         if self.task_dir is not None and self.tasks is None:
             raise ValueError("task_dir without tasks; name some, or 'all'")
-        if self.limit is not None and self.tasks is None:
-            raise ValueError("limit without tasks; name some, or 'all'")
         if self.exits and self.text is None:
             raise ValueError("exits are measured on a text; give one")
         self.exit_config()
@@ -60,6 +58,8 @@ class Settings:
             if value is not None:
                 least = 2 if name == "context_length" else 1
                 check_number(name, value, True, least, 2**31 - 1)
+        if self.limit is not None and self.tasks is None:
+            raise ValueError("limit without tasks; name some, or 'all'")
         object.__setattr__(self, "dtype", sharding.compute_dtype(self.dtype).name)
 
     def max_length(self, longest: int) -> int:
