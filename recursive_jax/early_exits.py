@@ -20,6 +20,7 @@ from recursive_jax.decoding.exit_measures import Measure, Oracle, Recorded, Stat
 from recursive_jax.decoding.requests import check_number
 from recursive_jax.decoding.thresholds import Thresholds
 from recursive_jax.evaluation import exits, flops, risk
+from recursive_jax.evaluation.loops import loop_report
 from recursive_jax.evaluation.perplexity import exp
 from recursive_jax.placed import Placed
 from recursive_jax.text.documents import documents
@@ -76,6 +77,11 @@ class Subject:
 
     def __post_init__(self):
         check(self.model, self.measure)
+        if not self.windows.scored[:, 2:].any():  # the first token of a window runs all loops
+            raise ValueError(
+                "no token of the text may leave early: expected windows of at least 3 tokens; give "
+                "more text or a larger context_length"
+            )
         if self.missing_kv not in MISSING_KV:
             raise ValueError(
                 f"missing_kv={self.missing_kv!r}; expected one of {', '.join(MISSING_KV)}"
@@ -168,7 +174,7 @@ def measure_exits(
         "tokens_are": "the text's own, teacher-forced; the first of a window runs all loops",
         # with a static exit no token reads a deeper loop's keys: 'copy' costs nothing
         "loops": [row(outcome, False, "copy") for outcome in static],
-        "rates": exits.loop_rates(found),
+        "rates": loop_report((found.guess == found.target[:, None]).T),
         "oracle": {
             "is": ORACLE, **row(found.outcome(found.oracle_loops()), True, "complete"),
         },

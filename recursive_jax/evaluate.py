@@ -75,6 +75,8 @@ def run(options: flags.FlagValues) -> None:
         return exit_flags.calibrate(options)
     names = ("text", "text_tokens", "tasks", "task_dir", "context_length", "limit", "batch_size")
     given = {name: options[name].value for name in names}
+    if options["text_tokens"].present and options.text is None:
+        raise ValueError("--text_tokens without --text; give a text")
     settings = Settings(**given, dtype=options.dtype, **exit_flags.read(options))
     out = report_file(options)
     if out is not None:

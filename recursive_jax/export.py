@@ -60,6 +60,8 @@ def main() -> None:
 def export(options: flags.FlagValues) -> None:
     """Run the job. A ValueError or OSError is a mistake of the user."""
     dtype = _dtype(options)
+    if options["max_shard_gb"].present and options.format in ("gguf", "orbax"):
+        raise ValueError(f"--max_shard_gb beside --format={options.format}, which has no shards")
     exporting.check_options(options.format, options.layout, dtype, options.max_shard_gb)
     exporting.check_target(options.out, options.format)  # before anything is read
     model = model_lib.load(options.checkpoint, options.step, options.ema)

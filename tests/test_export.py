@@ -207,6 +207,7 @@ def relaxed(tokenizer):
 
 def test_hugging_face_round_trip_is_bitwise(relaxed, tmp_path):
     relaxed.export(tmp_path / "one", max_shard_gb=0.0005)
+    assert len(list((tmp_path / "one").glob("*.safetensors"))) > 1
     rj.load(tmp_path / "one").export(tmp_path / "two", max_shard_gb=0.0005)
     same_files(tmp_path / "one", tmp_path / "two")
 

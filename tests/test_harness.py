@@ -19,6 +19,7 @@ from lm_eval.api.registry import get_model  # noqa: E402
 from recursive_jax import evaluating  # noqa: E402
 from recursive_jax.evaluation import harness, rolling, tasks  # noqa: E402
 from recursive_jax.evaluation.likelihood import Likelihoods, make_rows, padded_length  # noqa: E402
+from recursive_jax.evaluation.loops import loop_report
 from recursive_jax.evaluation.records import Records  # noqa: E402
 from recursive_jax.models.decoder import Decoder  # noqa: E402
 
@@ -238,7 +239,7 @@ def test_all_loops_are_measured_in_one_pass(placed, tmp_path):
 
 def test_what_further_loops_change():
     right = np.array([[0, 1, 1, 0], [1, 1, 0, 0], [1, 1, 0, 1]], bool)
-    assert harness.loop_report(right) == {
+    assert loop_report(right) == {
         "loop_gain": [0.25, 0.25],
         "self_correction": [0.5, 0.25],
         "overthinking": [0.25, 0.0],

@@ -26,8 +26,8 @@ def table(exits: Mapping[str, Any]) -> str:
             tables.table(rows, ("exit", *HEADER)),
             "agrees: with the last loop. FLOPs: of a token, head counted, beside those of full "
             "depth. The oracle knows the last loop's answer: no engine can exit like this.",
-            f"loop gain {rates['loop_gain']:+.1%} accuracy, self-correction "
-            f"{rates['self_correction']:.1%}, overthinking {rates['overthinking']:.1%} of tokens",
+            f"loop gain {rates['loop_gain'][0]:+.1%} accuracy after the first, self-correction "
+            f"{rates['ever_corrected']:.1%}, overthinking {rates['ever_overthought']:.1%}",
         ]
     )
 

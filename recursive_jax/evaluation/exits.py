@@ -276,20 +276,3 @@ def qualities(found: Trace, outcome: Outcome) -> dict[str, Any]:
         "mean_loops": float(outcome.exit_loops.mean()),
         "depth": [float(share) for share in depth],
     }
-
-
-def loop_rates(found: Trace) -> dict[str, float]:
-    """How the answers change from loop to loop, in shares of all scored tokens.
-
-    Returns:
-      `loop_gain`: accuracy after the last loop, less that after the first. `self_correction`: wrong
-      after an earlier loop and right after the last. `overthinking`: right after an earlier loop
-      and wrong after the last.
-    """
-    right = found.guess == found.target[:, None]
-    earlier, last = right[:, :-1], right[:, -1]
-    return {
-        "loop_gain": float(last.mean() - right[:, 0].mean()),
-        "self_correction": float((last & ~earlier.all(axis=1)).mean()),
-        "overthinking": float((~last & earlier.any(axis=1)).mean()),
-    }

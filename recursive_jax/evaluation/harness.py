@@ -31,6 +31,7 @@ from recursive_jax import text
 from recursive_jax.evaluation import rolling, tasks
 from recursive_jax.evaluation.encoding import Encoder
 from recursive_jax.evaluation.likelihood import Likelihoods, Pair, Score
+from recursive_jax.evaluation.loops import loop_report
 from recursive_jax.evaluation.records import Records, key, recorded_scores
 
 # (ids of a context, lm-eval's generation arguments) of every prompt -> (number, text) as they end
@@ -254,25 +255,3 @@ def _values(samples: list[dict], label: str) -> list[float] | None:
     mine = (sample for sample in samples if sample.get("filter", "none") == (filtered or "none"))
     values = [sample.get(name) for sample in mine]
     return values if all(isinstance(x, int | float) for x in values) else None
-
-
-def loop_report(right: np.ndarray) -> dict[str, Any]:
-    """What further loops change, as shares of all items.
-
-    Args:
-      right: bool `[E, N]`, whether item n is right after e + 1 loops.
-
-    Returns:
-      `loop_gain`: accuracy at the end minus that after each earlier loop. `self_correction`: wrong
-      after that loop, right at the end. `overthinking`: right after that loop, wrong at the end.
-      Their difference is the gain. `ever_corrected` and `ever_overthought`: over any earlier loop.
-    """
-    earlier, last = right[:-1], right[-1]
-    corrected, lost = ~earlier & last, earlier & ~last
-    return {
-        "loop_gain": [float(x) for x in last.mean() - earlier.mean(1)],
-        "self_correction": [float(x) for x in corrected.mean(1)],
-        "overthinking": [float(x) for x in lost.mean(1)],
-        "ever_corrected": float(corrected.any(0).mean()),
-        "ever_overthought": float(lost.any(0).mean()),
-    }
