@@ -385,7 +385,7 @@ def test_what_gguf_cannot_express_is_refused_before_weights_are_read(tokenizer, 
     pytest.importorskip("gguf")
     missing = ArrayWeights({})
     for changes, layout, words in (
-        (dict(norms="per_loop"), "looped", "norms='per_loop'"),
+        (dict(norms="per_loop"), "looped", "pre_attention_norm.* differ from loop to loop"),
         (dict(num_loops=1), "looped", "this model has one loop"),
         (dict(family="qwen3", qk_norm=True, qkv_bias=True), "unrolled", "qkv_bias=True"),
     ):
