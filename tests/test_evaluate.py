@@ -207,17 +207,18 @@ def test_results_of_another_run_are_renamed(tmp_path):
         ((), "nothing to evaluate"),
         (("--tasks=piqa", "--task_dir=TASKS"), "no task piqa; it has arc_easy, lambada_openai"),
         (("--tasks=all", "--task_dir=PLACE/none"), "no directory"),
+        (("--text_tokens=20",), "--text_tokens without --text"),
         (("--text=PLACE/none.txt",), "none.txt.*does not exist"),
         (("--task_dir=TASKS", "--text=docstrings"), "task_dir without tasks"),
-        (("--text=docstrings", "--limit=0"), "limit=0"),
-        (("--text=docstrings", "--source=PLACE/gone"), "gone"),
+        (("--text=docstrings", "--text_tokens=20", "--limit=0"), "limit=0"),
+        (("--text=docstrings", "--text_tokens=20", "--source=PLACE/gone"), "gone"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(place, flags, message):
     flags = [f.replace("TASKS", str(place / "tasks")).replace("PLACE", str(place)) for f in flags]
     if "--tasks" in "".join(flags):
         pytest.importorskip("lm_eval", reason="pip install 'lm-eval>=0.4.13'")
-    done = evaluate(place, "--text_tokens=20", *flags, f"--out={place / 'report.json'}")
+    done = evaluate(place, *flags, f"--out={place / 'report.json'}")
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "Traceback" not in done.stderr
