@@ -21,15 +21,18 @@ def path_of(spec: str | os.PathLike) -> Any:
     """A `pathlib.Path`, or an `epath.Path` with the same methods for a path with a scheme.
 
     Raises:
-      ValueError: etils is not installed.
+      ValueError: what reads the scheme is not installed, such as gcsfs for gs://.
     """
     if not is_remote(spec):
         return pathlib.Path(spec).expanduser()
     try:
         from etils import epath
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{spec}: needs etils; pip install 'etils[epath]'") from error
-    return epath.Path(spec)
+
+        path = epath.Path(spec)
+        path.exists()  # looks up what reads this scheme
+    except (ImportError, KeyError) as error:
+        raise ValueError(f"{spec} cannot be opened: {error}") from error
+    return path
 
 
 def write_whole(path: Any, data: str | bytes) -> None:
@@ -49,6 +52,12 @@ def put(made: pathlib.Path, path: Any) -> None:
         while block := source.read(BLOCK):
             target.write(block)
     made.unlink()
+
+
+def size(path: Any) -> int:
+    """The bytes of a file."""
+    stat = path.stat()
+    return stat.length if is_remote(path) else stat.st_size
 
 
 def crc32(path: Any) -> int:

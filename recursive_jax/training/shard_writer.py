@@ -68,8 +68,8 @@ def write(
       OSError: a file cannot be written.
     """
     out = paths.path_of(out)
-    if isinstance(manifest := begin(out, job), Manifest):
-        return manifest
+    check_out(out)
+    out.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         if not paths.is_remote(out):
             stack.enter_context(file_lock.hold(out / LOCK, out, "--out"))
@@ -102,42 +102,46 @@ def _write_alone(out, job, docs, tokenizer, workers, progress) -> Manifest:
     return finish(out, job, finished)
 
 
+def check_out(out: Any) -> None:
+    """Raise ValueError for an `out` that holds something else than tokenised text."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; give a directory as --out")
+    if not out.is_dir() or load_manifest(out) is not None or (out / JOB).exists():
+        return
+    if any(file.name != LOCK for file in out.iterdir()):
+        raise ValueError(
+            f"{out} holds something else than tokenised text; choose another --out, or remove it"
+        )
+
+
 def begin(out: Any, job: Job) -> list[dict[str, Any]] | Manifest:
     """The finished sections of `out`, or its manifest; a new directory gets its job.json.
 
     Raises:
-      ValueError: `out` holds something else, or another job.
+      ValueError: another job began to write there.
     """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; give a directory as --out")
     manifest = load_manifest(out)
     if manifest is not None:
         job.check_same(dataclasses.asdict(manifest.job), out)
         _remove_sections(out)
         return manifest
-    try:
-        there = json.loads((out / JOB).read_text())
-    except FileNotFoundError:
-        if out.is_dir() and any(out.iterdir()):
-            raise ValueError(
-                f"{out} holds something else than tokenised text; choose another --out, or remove "
-                "it"
-            ) from None
-        out.mkdir(parents=True, exist_ok=True)
-        paths.write_whole(out / JOB, _text(dataclasses.asdict(job)))
-        return []
-    except ValueError as error:
-        raise ValueError(
-            f"{out / JOB} is damaged ({error}); remove {out} and start again"
-        ) from error
     if not (out / f"{SECTION.format(0)}.json").exists():  # nothing is lost by another job
         paths.write_whole(out / JOB, _text(dataclasses.asdict(job)))
         return []
-    job.check_same(there, out)
+    job.check_same(_read(out / JOB), out)
     sections = []
     while (file := out / f"{SECTION.format(len(sections))}.json").exists():
-        sections.append(json.loads(file.read_text()))
+        sections.append(_read(file))
     return sections
+
+
+def _read(file: Any) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is damaged ({error}); remove {file.parent} and start again"
+        ) from error
 
 
 def _routed(
@@ -212,8 +216,9 @@ class Section:
                 f"the tokenizer gives id {largest}, which its vocabulary does not have"
             )
         records = token_shards.encode_records(doc.ids, doc.hash, self._bytes_per_id)
-        for record in records:
-            self._writers[which].write(record)
+        with _naming(self._partial[which]):
+            for record in records:
+                self._writers[which].write(record)
         self._lengths[which].append(len(doc.ids))
         self._hashes[which].append(doc.hash)
         self._records[which] += len(records)
@@ -224,8 +229,9 @@ class Section:
         """Put the files in place; returns what the section's JSON file holds."""
         record = {"next": self.next, "dropped": self._dropped, "max_id": self._max_id, "splits": {}}
         for which in SPLITS:
-            self._writers[which].close()
             lengths, partial = self._lengths[which], self._partial[which]
+            with _naming(partial):
+                self._writers[which].close()
             size, checksum = partial.stat().st_size, paths.crc32(partial)
             paths.put(partial, self._out / f"{self._name}.{which}")
             for kind, values, dtype in (
@@ -247,8 +253,18 @@ class Section:
     def discard(self) -> None:
         """Remove unfinished files."""
         for which in SPLITS:
-            self._writers[which].close()
+            if self._writers[which].is_open():
+                self._writers[which].close()
             self._partial[which].unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _naming(file: pathlib.Path) -> Iterator[None]:
+    """A context in which array_record's RuntimeErrors are OSErrors that name the file."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f"{file} cannot be written: {' '.join(str(error).split())}") from error
 
 
 def finish(out: Any, job: Job, sections: list[dict[str, Any]]) -> Manifest:
@@ -310,6 +326,9 @@ def _finish_split(
         name = f"{job.name}-{which}.array_record-{number:05d}-of-{len(used):05d}"
         if made.exists():  # else: renamed before an interruption
             made.replace(out / name)
+        size = sections[i]["splits"][which]["bytes"]
+        if not (out / name).exists() or paths.size(out / name) != size:
+            raise ValueError(f"{out / name} is not what was written; remove {out} and start again")
         shards.append(Shard(name, **sections[i]["splits"][which]))
     group_tokens, group_records, records = [], [], 0
     content, rest = hashlib.blake2b(digest_size=8), np.zeros(0, "<u4")

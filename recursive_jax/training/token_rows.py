@@ -223,6 +223,8 @@ def open_mixture(spec: str, fingerprint: str, tokenizer: str, vocab_size: int) -
 
 def _item(item: str):
     """(path, manifest, weight) of DIR or DIR:WEIGHT; weight None without, manifest None of text."""
+    if item.startswith("tfds:"):
+        return item, None, None
     manifest = load_manifest(item)
     path, colon, tail = item.rpartition(":")
     if manifest is not None or not colon or (manifest := load_manifest(path)) is None:

@@ -143,7 +143,7 @@ class TokenDirectory:
         path = self.path / file.file
         if not path.is_file():
             raise ValueError(self._damaged(file, "it is missing"))
-        size = path.stat().st_size if not paths.is_remote(path) else path.stat().length
+        size = paths.size(path)
         if size != file.bytes:
             raise ValueError(self._damaged(file, f"it has {size} bytes, expected {file.bytes}"))
 
