@@ -59,6 +59,7 @@ setup(
         "orbax-checkpoint>=0.12.4,<0.13",  # its v1 API changes names in 1.0
         "ml-collections>=1.1",
         "grain>=0.2.18",
+        "array_record>=0.8.1; sys_platform != 'win32'",  # as grain has it
         "transformers>=5.16,<6",  # tokenizers and chat templates only; no torch
         "jinja2>=3.1.6",  # chat templates
         "tokenizers>=0.22",

@@ -40,13 +40,16 @@ def get_config() -> ConfigDict:
     c.model.reduced_baseline = False  # instead: random, depth / num_loops layers, no loop
 
     c.data = ConfigDict()
-    c.data.train = "docstrings"  # files, directories, jsonl(.gz .zst), tfds:NAME, comma between
+    # files, directories, jsonl(.gz .zst), tfds:NAME, comma between; or directories of
+    # recursive_jax.tokenize, with weights: DIR1:0.7,DIR2:0.3
+    c.data.train = "docstrings"
     c.data.valid = ""  # the same; '' = a held-out share of `train`
     c.data.valid_fraction = 0.01
     c.data.context_length = 512  # tokens per row
     c.data.batch_size = 8  # rows per step, over all devices
     c.data.cache_dir = ""  # tokenised text; '' = the user's cache directory
     c.data.eval_tokens = 20_000  # scored at each evaluation
+    c.data.epochs = 1  # most passes over a directory of recursive_jax.tokenize
 
     c.objective = ConfigDict()  # recursive_jax.training.losses.Objective
     c.objective.ce = 1.0

@@ -92,10 +92,11 @@ def fit(
                 f"{workdir} holds a model that was saved, not a run that can go on; give another "
                 "workdir"
             )
+    corpus.check_enough(config.num_steps * config.data.batch_size, config.data.epochs)
     config, near_kl = for_start(config, model.certificate, saved and saved[PROGRESS_KEY])
     mesh = make_mesh(config)
     setup = make_setup(model, config, teacher, mesh)
-    contract = RunContract.of(config, corpus.rows.docs.hashes, corpus.windows.tokens, near_kl)
+    contract = RunContract.of(config, corpus.rows.content, corpus.windows.tokens, near_kl)
     if saved is not None:
         # On all processes, before any of them opens arrays.
         together(lambda: contract.check(saved[PROGRESS_KEY], workdir))
@@ -156,7 +157,13 @@ def fit(
         stop = stop or loop.Stop(signals=())
         stop.begin_steps()
         step = loop.run(
-            trainer, batches, first_step, schedule_of(config), callbacks, stop, clock.pause
+            trainer,
+            clock.timed(batches),
+            first_step,
+            schedule_of(config),
+            callbacks,
+            stop,
+            clock.pause,
         )
     summary = summarise(config, model, teacher, history, step, record)
     summary["seconds"] = round(seconds(), 1)
@@ -287,7 +294,7 @@ def open_files(
     config = report.config
     rate = learning_rate_schedule(config.optimizer, config.num_steps)
     writer = metrics.MetricWriter(workdir, first_step)
-    record = Record(writer, rate, lambda: report.tokens_per_second)
+    record = Record(writer, rate, lambda: report.tokens_per_second, lambda: report.clock.data_wait)
     saver = checkpoint.Writer(workdir, keep=config.keep_checkpoints)
     save = Save(saver, progress)
     for callback in (record, save):

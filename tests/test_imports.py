@@ -21,7 +21,7 @@ PACKAGES = {
     "analysis": (*BASE, "decoding"),
 }
 # Whole files, their errors and locks: everything may import these.
-FOUNDATION = (f"{PACKAGE}.files", f"{PACKAGE}.file_lock")
+FOUNDATION = (f"{PACKAGE}.files", f"{PACKAGE}.file_lock", f"{PACKAGE}.paths")
 SHARED = ("files", "sharding", "metrics")  # single files that import nothing else of this package
 CHOOSES = "recursive_jax/decode_model.py"  # alone imports both implementations
 FLAGS = ("absl.app", "absl.flags", "ml_collections")
@@ -37,6 +37,7 @@ ONLY_IN = {  # library -> files that may import it at all
 }
 # Slow to import or optional: only inside the function that needs them.
 INSIDE_FUNCTIONS = (
+    "array_record",
     "gguf",
     "huggingface_hub",
     "lm_eval",

@@ -52,6 +52,29 @@ def test_progress_leaves_compilation_out(monkeypatch):
     assert progress.eta(15) == "0:18"  # 5 steps of 2 s, and 8 s of pauses by 5 steps so far
 
 
+def test_progress_tells_the_share_of_time_that_waits_for_data(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress_lib.time, "perf_counter", lambda: now[0])
+    progress = progress_lib.StepProgress(total=20)
+
+    def slow():
+        for batch in range(4):
+            now[0] += 0.5
+            yield batch
+
+    for step, batch in enumerate(progress.timed(slow()), 1):
+        assert batch == step - 1
+        now[0] += 30.0 if step == 1 else 1.5  # the first step compiles, and leaves no share
+        progress.tick(step)
+        assert math.isnan(progress.data_wait) == (step == 1)
+    assert progress.data_wait == 0.25
+    with progress.pause():  # an evaluation is neither a step nor waiting
+        now[0] += 8.0
+    now[0] += 2.0
+    progress.tick(5)
+    assert progress.data_wait == 1.5 / 8.0
+
+
 def test_metric_files_can_be_read_back(tmp_path):
     for step in (1, 2):  # the second writer goes on where the first ended
         writer = metrics.MetricWriter(tmp_path, step - 1)

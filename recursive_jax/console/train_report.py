@@ -83,7 +83,7 @@ class Report(Callback):
         total, rate = self.config.num_steps, self.tokens_per_second
         shown = "  ".join(f"{k} {metrics[k]:.4f}" for k in SHOWN if k in metrics)
         shown += f"  loops {metrics['loops']:.0f}" if "loops" in metrics else ""
-        speed = f"{rate:,.0f} tok/s  ETA {self.clock.eta(step)}"
+        speed = f"{rate:,.0f} tok/s  ETA {self.clock.eta(step)}  data {self.clock.data_wait:.1%}"
         self.say(
             f"step {step}/{total}  {step / total:.0%}  {shown}  "
             + ("compiled" if math.isnan(rate) else speed)

@@ -17,6 +17,7 @@ Nothing here imports TensorFlow, and nothing installed is imported in order to r
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -31,6 +32,10 @@ SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 CARDS = "readme license licence copying notice changelog contributing citation authors".split()
 
 
+Reader = Callable[[], Iterator[tuple[str, str | Iterable[str]]]]
+TFDS_UNIT = 10_000  # records
+
+
 @dataclasses.dataclass(frozen=True)
 class Documents:
     """A stream of documents that can be read again and again, always in the same order.
@@ -42,6 +47,8 @@ class Documents:
       num_chars: estimate of the characters to come, for progress bars.
       read: starts a new pass; yields `(name, text)`. The name says where the text came from. The
         text is a string, or an iterable of strings where a document may be too large for memory.
+      units: readers of consecutive parts of the stream, such as its files: a job that goes on
+        starts at one of them. Empty: `read` is the only one.
 
     Iterating yields `(name, text)` with every text as one string.
     """
@@ -49,7 +56,17 @@ class Documents:
     source: str
     fingerprint: str
     num_chars: int
-    read: Callable[[], Iterator[tuple[str, str | Iterable[str]]]]
+    read: Reader
+    units: tuple[Reader, ...] = ()
+
+    def read_from(self, unit: int, number: int) -> Iterator[tuple[int, int, str | Iterable[str]]]:
+        """`(unit, number, text)` from document `number` of a unit on; numbers count in the unit."""
+        units = self.units or (self.read,)
+        for u in range(unit, len(units)):
+            first = number if u == unit else 0
+            for n, (_, text) in enumerate(units[u]()):
+                if n >= first:
+                    yield u, n, text
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         for name, text in self.read():
@@ -83,6 +100,7 @@ def documents(source: str) -> Documents:
         _digest([part.fingerprint for part in parts]),
         sum(part.num_chars for part in parts),
         read,
+        tuple(unit for part in parts for unit in part.units or (part.read,)),
     )
 
 
@@ -127,16 +145,20 @@ def _files(item: str, path: pathlib.Path) -> Documents:
         for f in files
     ]
 
+    def read_file(file):
+        if file.name.endswith((".txt", ".md")):
+            yield str(file), readers.read_text(file)
+        else:
+            yield from readers.read_jsonl(file)
+
     def read():
         for file in files:
-            if file.name.endswith((".txt", ".md")):
-                yield str(file), readers.read_text(file)
-            else:
-                yield from readers.read_jsonl(file)
+            yield from read_file(file)
 
     packed = 3  # what gzip and zstd make of English, roughly
     size = sum(n * (packed if name.endswith((".gz", ".zst")) else 1) for name, n, _ in listing)
-    return Documents(item, _digest(listing), size, read)
+    units = tuple(functools.partial(read_file, file) for file in files)
+    return Documents(item, _digest(listing), size, read, units)
 
 
 def _text_files(item: str, directory: pathlib.Path) -> list[pathlib.Path]:
@@ -206,14 +228,18 @@ def _tfds(item: str, name: str) -> Documents:
         ) from error
     field = _text_feature(builder.info.features, name)
 
-    def read():
-        for i in range(len(records)):
+    def read(start=0, stop=None):
+        for i in range(start, len(records) if stop is None else min(stop, len(records))):
             text = records[i][field]
             yield f"{name}@{split}[{i}]", readers.decode(bytes(text), f"{name}@{split}[{i}]")
 
     info = builder.info
     listing = [str(builder.data_dir), info.full_name, split, len(records), info.dataset_size]
-    return Documents(item, _digest(listing), int(info.splits[split].num_bytes), read)
+    units = tuple(
+        functools.partial(read, start, start + TFDS_UNIT)
+        for start in range(0, len(records), TFDS_UNIT)
+    )
+    return Documents(item, _digest(listing), int(info.splits[split].num_bytes), read, units)
 
 
 def _text_feature(features, name: str) -> str:

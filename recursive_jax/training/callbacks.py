@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -86,6 +87,7 @@ class Record(Callback):
       writer: a `metrics.MetricWriter`.
       learning_rate: step, counted from 0 -> rate.
       tokens_per_second: () -> rate of the latest steps.
+      data_wait: () -> share of their time that was spent waiting for batches.
     """
 
     def __init__(
@@ -93,13 +95,17 @@ class Record(Callback):
         writer: Any,
         learning_rate: Callable[[int], Any],
         tokens_per_second: Callable[[], float],
+        data_wait: Callable[[], float] = lambda: math.nan,
     ):
         self._writer, self._rate, self._speed = writer, learning_rate, tokens_per_second
+        self._data_wait = data_wait
 
     def on_log(self, step, metrics):
         values = {f"train/{name}": value for name, value in metrics.items()}
         values["train/learning_rate"] = float(self._rate(step - 1))  # the optimizer counts from 0
-        self._writer.write(step, values | {"perf/tokens_per_second": self._speed()})
+        values["perf/tokens_per_second"] = self._speed()
+        values["perf/data_wait"] = self._data_wait()
+        self._writer.write(step, values)
 
     def on_quality(self, step, name, quality):
         values = {f"{name}/nll": quality["nll"], f"{name}/perplexity": quality["perplexity"]}

@@ -27,13 +27,16 @@ class DataConfig:
     """Text, and how it is cut into batches.
 
     Attributes:
-      train: files, directories, .jsonl(.gz .zst), tfds:NAME, docstrings[:N]; comma between.
+      train: files, directories, .jsonl(.gz .zst), tfds:NAME, docstrings[:N]; comma between. Or
+        directories of `recursive_jax.tokenize`, weighted as DIR1:0.7,DIR2:0.3.
       valid: the same, held out; '' = a share of `train`.
       valid_fraction: that share.
       context_length: tokens per row.
       batch_size: rows per step, over all devices.
       cache_dir: of tokenised text; '' = the user's cache directory.
       eval_tokens: scored at each evaluation.
+      epochs: a run takes at most so many passes over a directory of `recursive_jax.tokenize`. Text
+        that is no such directory is repeated as often as needed.
     """
 
     train: str = "docstrings"
@@ -43,6 +46,7 @@ class DataConfig:
     batch_size: int = 8
     cache_dir: str = ""
     eval_tokens: int = 20_000
+    epochs: int = 1
 
     def __post_init__(self):
         check_kinds(self, "data.")
@@ -52,6 +56,7 @@ class DataConfig:
             batch_size=self.batch_size,
             context_length=self.context_length,
             eval_tokens=self.eval_tokens,
+            epochs=self.epochs,
         )
 
 

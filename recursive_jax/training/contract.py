@@ -56,7 +56,7 @@ class RunContract:
     def of(
         cls,
         config: TrainConfig,
-        training: np.ndarray,
+        training: np.ndarray | str,
         held_out: np.ndarray,
         near_kl: float | None = None,
     ) -> RunContract:
@@ -64,7 +64,7 @@ class RunContract:
 
         Args:
           config: of the run.
-          training: hashes of the training documents, uint64 `[D]`.
+          training: hashes of the training documents, uint64 `[D]`, or `Rows.content`.
           held_out: tokens of the held-out windows, int32 `[N, T]`.
           near_kl: of a near start, for which the config is; None: the start is another.
         """
@@ -76,7 +76,7 @@ class RunContract:
             batch_size=config.data.batch_size,
             context_length=config.data.context_length,
             seed=config.seed,
-            training_text=_hash(training),
+            training_text=training if isinstance(training, str) else _hash(training),
             held_out_text=_hash(held_out),
             clipping=config.optimizer.clip_norm > 0,
             own_lora_rate=config.optimizer.lora_lr_scale != 1.0,

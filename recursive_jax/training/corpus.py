@@ -9,6 +9,7 @@ from recursive_jax import text
 from recursive_jax.text.documents import documents
 from recursive_jax.training import data
 from recursive_jax.training.config import DataConfig
+from recursive_jax.training.token_rows import Mixture, open_mixture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,16 +17,26 @@ class Corpus:
     """Attributes:
     rows: to train on.
     windows: held out.
+    mixture: of tokenised directories that the rows come from; None: the text was read.
     """
 
-    rows: data.PackedRows
+    rows: data.Rows
     windows: text.Windows
+    mixture: Mixture | None = None
+
+    def check_enough(self, wanted: int, epochs: int) -> None:
+        """Raise ValueError if a run of `wanted` rows repeats a directory more than `epochs` times.
+
+        Text that was read directly is repeated as often as needed.
+        """
+        if self.mixture is not None:
+            self.mixture.check_enough(self.rows, wanted, epochs)
 
 
 def open_corpus(
     config: DataConfig, tokenizer: Any, vocab_size: int, seed: int, progress: bool = True
 ) -> Corpus:
-    """The tokenised text of `config`; from the cache where it was tokenised before.
+    """The tokenised text of `config`: of `recursive_jax.tokenize`, from the cache, or made now.
 
     Args:
       config: which text, and the sizes of rows.
@@ -35,7 +46,8 @@ def open_corpus(
       progress: show a progress bar.
 
     Raises:
-      ValueError: there is no text, or none is left to train on or to hold out.
+      ValueError: there is no text, none is left to train on or to hold out, or a tokenised
+        directory is damaged or of another tokenizer.
     """
 
     def tokens(spec):
@@ -47,14 +59,28 @@ def open_corpus(
             progress=progress,
         )
 
-    train = tokens(config.train)
-    if config.valid:
-        valid = tokens(config.valid)
-    else:
-        valid = train.split("valid", config.valid_fraction)
-        train = train.split("train", config.valid_fraction)
+    def mixture(spec):
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        return open_mixture(spec, text.fingerprint(tokenizer), name, vocab_size)
+
     prefix = text.bos_prefix(tokenizer)
-    rows = data.PackedRows(train, prefix, config.context_length, seed)
-    pieces = valid.pieces(config.context_length - len(prefix))  # each becomes one window
+    length = config.context_length - len(prefix)  # each piece becomes one window
+    stored, stored_valid = mixture(config.train), mixture(config.valid)
+    pieces = None
+    if stored_valid is not None:
+        pieces = stored_valid.valid(length)
+    elif config.valid:
+        pieces = tokens(config.valid).pieces(length)
+    if stored is not None:
+        rows = stored.rows(prefix, config.context_length, seed)
+        if pieces is None:
+            stored.check_held_out(config.valid_fraction)
+            pieces = stored.valid(length)
+    else:
+        train = tokens(config.train)
+        if pieces is None:
+            pieces = train.split("valid", config.valid_fraction).pieces(length)
+            train = train.split("train", config.valid_fraction)
+        rows = data.PackedRows(train, prefix, config.context_length, seed)
     windows = text.eval_windows(tokenizer, pieces, config.context_length, config.eval_tokens)
-    return Corpus(rows, windows)
+    return Corpus(rows, windows, stored)

@@ -11,9 +11,11 @@ over processes and resuming are therefore index arithmetic, which grain does.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import grain
 import numpy as np
@@ -217,7 +219,7 @@ class PackedRows:
         docs: TokenizedDocuments,
         prefix: Sequence[int],
         context_length: int,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
     ):
         if context_length <= len(prefix):
             raise ValueError(
@@ -244,6 +246,16 @@ class PackedRows:
     def num_tokens(self) -> int:
         """Content tokens of one epoch."""
         return self.docs.num_tokens
+
+    @property
+    def content(self) -> str:
+        """Hash over the hashes of the documents: another text has another."""
+        data = np.ascontiguousarray(self.docs.hashes).tobytes()
+        return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+    def endless(self, seed: int) -> grain.MapDataset:
+        """The rows of all epochs; each is shuffled anew by index arithmetic."""
+        return grain.MapDataset.source(self).shuffle(seed=seed).repeat()
 
     def __len__(self) -> int:
         return int(-(-self._ends[-1] // self._stride))
@@ -289,8 +301,19 @@ class PackedRows:
         return length
 
 
+class Rows(Protocol):
+    """Rows of one epoch: `PackedRows`, or those of `token_rows`."""
+
+    num_tokens: int  # content tokens of one epoch
+    content: str  # changes with the text and the order of its rows
+
+    def __len__(self) -> int: ...
+
+    def endless(self, seed: int) -> grain.MapDataset: ...
+
+
 def batches(
-    rows: PackedRows,
+    rows: Rows,
     batch_size: int,
     seed: int,
     process_index: int = 0,
@@ -316,8 +339,7 @@ def batches(
         )
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index={process_index}; expected 0..{process_count - 1}")
-    shuffled = grain.MapDataset.source(rows).shuffle(seed=seed).repeat()
-    share = shuffled[process_index::process_count]
+    share = rows.endless(seed)[process_index::process_count]
     share = share.batch(batch_size // process_count, drop_remainder=True)  # endless: no remainder
     # One thread builds the next batch while a step runs. More would only wait for Python's lock.
     return iter(share.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
