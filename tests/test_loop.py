@@ -4,9 +4,9 @@ import gc
 import os
 import signal
 import time
-import types
 
 import pytest
+from absl import flags
 
 from recursive_jax import train as job
 from recursive_jax.console import stop as console_stop
@@ -85,8 +85,10 @@ def test_a_signal_before_the_first_step_ends_the_job_with_its_own_code(number, m
         raise AssertionError("the signal was lost")
 
     monkeypatch.setattr(job, "train", train)
-    options = types.SimpleNamespace(distributed=False, config=None, workdir="run")
-    monkeypatch.setattr(job.flags, "FLAGS", options)
+    values = flags.FlagValues()
+    job.define_flags(values)
+    values(["train", "--config=configs/tiny_smoke.py", "--workdir=run"])
+    monkeypatch.setattr(job.flags, "FLAGS", values)
     with pytest.raises(SystemExit) as end:
         job.main()
     assert end.value.code == 75
