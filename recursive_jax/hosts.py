@@ -35,6 +35,7 @@ POLL = 1.0  # seconds between looks at the failures of other processes
 MOST = 4  # facts that an error names
 SHOWN = 60  # characters of a value in an error message
 PREFIX = "recursive_jax"
+AGAIN = 75  # exit code where the same command goes on: EX_TEMPFAIL of sysexits.h
 
 Say = Callable[[str], None]
 
@@ -78,9 +79,11 @@ def _client() -> Any:
     return distributed.global_state.client
 
 
-def name_of(process: int) -> str:
-    """Such as 'process 3 of 4 (HOST)'."""
+def name_of(process: int, ask: bool = True) -> str:
+    """Such as 'process 3 of 4 (HOST)'; without the host if the coordinator is not to be asked."""
     count = jax.process_count()
+    if not ask:
+        return f"process {process} of {count}"
     with contextlib.suppress(jax.errors.JaxRuntimeError, AttributeError):
         host = _client().key_value_try_get(f"{PREFIX}/host/{process}")
         return f"process {process} of {count} ({host})"
@@ -267,46 +270,46 @@ def barrier(where: str, timeout: float | None = None) -> None:
 def see_one_directory(directory: Any, timeout: float | None = None) -> None:
     """Return if all processes see the same directory, in which process 0 may write.
 
+    Process 0 writes a file with a random name, which the others must find.
+
     Args:
-      directory: an `etils.epath.Path` or `pathlib.Path`; it is made if need be.
+      directory: an `etils.epath.Path` or `pathlib.Path` that process 0 has made.
       timeout: seconds to wait for the others; None: as configured.
 
     Raises:
       ValueError: on every process; names those that see another directory.
+      MissingHosts, OtherHostFailed: as `decide`.
     """
     if jax.process_count() == 1:
         return
-    first = jax.process_index() == 0
-    name = decide("the workdir", secrets.token_hex(8) if first else None, lambda found: found[0])
-    mark, problem = directory / f".seen-by-all-{name}", ""
+    first, problem = jax.process_index() == 0, ""
+    offer = [secrets.token_hex(8), str(directory)]
+    name, place = decide("the workdir", offer, lambda found: found[0], timeout)
+    mark = directory / f".seen-by-all-{name}"
     try:
         if first:
-            directory.mkdir(parents=True, exist_ok=True)
-            mark.write_text(name)
-    except OSError as error:
-        problem = f"cannot write there: {error}"
-    try:
-        _all_see(directory, mark, problem, timeout)
+            try:
+                mark.write_text(name)
+            except OSError as error:
+                problem = f"cannot write to {directory}: {error}"
+        decide("the workdir, written", problem, _no_problem, timeout)
+        deadline = time.monotonic() + GRACE  # network file systems show a new file late
+        while not mark.exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        if not mark.exists():
+            problem = f"has {directory}, which is not the {place} of process 0"
+        decide("the workdir, read", problem, _no_problem, timeout)
     finally:
         if first:
             with contextlib.suppress(OSError):
                 mark.unlink()
 
 
-def _all_see(directory: Any, mark: Any, problem: str, timeout: float | None) -> None:
-    decide("the workdir, written", problem, _no_problem, timeout)
-    deadline = time.monotonic() + GRACE  # network file systems show a new file late
-    while not mark.exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    seen = "" if mark.exists() else f"does not see what process 0 wrote in {directory}"
-    decide("the workdir, read", seen, _no_problem, timeout)
-
-
 def _no_problem(found: list[str]) -> None:
     bad = [process for process, problem in enumerate(found) if problem]
     if bad:
         raise ValueError(
-            f"workdir: {names_of(bad)} {found[bad[0]]}. All hosts need one directory that all of "
+            f"--workdir: {names_of(bad)} {found[bad[0]]}. All hosts need one directory that all of "
             "them see"
         )
 
@@ -340,8 +343,10 @@ def ending_together(tell: Say, advice: Callable[[], str] = str) -> Iterator[None
     """A context in which the failure of one process ends all of them.
 
     A process that fails publishes its error and exits, without JAX's barrier at exit, at which it
-    would wait for the others. The others look for such errors every second. An error that all
-    processes raise, and every error of a single process, leaves the context as usual.
+    would wait for the others. The exit code is 2 after a user's mistake on any process, `AGAIN`
+    where a process is missing or dead, 1 after other errors. The others look for such errors every
+    second. An error that all processes raise, and every error of a job of one process, leaves the
+    context as usual.
 
     Args:
       tell: shows an error line on this process.
@@ -377,50 +382,71 @@ def _watch(done: threading.Event, tell: Say) -> None:
 
 def _fail(error: Exception, tell: Say, advice: Callable[[], str]) -> None:
     """Publish an error of this process, tell it, and exit."""
-    collective = isinstance(error, jax.errors.JaxRuntimeError)
+    collective = _is_collective(error)
+    if collective and not _coordinator_answers():  # JAX is about to abort this process
+        tell(f"{name_of(0, ask=False)} is gone{advice()}")
+        os._exit(AGAIN)
     lost = collective or isinstance(error, MissingHosts | OtherHostFailed)
     user = isinstance(error, ValueError | OSError | FloatingPointError)
     message = str(error) if user else f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    me = jax.process_index()
+    gone: list[int] = []
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         record = json.dumps({"lost": lost, "message": message})
-        _client().key_value_set(f"{PREFIX}/failed/{me}", record, allow_overwrite=True)
-    if collective:
-        message = _who_is_gone(message, advice)
-    elif not user:
+        key = f"{PREFIX}/failed/{jax.process_index()}"
+        _client().key_value_set(key, record, allow_overwrite=True)
+        if collective:
+            found, gone = _who_is_gone()
+            are = "is" if len(gone) == 1 else "are"
+            message = f"{names_of(gone)} {are} gone{advice()}" if gone else found or message
+    if not (user or lost):
         traceback.print_exc()
     tell(message)
-    _leave(2 if user or lost else 1)
+    again = bool(gone) or isinstance(error, MissingHosts)
+    _leave(AGAIN if again else 2 if user or lost else 1, gone)
 
 
-def _who_is_gone(message: str, advice: Callable[[], str]) -> str:
-    """The reason of a failed collective, by what the other processes publish."""
+def _is_collective(error: Exception) -> bool:
+    """Whether a failed collective is the reason; JAX raises some of them as a ValueError."""
+    return isinstance(error, jax.errors.JaxRuntimeError) or " failed: [external/gloo" in str(error)
+
+
+def _coordinator_answers() -> bool:
+    """Whether the port of the coordination service takes connections."""
+    from jax._src import distributed
+
+    host, _, port = distributed.global_state.coordinator_address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), GRACE).close()
+    except OSError:
+        return False
+    return True
+
+
+def _who_is_gone() -> tuple[str, list[int]]:
+    """After a failed collective: the error that another process published, or who publishes none.
+
+    Every process that is there publishes something, as it has lost the collective as well.
+    """
     deadline, there = time.monotonic() + GRACE, {}
     while time.monotonic() < deadline and len(there) < jax.process_count():
         time.sleep(0.2)
-        try:
-            failure, there = failure_of_another(), failures()
-        except jax.errors.JaxRuntimeError:
-            return f"{name_of(0)} is gone{advice()}"
+        failure, there = failure_of_another(), failures()
         if failure:
-            return failure
-    gone = [process for process in range(jax.process_count()) if process not in there]
-    if not gone:
-        return message
-    return f"{names_of(gone)} {'is' if len(gone) == 1 else 'are'} gone{advice()}"
+            return failure, []
+    return "", [process for process in range(jax.process_count()) if process not in there]
 
 
-def _leave(code: int) -> None:
+def _leave(code: int, gone: Sequence[int] = ()) -> None:
     """Exit without JAX's barrier at exit. Process 0 stays a little, as it serves the others."""
     sys.stdout.flush()
     sys.stderr.flush()
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        _client().key_value_set(f"{PREFIX}/left/{jax.process_index()}", "", allow_overwrite=True)
-        deadline = time.monotonic() + GRACE
-        while jax.process_index() == 0 and time.monotonic() < deadline:
-            if len(_client().key_value_dir_get(f"{PREFIX}/left/")) == jax.process_count():
+        me = jax.process_index()
+        _client().key_value_set(f"{PREFIX}/left/{me}", "", allow_overwrite=True)
+        deadline, expected = time.monotonic() + GRACE, jax.process_count() - len(gone)
+        while me == 0 and expected > 1 and time.monotonic() < deadline:
+            if len(_client().key_value_dir_get(f"{PREFIX}/left/")) >= expected:
+                time.sleep(0.2)  # until the last answer has left
                 break
             time.sleep(0.1)
-        if jax.process_index() == 0:
-            time.sleep(0.5)
     os._exit(code)

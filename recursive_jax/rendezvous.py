@@ -136,13 +136,17 @@ class _Call:
 
     def lead(self) -> None:
         here: dict[int, tuple[socket.socket, str]] = {}
-        problem = ""
+        problem, late = "", False
         with contextlib.ExitStack() as stack:
             server = stack.enter_context(self.listen())
             while len(here) < self.place.num_processes - 1 and not problem:
                 if self.left <= 0:
-                    problem = f"{self.arrived(here)} within --initialization_timeout=" + (
-                        f"{self.timeout:.0f} s. Look at their logs; start all processes again"
+                    late, problem = (
+                        True,
+                        (
+                            f"{self.arrived(here)} within --initialization_timeout="
+                            f"{self.timeout:.0f} s. Look at their logs; start all processes again"
+                        ),
                     )
                     break
                 self.notify(lambda: self.arrived(here))
@@ -153,9 +157,9 @@ class _Call:
                     problem = self.register(connection, here)
             for connection, _ in here.values():
                 with contextlib.suppress(OSError):
-                    connection.sendall(json.dumps({"problem": problem}).encode() + b"\n")
+                    connection.sendall(_answer(problem, late))
         if problem:
-            raise hosts.MissingHosts(problem) if self.left <= 0 else ValueError(problem)
+            raise (hosts.MissingHosts if late else ValueError)(problem)
 
     def listen(self) -> socket.socket:
         """The listening socket, as soon as the port is free."""
@@ -193,8 +197,7 @@ class _Call:
         if number == 0 or (old is not None and _is_open(old[0])):
             if old is not None:
                 with contextlib.suppress(OSError):
-                    answer = {"problem": f"another process has --process_id={number}"}
-                    old[0].sendall(json.dumps(answer).encode() + b"\n")
+                    old[0].sendall(_answer(f"another process has --process_id={number}"))
             other = socket.gethostname() if old is None else old[1]
             return f"two processes have --process_id={number}: on {other} and on {host}"
         return ""
@@ -226,9 +229,10 @@ class _Call:
                 pass
             self.check(reached)
             time.sleep(RETRY)
-        problem = json.loads(answer)["problem"]
-        if problem:
-            raise ValueError(f"process 0: {problem}")
+        answer = json.loads(answer)
+        if answer["problem"]:
+            kind = hosts.MissingHosts if answer["late"] else ValueError
+            raise kind(f"process 0: {answer['problem']}")
 
     def read_line(self, peer: socket.socket) -> bytes:
         """The answer of process 0; b'' if it ends the connection."""
@@ -257,6 +261,11 @@ class _Call:
                 f"{self.timeout:.0f} s. Is it running, and does a firewall let port {self.port} "
                 "through?"
             )
+
+
+def _answer(problem: str, late: bool = False) -> bytes:
+    """What process 0 sends: what is wrong, or '' if all are there; whether it may do next time."""
+    return json.dumps({"problem": problem, "late": late}).encode() + b"\n"
 
 
 def _is_open(connection: socket.socket) -> bool:

@@ -30,7 +30,7 @@ from recursive_jax.training.contract import RunContract
 from recursive_jax.training.corpus import open_corpus
 from recursive_jax.weights import checkpoint, workdir_lock
 
-STOPPED = 75  # exit code of a run that can go on: EX_TEMPFAIL of sysexits.h
+STOPPED = hosts.AGAIN  # exit code of a run that can go on
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -54,8 +54,8 @@ def train(config: Any, workdir: str | pathlib.Path, stop: loop.Stop | None = Non
         raise ValueError("objective.kd > 0 needs the model to distil from: set --config.source")
     source = load(config.source) if config.source else None
     host_facts.agree_on_start(config.to_dict(), source)
-    hosts.see_one_directory(workdir)
     with workdir_lock.hold(workdir, output.say):
+        hosts.see_one_directory(workdir)
         return _train_alone(config, settings, source, workdir, stop)
 
 
@@ -95,7 +95,11 @@ def advice(workdir: str) -> str:
 
 def main() -> None:
     options = flags.FLAGS
-    host_flags.connect(options)
+    try:
+        host_flags.connect(options)
+    except hosts.MissingHosts as error:
+        output.tell_error(str(error))
+        sys.exit(hosts.AGAIN)
     try:
         with (
             hosts.ending_together(output.tell_error, lambda: advice(options.workdir)),
