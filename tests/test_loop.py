@@ -140,3 +140,9 @@ def test_a_signal_in_a_callback_of_the_garbage_collector_is_not_lost(number):
             time.sleep(0.05)
         pytest.fail("the signal was lost")
     assert stopped.value.exit_code == 128 + number
+
+
+def test_batches_that_end_too_early_are_an_error():
+    """A run of fewer steps than asked for must not look like a finished one."""
+    with pytest.raises(ValueError, match="the text ended after step 100 of 101"):
+        run(101, save=50)
