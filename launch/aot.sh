@@ -29,7 +29,9 @@ from recursive_jax.training.config import TrainConfig
 topology, gigabytes, *arguments = sys.argv[1:]
 values = flags.FlagValues()
 train.define_flags(values)
-values(config_files.resolve(["train", "--workdir=/nonexistent", *arguments]))
+# config_flags reads values of the config in sys.argv.
+sys.argv = config_files.resolve(["train", "--workdir=/nonexistent", *arguments])
+values(sys.argv)
 config = values.config
 if config.dtype == "auto":
     config.dtype = "bfloat16"  # as on TPUs

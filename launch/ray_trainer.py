@@ -9,6 +9,7 @@ Other arguments go to `python -m recursive_jax.train`. Ray connects the JAX proc
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 
@@ -21,7 +22,8 @@ def worker(settings: dict[str, Any]) -> None:
 
     values = flags.FlagValues()
     train.define_flags(values)
-    values(config_files.resolve(["train", *settings["argv"]]))
+    sys.argv = config_files.resolve(["train", *settings["argv"]])  # config_flags reads it there
+    values(sys.argv)
     host_flags.connect(values)
     if train.train(values.config, values.workdir).stopped:
         raise RuntimeError("stopped and saved; Ray starts the workers again")  # it counts failures

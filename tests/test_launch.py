@@ -5,6 +5,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 from absl import flags
@@ -23,7 +24,9 @@ def options_of(arguments):
     values = flags.FlagValues()
     train.define_flags(values)
     config = [re.sub("--config=(gemma_rrt)", r"--config=configs/\1.py", a) for a in arguments]
-    values(["train", *config])
+    with pytest.MonkeyPatch.context() as patch:  # config_flags reads values of the config there
+        patch.setattr(sys, "argv", ["train", *config])
+        values(sys.argv)
     return values
 
 
@@ -169,6 +172,7 @@ def test_ray_runs_the_job(monkeypatch):
         return Finished
 
     monkeypatch.setattr(train, "train", run)
+    monkeypatch.setattr(sys, "argv", sys.argv)  # the worker sets it
     module.worker({"argv": ["--config=tiny_smoke", "--config.data.batch_size=3", "--workdir=w"]})
     assert seen == [(3, "w")]
     Finished.stopped = True
