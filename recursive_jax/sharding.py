@@ -13,6 +13,8 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from recursive_jax import hosts
+
 MESH_AXES = ("data", "fsdp", "tensor")
 
 # Logical axis -> mesh axes; None: not sharded.
@@ -186,20 +188,7 @@ def put_global(tree: Any, sharding: Any) -> Any:
 
 def check_agreement(what: str, value: int) -> None:
     """ValueError on every process unless `value` is the same on all processes."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        found = multihost_utils.process_allgather(np.int32(value)).tolist()
-        if len(set(found)) > 1:
-            raise ValueError(f"{what} differs between the processes: {found}")
-
-
-def wait_for_all(name: str) -> None:
-    """Block until all processes have called this with the same name."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
+    hosts.agree({what: value}, what)
 
 
 def put_local_batch(batch: Any, mesh: Mesh) -> Any:

@@ -20,16 +20,17 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from recursive_jax import sharding, start
-from recursive_jax.console import app, output, train_report
+from recursive_jax import host_facts, hosts, start
+from recursive_jax.console import app, host_flags, output, train_report
 from recursive_jax.fit import Fit, fit, make_mesh
 from recursive_jax.model import load
 from recursive_jax.training import loop
 from recursive_jax.training.config import TrainConfig
+from recursive_jax.training.contract import RunContract
 from recursive_jax.training.corpus import open_corpus
 from recursive_jax.weights import checkpoint, workdir_lock
 
-STOPPED = 75  # exit code of a run that can go on: EX_TEMPFAIL of sysexits.h
+STOPPED = hosts.AGAIN  # exit code of a run that can go on
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -40,11 +41,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "workdir", None, "checkpoints, metrics; resumed when it exists", flag_values=values
     )
-    flags.DEFINE_bool(
-        "distributed", False,
-        "several hosts: call jax.distributed.initialize() (TPU pod, Slurm, GKE)",
-        flag_values=values,
-    )  # fmt: skip
+    host_flags.define(values)
     flags.mark_flags_as_required(["config", "workdir"], values)
 
 
@@ -56,17 +53,16 @@ def train(config: Any, workdir: str | pathlib.Path, stop: loop.Stop | None = Non
     if settings.objective.kd and not config.source:
         raise ValueError("objective.kd > 0 needs the model to distil from: set --config.source")
     source = load(config.source) if config.source else None
+    host_facts.agree_on_start(config.to_dict(), source)
     with workdir_lock.hold(workdir, output.say):
+        hosts.see_one_directory(workdir)
         return _train_alone(config, settings, source, workdir, stop)
 
 
 def _train_alone(config, settings, source, workdir, stop) -> Fit:
     """`train` once nobody else writes to the workdir."""
     latest = checkpoint.latest_step(workdir)
-    sharding.check_agreement(
-        f"the last step in {workdir} (-1: none; all of them must see one directory)",
-        -1 if latest is None else latest,
-    )
+    hosts.agree({"last step": latest}, f"the last step in {workdir}")
     begin = start.choose(config, source, workdir)
     settings.check_fits(begin.cfg)
     corpus = open_corpus(
@@ -76,6 +72,8 @@ def _train_alone(config, settings, source, workdir, stop) -> Fit:
         settings.seed,
         progress=jax.process_index() == 0,
     )
+    contract = RunContract.of(settings, corpus.rows.content, corpus.windows.tokens)
+    host_facts.agree_on_text(contract, begin.tokenizer, len(corpus.rows))
     return fit(
         begin.make(),
         settings,
@@ -88,12 +86,25 @@ def _train_alone(config, settings, source, workdir, stop) -> Fit:
     )
 
 
+def advice(workdir: str) -> str:
+    """What to do when a host is gone."""
+    latest = checkpoint.latest_step(workdir)
+    where = "from the start" if latest is None else f"from step {latest}"
+    return f"; run the same command on all hosts to go on {where}"
+
+
 def main() -> None:
     options = flags.FLAGS
-    if options.distributed:
-        jax.distributed.initialize()
     try:
-        with loop.Stop(output.say) as stop:
+        host_flags.connect(options)
+    except hosts.MissingHosts as error:
+        output.tell_error(str(error))
+        sys.exit(hosts.AGAIN)
+    try:
+        with (
+            hosts.ending_together(output.tell_error, lambda: advice(options.workdir)),
+            loop.Stop(output.say) as stop,
+        ):
             end = train(options.config, options.workdir, stop)
     except loop.NotStarted as signal:
         output.say(f"\n{signal}: stopped before the first step; run the same command to start")

@@ -4,6 +4,7 @@ A child is the job's own program, `python -m recursive_jax.JOB`, without seconds
 """
 
 import atexit
+import contextlib
 import functools
 import json
 import os
@@ -13,6 +14,7 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "launch"))  # local_multiprocess
 
 SERVER = """
 import json, os, runpy, sys
@@ -22,11 +24,14 @@ import recursive_jax.console.app, recursive_jax.evaluation.perplexity, recursive
 import recursive_jax.fit, recursive_jax.generation, recursive_jax.start, recursive_jax.text
 recursive_jax.text.load_tokenizer(recursive_jax.weights.source.ASSETS / "tiny")  # lazy imports
 for line in sys.stdin:
-    case = json.loads(line)
-    child = os.fork()
-    if child:
-        _, status = os.waitpid(child, 0)
-        print(status, flush=True)
+    cases = json.loads(line)
+    for case in cases:
+        case["child"] = os.fork()
+        if not case["child"]:
+            break
+    else:
+        ends = [os.waitpid(case["child"], 0)[1] for case in cases]
+        print(*map(os.waitstatus_to_exitcode, ends), flush=True)
         continue
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{case['log']}/{name}", os.O_CREAT | os.O_WRONLY), number)
@@ -41,10 +46,9 @@ for line in sys.stdin:
         import traceback
         traceback.print_exc()
         code = 1
+    jax.distributed.shutdown()
     sys.stdout.flush()
-    with open(f"{case['log']}/code", "w") as f:
-        f.write(str(code))
-    os._exit(0)
+    os._exit(code)
 """
 
 
@@ -71,12 +75,24 @@ def server():
 
 def run(job, *arguments):
     """The CompletedProcess of `python -m recursive_jax.JOB ARGUMENTS`."""
-    argv = [str(argument) for argument in arguments]
-    with tempfile.TemporaryDirectory() as log:
-        case = {"job": job, "argv": argv, "log": log}
-        server().stdin.write(json.dumps(case) + "\n")
+    return run_together(job, [arguments])[0]
+
+
+def run_together(job, commands):
+    """The CompletedProcesses of one job with several lists of arguments, all at the same time."""
+    with contextlib.ExitStack() as stack:
+        cases = [
+            {"job": job, "argv": [str(a) for a in arguments],
+             "log": stack.enter_context(tempfile.TemporaryDirectory())}
+            for arguments in commands
+        ]  # fmt: skip
+        server().stdin.write(json.dumps(cases) + "\n")
         server().stdin.flush()
-        status = server().stdout.readline()
-        assert status == "0\n", f"the process of {job} {argv} ended with status {status!r}"
-        code, out, err = (pathlib.Path(log, x).read_text() for x in ("code", "stdout", "stderr"))
-    return subprocess.CompletedProcess([job, *argv], int(code), out, err)
+        codes = [int(code) for code in server().stdout.readline().split()]
+        assert len(codes) == len(cases) and min(codes) >= 0, f"{job} {cases} ended with {codes}"
+        return [_ended(case, code) for case, code in zip(cases, codes, strict=True)]
+
+
+def _ended(case, code):
+    out, err = (pathlib.Path(case["log"], name).read_text() for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess([case["job"], *case["argv"]], code, out, err)

@@ -20,8 +20,8 @@ PACKAGES = {
     "evaluation": (*BASE, "weights", "decoding"),  # exit measures
     "analysis": (*BASE, "decoding"),
 }
-# Whole files, their errors and locks: everything may import these.
-FOUNDATION = (f"{PACKAGE}.files", f"{PACKAGE}.file_lock", f"{PACKAGE}.paths")
+# Whole files, their errors and locks, agreement of processes: everything may import these.
+FOUNDATION = tuple(f"{PACKAGE}.{name}" for name in ("files", "file_lock", "paths", "hosts"))
 SHARED = ("files", "sharding", "metrics")  # single files that import nothing else of this package
 CHOOSES = "recursive_jax/decode_model.py"  # alone imports both implementations
 FLAGS = ("absl.app", "absl.flags", "ml_collections")

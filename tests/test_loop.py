@@ -4,9 +4,9 @@ import gc
 import os
 import signal
 import time
-import types
 
 import pytest
+from absl import flags
 
 from recursive_jax import train as job
 from recursive_jax.console import stop as console_stop
@@ -85,8 +85,10 @@ def test_a_signal_before_the_first_step_ends_the_job_with_its_own_code(number, m
         raise AssertionError("the signal was lost")
 
     monkeypatch.setattr(job, "train", train)
-    options = types.SimpleNamespace(distributed=False, config=None, workdir="run")
-    monkeypatch.setattr(job.flags, "FLAGS", options)
+    values = flags.FlagValues()
+    job.define_flags(values)
+    values(["train", "--config=configs/tiny_smoke.py", "--workdir=run"])
+    monkeypatch.setattr(job.flags, "FLAGS", values)
     with pytest.raises(SystemExit) as end:
         job.main()
     assert end.value.code == 75
@@ -138,3 +140,9 @@ def test_a_signal_in_a_callback_of_the_garbage_collector_is_not_lost(number):
             time.sleep(0.05)
         pytest.fail("the signal was lost")
     assert stopped.value.exit_code == 128 + number
+
+
+def test_batches_that_end_too_early_are_an_error():
+    """A run of fewer steps than asked for must not look like a finished one."""
+    with pytest.raises(ValueError, match="the text ended after step 100 of 101"):
+        run(101, save=50)

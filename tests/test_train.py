@@ -9,13 +9,13 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import commands
 import jax
+import local_multiprocess
 import numpy as np
 import pytest
 from commands import ROOT
@@ -209,13 +209,8 @@ def test_two_processes_train_as_one(runs, place):
     whole, workdir = runs[0]["whole"][0], place / "hosts"
 
     def start(stepwise=False):
-        with socket.create_server(("localhost", 0)) as server:
-            port = server.getsockname()[1]
-        for n in range(2):
-            env = commands.environment() | {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
-            env |= {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
-            env |= {"SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)}
-            yield launch(place, workdir, "--distributed", env=env, stepwise=stepwise and n == 0)
+        for n, flags in enumerate(local_multiprocess.places(2)):
+            yield launch(place, workdir, *flags, stepwise=stepwise and n == 0)
 
     first, second = start(stepwise=True)
     lines = []

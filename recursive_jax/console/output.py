@@ -1,4 +1,4 @@
-"""Lines on standard output and standard error, from process 0 only."""
+"""Lines on standard output and standard error; but for `tell` and errors, from process 0 only."""
 
 from __future__ import annotations
 
@@ -19,8 +19,17 @@ def note(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def tell(text: str) -> None:
+    """Print to standard error on any process, at once; also before JAX knows its processes."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def tell_error(text: str) -> None:
+    """Print an error line on any process."""
+    tell(f"error: {text}")
+
+
 def fail(error: Exception) -> None:
     """End the program with a user's mistake told in one line, no traceback."""
-    message = str(error)
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    tell_error(str(error))
     sys.exit(2)

@@ -134,12 +134,19 @@ def run(
       pause: a context around evaluations and saves, which are no training time.
 
     Raises:
+      ValueError: the batches end before the last step.
       FloatingPointError: a loss or gradient is not finite; no such state has been saved.
     """
     unread = None  # metrics of the previous step: read while the next one runs
     step = first_step
     for step in range(first_step + 1, schedule.num_steps + 1):
-        metrics = trainer.step(next(batches))
+        batch = next(batches, None)
+        if batch is None:  # one process that ended alone would leave the others in a collective
+            raise ValueError(
+                f"the text ended after step {step - 1} of {schedule.num_steps}; give more text, or "
+                "set --config.tokens lower. The last checkpoint is from before"
+            )
+        metrics = trainer.step(batch)
         if unread is not None:
             finite(unread, step - 1)
         unread = metrics

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from recursive_jax import hosts
+
 PIECE_BYTES = 64 << 20  # a checksum reads an array in pieces of this size
 ADVICE = "Remove its directory to use the step saved before it, or convert again"
 # Status codes with which tensorstore reports bytes that are missing or cannot be decoded.
@@ -28,7 +30,7 @@ OTHER_CODES = (
     *("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "ABORTED"),
     *("CANCELLED", "RESOURCE_EXHAUSTED"),
 )
-MESSAGE_BYTES = 600  # of an error that all processes are told
+MESSAGE = 1000  # characters of an error that all processes are told
 Result = TypeVar("Result")
 
 
@@ -202,13 +204,18 @@ def _first_blocked(path: pathlib.Path) -> OSError | None:
     return next((e for e in errors if not isinstance(e, FileNotFoundError)), None)
 
 
-def together(function: Callable[[], Result]) -> Result:
+def together(function: Callable[[], Result], where: str = "a file that all read") -> Result:
     """The result of a function that all processes call; if one of them fails, all raise.
 
     Damage on one process counts before other errors: the others may only have waited in vain.
 
+    Args:
+      function: reads or writes files.
+      where: the point in the program, in words.
+
     Raises:
       Damaged, ValueError, OSError: the function's error, or on another process its message.
+      hosts.MissingHosts, hosts.OtherHostFailed: a process does not come here.
     """
     if jax.process_count() == 1:
         return function()
@@ -217,23 +224,18 @@ def together(function: Callable[[], Result]) -> Result:
         result = function()
     except (ValueError, OSError) as caught:
         error = caught
-    worst = _worst_of_all(error)
-    if worst is not None:
-        raise worst from error
-    return result
-
-
-def _worst_of_all(error: Exception | None) -> Exception | None:
-    """The gravest error over all processes, None if none has one."""
-    from jax.experimental import multihost_utils
-
     grade = 0 if error is None else 2 if isinstance(error, Damaged) else 1
-    words = getattr(error, "what", str(error or "")).encode()[:MESSAGE_BYTES]
-    row = np.zeros(1 + MESSAGE_BYTES, np.uint8)
-    row[0], row[1 : 1 + len(words)] = grade, np.frombuffer(words, np.uint8)
-    rows = multihost_utils.process_allgather(row)
-    worst = int(rows[:, 0].argmax())
-    if rows[worst, 0] == grade:
-        return error
-    message = rows[worst, 1:].tobytes().rstrip(b"\0").decode(errors="ignore")
-    return (Damaged if rows[worst, 0] == 2 else ValueError)(f"process {worst}: {message}")
+    words = getattr(error, "what", str(error or ""))[:MESSAGE]
+    worst, process, message = hosts.decide(where, [grade, words], _worst)
+    if not worst:
+        return result
+    if worst == grade:
+        raise hosts.on_all_processes(error)
+    kind = Damaged if worst == 2 else ValueError
+    raise hosts.on_all_processes(kind(f"process {process}: {message}")) from error
+
+
+def _worst(found: list[tuple[int, str]]) -> tuple[int, int, str]:
+    """The gravest error: its grade, its process, its message."""
+    process = max(range(len(found)), key=lambda p: (found[p][0], -p))
+    return found[process][0], process, found[process][1]

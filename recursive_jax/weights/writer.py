@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from recursive_jax import hosts
 from recursive_jax.weights.integrity import checksums, json_checksum, quiet_orbax, storage_fault
 from recursive_jax.weights.steps import CONFIG, STEPS, latest_step
 
@@ -66,7 +67,9 @@ class Writer:
             # A host "copy" may alias the device buffer, which the next step donates.
             arrays = jax.tree.map(jnp.copy, arrays)
         progress = json.loads(json.dumps(dict(progress or {})))  # a copy: the caller's may change
-        sums = checksums(arrays) | {"progress": json_checksum(progress)}
+        sums = checksums(arrays)
+        _agree(sums, step)
+        sums |= {"progress": json_checksum(progress)}
         metadata = {"checksums": sums, "progress": progress, **self._config}
         metadata["checksum"] = json_checksum(metadata)
         self._pending_step = step
@@ -114,3 +117,22 @@ class Writer:
             self.wait()
         finally:
             self._manager.close()
+
+
+def _agree(sums: Mapping[str, int], step: int) -> None:
+    """Raise ValueError on every process if the arrays differ between the processes.
+
+    Each process sums what its own devices hold. A replicated array has a sum per process, which is
+    of all of the array. Of a sharded array the devices that together hold one copy add up their
+    parts: copies on other devices are compared, shards without a copy cannot be.
+    """
+    try:
+        hosts.agree(sums, f"the save of step {step}")
+    except hosts.Differ as error:
+        raise hosts.on_all_processes(
+            ValueError(
+                f"step {step} is not saved: the hosts' arrays have drifted apart (checksums: "
+                f"{error.what}). They read different files, or the memory of one is damaged; start "
+                "all of them again from the step before"
+            )
+        ) from None

@@ -1,0 +1,184 @@
+"""The files of launch/: what they start exists, and their syntax is what their programs read."""
+
+import ast
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+from commands import ROOT
+
+from recursive_jax import train
+
+yaml = pytest.importorskip("yaml")
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
+PORT = "8476"  # the port that firewalls of TPU networks let through
+
+
+def options_of(arguments):
+    """Parses arguments of `python -m recursive_jax.train`; an unknown one is an error."""
+    values = flags.FlagValues()
+    train.define_flags(values)
+    config = [re.sub("--config=(gemma_rrt)", r"--config=configs/\1.py", a) for a in arguments]
+    with pytest.MonkeyPatch.context() as patch:  # config_flags reads values of the config there
+        patch.setattr(sys, "argv", ["train", *config])
+        values(sys.argv)
+    return values
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_bash(script):
+    subprocess.run(["bash", "-n", script], check=True)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", "--severity=warning", "--exclude=SC1091", script], check=True)
+
+
+@pytest.mark.parametrize("file", sorted(LAUNCH.glob("*.py")), ids=lambda path: path.name)
+def test_python_files_parse(file):
+    ast.parse(file.read_text())
+
+
+def test_the_jobset_asks_for_whole_slices_and_starts_again():
+    job = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert job["spec"]["failurePolicy"]["maxRestarts"] > 0
+    (replicated,) = job["spec"]["replicatedJobs"]
+    spec = replicated["template"]["spec"]
+    assert spec["completionMode"] == "Indexed" and spec["backoffLimit"] == 0
+    pod = spec["template"]["spec"]
+    assert pod["restartPolicy"] == "Never" and pod["terminationGracePeriodSeconds"] >= 60
+    (container,) = pod["containers"]
+    chips = int(container["resources"]["limits"]["google.com/tpu"])
+    assert container["resources"]["requests"] == container["resources"]["limits"]
+    rows, columns = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
+    assert spec["parallelism"] == spec["completions"] == rows * columns // chips
+    assert {"name": "JAX_COORDINATOR_PORT", "value": PORT} in container["env"]
+    assert container["command"] == ["python", "-m", "recursive_jax.train"]
+    mesh = options_of(container["args"]).config.mesh
+    assert mesh.data * mesh.fsdp == rows * columns
+    (rule,) = spec["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"]["values"] == [2] and rule["action"] == "FailJob"
+    assert rule["onExitCodes"]["containerName"] == container["name"]
+    mounted = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_the_skypilot_task_is_one_that_is_started_again(tmp_path):
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    assert task["resources"]["use_spot"] and task["envs"]["JAX_COORDINATOR_PORT"] == PORT
+    assert task["resources"]["job_recovery"]["max_restarts_on_errors"] > 0
+    known = {"name", "resources", "num_nodes", "envs", "file_mounts", "setup", "run", "workdir"}
+    assert set(task) <= known
+    assert task["envs"]["WORKDIR"].startswith(tuple(task["file_mounts"]))
+    # What two nodes run: `python` is replaced by a program that shows its arguments.
+    python = tmp_path / "python"
+    python.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    env = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "SKYPILOT_NUM_NODES": "2",
+        "SKYPILOT_NODE_RANK": "1",
+    }
+    env |= {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", **task["envs"]}
+    script = ["bash", "-euc", task["run"]]
+    done = subprocess.run(script, env=env, capture_output=True, text=True, check=True)
+    module, *arguments = done.stdout.split()[1:]
+    values = options_of(arguments)
+    assert module == "recursive_jax.train" and values.coordinator == f"10.0.0.1:{PORT}"
+    assert (values.num_processes, values.process_id) == (2, 1)
+
+
+def test_the_slurm_job_sees_its_flags_before_its_commands():
+    lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
+    assert lines[0] == "#!/usr/bin/env bash"
+    last = max(n for n, line in enumerate(lines) if line.startswith("#SBATCH "))
+    assert not [x for x in lines[:last] if x and not x.startswith("#")], "Slurm ignores later flags"
+    given = dict(re.findall(r"#SBATCH --([a-z-]+)(?:=(\S+))?", "\n".join(lines)))
+    assert given["ntasks-per-node"] == given["gpus-per-node"], "a process for every GPU"
+    assert "requeue" in given and given["signal"].startswith("TERM@")
+
+
+FAKE_GCLOUD = """#!/usr/bin/env bash
+# Answers as gcloud: the slice is active after the first request, the second training run succeeds.
+echo "$@" >> "$LOG"
+case "$*" in
+  *describe*) cat "$LOG.state" 2>/dev/null || exit 1 ;;
+  *create*) echo ACTIVE > "$LOG.state" ;;
+  *delete*) rm -f "$LOG.state" ;;
+  *recursive_jax.train*)
+    [ -e "$LOG.tried" ] && exit 0
+    touch "$LOG.tried"
+    echo SUSPENDED > "$LOG.state"
+    exit 255 ;;
+esac
+"""
+
+
+def test_a_preempted_slice_is_asked_for_again(tmp_path):
+    for name, text in (("gcloud", FAKE_GCLOUD), ("sleep", "#!/usr/bin/env bash\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "LOG": str(tmp_path / "log")}
+    env |= {"PROJECT": "p", "ZONE": "z"}
+    command = [LAUNCH / "queued_resources.sh", "--config=gemma_rrt:paper", "--workdir=/a b"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "log").read_text().splitlines()
+    assert sum(" create " in call and "--spot" in call for call in calls) == 2
+    runs = [call for call in calls if "recursive_jax.train" in call]
+    assert len(runs) == 2 and all(f"JAX_COORDINATOR_PORT={PORT}" in call for call in runs)
+    assert "--workdir=/a\\ b" in runs[0], "arguments arrive as they were given"
+    assert " delete " in calls[-1]
+
+
+def test_a_mistake_ends_the_loop_of_slices(tmp_path):
+    (tmp_path / "gcloud").write_text(
+        '#!/usr/bin/env bash\ncase "$*" in *describe*) echo ACTIVE ;; *ssh*) exit 2 ;; esac\n'
+    )
+    (tmp_path / "gcloud").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PROJECT": "p", "ZONE": "z"}
+    done = subprocess.run(
+        [LAUNCH / "queued_resources.sh"], env=env, capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 2 and "cannot start" in done.stderr
+
+
+def test_the_image_has_what_it_copies_and_a_known_extra():
+    text = (LAUNCH / "Dockerfile").read_text()
+    instructions = re.findall(r"(?m)^([A-Z]+) ", text)
+    assert instructions[0] == "FROM" and instructions[-1] == "CMD"
+    setup = (ROOT / "setup.py").read_text()
+    extras = [re.search(r"ARG EXTRA=(\w+)", text)[1], "train"]
+    assert all(f'"{extra}": [' in setup for extra in extras)
+    assert f"JAX_COORDINATOR_PORT={PORT}" in text
+
+
+def test_ray_runs_the_job(monkeypatch):
+    """Its worker parses the job's own flags; the trainer itself needs Ray."""
+    spec = importlib.util.spec_from_file_location("ray_trainer", LAUNCH / "ray_trainer.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    seen = []
+
+    class Finished:
+        stopped = False
+
+    def run(config, workdir):
+        seen.append((config.data.batch_size, workdir))
+        return Finished
+
+    monkeypatch.setattr(train, "train", run)
+    monkeypatch.setattr(sys, "argv", sys.argv)  # the worker sets it
+    module.worker({"argv": ["--config=tiny_smoke", "--config.data.batch_size=3", "--workdir=w"]})
+    assert seen == [(3, "w")]
+    Finished.stopped = True
+    with pytest.raises(RuntimeError, match="stopped and saved"):
+        module.worker({"argv": ["--config=tiny_smoke", "--workdir=w"]})
+    if importlib.util.find_spec("ray"):
+        from ray.train.v2.jax import JaxTrainer
+
+        assert JaxTrainer
