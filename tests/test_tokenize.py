@@ -410,12 +410,19 @@ class TestErrors:
             tokenize.tokenize(job_flags(*args))
         assert list(tmp_path.iterdir()) == []
 
-    def test_no_text(self, tmp_path):
-        source = write_text(tmp_path / "e.jsonl", ["", " "])
-        with pytest.raises(ValueError, match="no text in .*e.jsonl: "):
+    @pytest.mark.parametrize(
+        ("texts", "message"),
+        [
+            (["", ""], "no text in .*e.jsonl: every document is empty"),
+            (["", " "], "e.jsonl: nothing is left to train on: every document has one token"),
+        ],
+    )
+    def test_no_text(self, tmp_path, texts, message):
+        source = write_text(tmp_path / "e.jsonl", texts)
+        with pytest.raises(ValueError, match=message):
             run(source, tmp_path / "o")
 
     def test_everything_held_out(self, tmp_path):
         source = write_text(tmp_path / "e.jsonl", ["the same text"] * 300)
-        with pytest.raises(ValueError, match="nothing is left to train on"):
+        with pytest.raises(ValueError, match="e.jsonl: nothing is left to train on"):
             run(source, tmp_path / "o")

@@ -26,9 +26,16 @@ import numpy as np
 
 from recursive_jax import file_lock, paths
 from recursive_jax.text.documents import Documents
-from recursive_jax.training import token_shards
 from recursive_jax.training.data import TokenizedDocuments
 from recursive_jax.training.encoding import Encoded, encoded, encoder
+from recursive_jax.training.section_writer import (
+    SECTION,
+    SIDECARS,
+    SPLITS,
+    Section,
+    json_text,
+    sidecar,
+)
 from recursive_jax.training.token_manifest import (
     GROUP_DOCUMENTS,
     MANIFEST,
@@ -41,8 +48,7 @@ from recursive_jax.training.token_manifest import (
     load_manifest,
 )
 
-JOB, LOCK, SECTION = "job.json", "job.lock", "section-{:05d}"
-SPLITS = ("train", "valid")
+JOB, LOCK = "job.json", "job.lock"
 
 
 def write(
@@ -126,7 +132,7 @@ def begin(out: Any, job: Job) -> list[dict[str, Any]] | Manifest:
         _remove_sections(out)
         return manifest
     if not (out / f"{SECTION.format(0)}.json").exists():  # nothing is lost by another job
-        paths.write_whole(out / JOB, _text(dataclasses.asdict(job)))
+        paths.write_whole(out / JOB, json_text(dataclasses.asdict(job)))
         return []
     job.check_same(_read(out / JOB), out)
     sections = []
@@ -175,98 +181,6 @@ def _routed(
     yield from (("train", doc) for doc in waiting)
 
 
-class Section:
-    """A run of consecutive documents that is being written.
-
-    Args:
-      out: the directory.
-      scratch: local directory for unfinished files.
-      index: of the section.
-      bytes_per_id: 2 or 4.
-
-    Attributes:
-      tokens: so far.
-      next: place of the document behind the last one; None: there is none.
-    """
-
-    def __init__(self, out: Any, scratch: pathlib.Path, index: int, bytes_per_id: int):
-        from array_record.python.array_record_module import ArrayRecordWriter
-
-        self._out, self._name, self._bytes_per_id = out, SECTION.format(index), bytes_per_id
-        self._partial = {which: scratch / f"{self._name}.{which}.partial" for which in SPLITS}
-        self._writers = {
-            which: ArrayRecordWriter(str(file), token_shards.WRITER_OPTIONS)
-            for which, file in self._partial.items()
-        }
-        self._lengths: dict[str, list[int]] = {which: [] for which in SPLITS}
-        self._hashes: dict[str, list[int]] = {which: [] for which in SPLITS}
-        self._records = dict.fromkeys(SPLITS, 0)
-        self.tokens = self._max_id = self._dropped = 0
-        self.next: tuple[int, int] | None = None
-
-    def add(self, which: str, doc: Encoded) -> None:
-        """Append a document; one without ids is left out."""
-        self.next = doc.unit, doc.number + 1
-        if not len(doc.ids):
-            self._dropped += not doc.blank
-            return
-        largest = int(doc.ids.max())
-        if largest >= 256**self._bytes_per_id:
-            raise ValueError(
-                f"the tokenizer gives id {largest}, which its vocabulary does not have"
-            )
-        records = token_shards.encode_records(doc.ids, doc.hash, self._bytes_per_id)
-        with _naming(self._partial[which]):
-            for record in records:
-                self._writers[which].write(record)
-        self._lengths[which].append(len(doc.ids))
-        self._hashes[which].append(doc.hash)
-        self._records[which] += len(records)
-        self._max_id = max(self._max_id, largest)
-        self.tokens += len(doc.ids)
-
-    def close(self) -> dict[str, Any]:
-        """Put the files in place; returns what the section's JSON file holds."""
-        record = {"next": self.next, "dropped": self._dropped, "max_id": self._max_id, "splits": {}}
-        for which in SPLITS:
-            lengths, partial = self._lengths[which], self._partial[which]
-            with _naming(partial):
-                self._writers[which].close()
-            size, checksum = partial.stat().st_size, paths.crc32(partial)
-            paths.put(partial, self._out / f"{self._name}.{which}")
-            for kind, values, dtype in (
-                ("lengths", lengths, "<u4"),
-                ("hashes", self._hashes[which], "<u8"),
-            ):
-                data = np.asarray(values, dtype).tobytes()
-                paths.write_whole(self._out / f"{self._name}.{which}.{kind}", data)
-            record["splits"][which] = {
-                "bytes": size,
-                "crc32": checksum,
-                "documents": len(lengths),
-                "tokens": sum(lengths),
-                "records": self._records[which],
-            }
-        paths.write_whole(self._out / f"{self._name}.json", _text(record))
-        return json.loads(json.dumps(record))
-
-    def discard(self) -> None:
-        """Remove unfinished files."""
-        for which in SPLITS:
-            if self._writers[which].is_open():
-                self._writers[which].close()
-            self._partial[which].unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _naming(file: pathlib.Path) -> Iterator[None]:
-    """A context in which array_record's RuntimeErrors are OSErrors that name the file."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise OSError(f"{file} cannot be written: {' '.join(str(error).split())}") from error
-
-
 def finish(out: Any, job: Job, sections: list[dict[str, Any]]) -> Manifest:
     """Give the files of all sections their names, and write the manifest last.
 
@@ -288,8 +202,8 @@ def finish(out: Any, job: Job, sections: list[dict[str, Any]]) -> Manifest:
         _check_split(out, job, sections)
     elif not count["train"]:
         raise ValueError(
-            f"nothing is left to train on: the held-out share (valid_fraction={job.valid_fraction}"
-            ") took all documents; give more text, or a smaller share"
+            f"{job.source}: nothing is left to train on: the held-out share (valid_fraction="
+            f"{job.valid_fraction}) took all documents; give more text, or a smaller share"
         )
     splits = {
         which: _finish_split(out, job, sections, which, held_out == "reader")
@@ -297,22 +211,24 @@ def finish(out: Any, job: Job, sections: list[dict[str, Any]]) -> Manifest:
         if count[which]
     }
     manifest = Manifest(job, max(s["max_id"] for s in sections), held_out, splits)
-    paths.write_whole(out / MANIFEST, _text(manifest.to_json()))
+    paths.write_whole(out / MANIFEST, json_text(manifest.to_json()))
     _remove_sections(out)
     return manifest
 
 
 def _check_split(out: Any, job: Job, sections: list[dict[str, Any]]) -> None:
     """Raise the ValueError that a reader of this small corpus would meet."""
-    arrays = {"lengths": "<u4", "hashes": "<u8"}
     lengths, hashes = (
-        np.concatenate([_sidecar(out, i, "train", kind, dtype) for i in range(len(sections))])
-        for kind, dtype in arrays.items()
+        np.concatenate([sidecar(out, i, "train", kind) for i in range(len(sections))])
+        for kind in SIDECARS
     )
     starts = np.zeros(len(lengths), np.int64)
     none = np.zeros(0, np.int32)
     whole = TokenizedDocuments(none, starts, lengths.astype(np.int64), hashes)
-    whole.split("train", job.valid_fraction)
+    try:
+        whole.split("train", job.valid_fraction)
+    except ValueError as error:
+        raise ValueError(f"{job.source}: {error}") from error
 
 
 def _finish_split(
@@ -333,8 +249,8 @@ def _finish_split(
     group_tokens, group_records, records = [], [], 0
     content, rest = hashlib.blake2b(digest_size=8), np.zeros(0, "<u4")
     for i in used:
-        content.update(_sidecar(out, i, which, "hashes", "<u8").tobytes())
-        rest = np.concatenate([rest, _sidecar(out, i, which, "lengths", "<u4")])
+        content.update(sidecar(out, i, which, "hashes").tobytes())
+        rest = np.concatenate([rest, sidecar(out, i, which, "lengths")])
         while len(rest) >= GROUP_DOCUMENTS or (len(rest) and i == used[-1]):
             group, rest = rest[:GROUP_DOCUMENTS].astype(np.int64), rest[GROUP_DOCUMENTS:]
             group_tokens.append(int(group.sum()))
@@ -366,14 +282,6 @@ def _join(out: Any, job: Job, which: str, kind: str, used: list[int]) -> File:
         size = made.stat().st_size
         paths.put(made, path)
     return File(path.name, size, paths.crc32(path))
-
-
-def _sidecar(out: Any, section: int, which: str, kind: str, dtype: str) -> np.ndarray:
-    return np.frombuffer((out / f"{SECTION.format(section)}.{which}.{kind}").read_bytes(), dtype)
-
-
-def _text(values: dict[str, Any]) -> str:
-    return json.dumps(values, indent=1) + "\n"
 
 
 def _remove_sections(out: Any) -> None:
