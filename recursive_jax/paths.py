@@ -60,6 +60,12 @@ def size(path: Any) -> int:
     return stat.length if is_remote(path) else stat.st_size
 
 
+def modified(path: Any) -> int:
+    """When a file was modified: nanoseconds, or seconds of a remote one."""
+    stat = path.stat()
+    return stat.mtime if is_remote(path) else stat.st_mtime_ns
+
+
 def crc32(path: Any) -> int:
     """The CRC-32 of a file, read block by block."""
     checksum = 0

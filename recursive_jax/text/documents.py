@@ -25,6 +25,7 @@ import pathlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 
+from recursive_jax import paths
 from recursive_jax.text import docstrings, readers
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -109,7 +110,7 @@ def _open_item(item: str) -> Documents:
         return _docstrings(item)
     if item.startswith("tfds:"):
         return _tfds(item, item.removeprefix("tfds:"))
-    path = pathlib.Path(item).expanduser()
+    path = paths.path_of(item)
     if not path.exists():
         raise FileNotFoundError(
             f"data source {item!r} does not exist; expected a file or directory of "
@@ -139,8 +140,8 @@ def _files(item: str, path: pathlib.Path) -> Documents:
     listing = [
         (
             f.relative_to(path).as_posix() if f != path else f.name,
-            f.stat().st_size,
-            f.stat().st_mtime_ns,
+            paths.size(f),
+            paths.modified(f),
         )
         for f in files
     ]

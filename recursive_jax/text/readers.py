@@ -15,7 +15,7 @@ BLOCK_BYTES = 1 << 20  # a text file is read in blocks of this size
 def read_text(file: pathlib.Path) -> Iterator[str]:
     """The text of a file in blocks, without a byte order mark."""
     decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
-    with open(file, "rb") as data:
+    with file.open("rb") as data:
         while True:
             block = data.read(BLOCK_BYTES)
             pending = len(decoder.getstate()[0])  # of a character that began in the last block
@@ -74,15 +74,15 @@ def _lines(file: pathlib.Path) -> Iterator[bytes]:
     if file.name.endswith(".zst"):
         yield from _zstd_lines(file)
     else:
-        with gzip.open(file) if file.name.endswith(".gz") else open(file, "rb") as lines:
-            yield from lines
+        with file.open("rb") as data:
+            yield from gzip.open(data) if file.name.endswith(".gz") else data
 
 
 def _zstd_lines(file: pathlib.Path) -> Iterator[bytes]:
     """Lines of one or more zstd frames. zstandard's own reader takes a cut file for a short one."""
     library = load_zstandard(file)
     frame, tail = None, b""
-    with open(file, "rb") as compressed:
+    with file.open("rb") as compressed:
         while data := compressed.read(1 << 20):
             while data:
                 frame = frame or library.ZstdDecompressor().decompressobj()

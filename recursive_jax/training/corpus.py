@@ -61,7 +61,8 @@ def open_corpus(
 
     def mixture(spec):
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        return open_mixture(spec, text.fingerprint(tokenizer), name, vocab_size)
+        fingerprint, cache = text.fingerprint(tokenizer), config.cache_dir or None
+        return open_mixture(spec, fingerprint, name, vocab_size, cache, progress)
 
     prefix = text.bos_prefix(tokenizer)
     length = config.context_length - len(prefix)  # each piece becomes one window

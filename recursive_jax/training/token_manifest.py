@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from recursive_jax import paths
@@ -116,6 +116,11 @@ class Manifest:
     max_id: int
     held_out: str
     splits: Mapping[str, Split]
+
+    def files(self) -> Iterator[File]:
+        """All files of the directory besides the manifest."""
+        for split in self.splits.values():
+            yield from (*split.shards, split.lengths, *filter(None, [split.hashes]))
 
     def to_json(self) -> dict[str, Any]:
         counts = {

@@ -19,7 +19,9 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
+from recursive_jax import paths
 from recursive_jax.training.data import Batch, PackedRows, Rows, TokenizedDocuments
+from recursive_jax.training.token_copy import local_copy
 from recursive_jax.training.token_manifest import GROUP_DOCUMENTS, load_manifest
 from recursive_jax.training.token_shards import TokenDirectory
 
@@ -189,13 +191,21 @@ def _valid(directory: TokenDirectory) -> TokenizedDocuments:
     return directory.documents("valid" if manifest.held_out == "hash" else "train")
 
 
-def open_mixture(spec: str, fingerprint: str, tokenizer: str, vocab_size: int) -> Mixture | None:
+def open_mixture(
+    spec: str,
+    fingerprint: str,
+    tokenizer: str,
+    vocab_size: int,
+    cache_dir: str | None = None,
+    progress: bool = False,
+) -> Mixture | None:
     """The directories of `spec`, a comma list of DIR or DIR:WEIGHT; None where none is tokenised.
 
     Args:
       spec: as `data.train`.
       fingerprint, tokenizer: of the model, and its tokenizer's name.
       vocab_size: of the model.
+      cache_dir, progress: for the copy of a directory in a bucket, see `token_copy`.
 
     Raises:
       ValueError: tokenised directories beside text, weights for some of them, another tokenizer, or
@@ -217,7 +227,10 @@ def open_mixture(spec: str, fingerprint: str, tokenizer: str, vocab_size: int) -
         raise ValueError(f"{bare} has no weight, and others have; write {bare}:WEIGHT, or none")
     for path, manifest, _ in found:
         check_tokenizer(path, manifest, fingerprint, tokenizer, vocab_size)
-    directories = tuple(TokenDirectory(path, manifest) for path, manifest, _ in found)
+    directories = tuple(
+        TokenDirectory(local_copy(paths.path_of(path), manifest, cache_dir, progress), manifest)
+        for path, manifest, _ in found
+    )
     return Mixture(directories, None if None in weights else tuple(weights))
 
 

@@ -79,12 +79,10 @@ class TokenDirectory:
 
     def __init__(self, path: str | os.PathLike, manifest: Manifest):
         self.path, self.manifest = paths.path_of(path), manifest
-        for split in manifest.splits.values():
-            for file in (*split.shards, split.lengths, *filter(None, [split.hashes])):
-                self._check(file)
-            for file in filter(None, [split.lengths, split.hashes]):
-                if paths.crc32(self.path / file.file) != file.crc32:
-                    raise ValueError(self._damaged(file, "its checksum is another"))
+        for file in manifest.files():
+            self._check(file)
+            if not isinstance(file, Shard):
+                self._check_sum(file)
         self._reader = functools.lru_cache(OPEN_SHARDS)(self._open)
         self._before = {  # records in front of every shard
             name: [0, *itertools.accumulate(shard.records for shard in split.shards)]
@@ -93,10 +91,8 @@ class TokenDirectory:
 
     def verify(self) -> None:
         """Read all shards; ValueError names one whose checksum is another."""
-        for split in self.manifest.splits.values():
-            for shard in split.shards:
-                if paths.crc32(self.path / shard.file) != shard.crc32:
-                    raise ValueError(self._damaged(shard, "its checksum is another"))
+        for file in self.manifest.files():
+            self._check_sum(file)
 
     def documents(self, which: str, group: int | None = None) -> TokenizedDocuments:
         """The documents of a split or of one of its groups; ids are read when sliced."""
@@ -146,6 +142,10 @@ class TokenDirectory:
         size = paths.size(path)
         if size != file.bytes:
             raise ValueError(self._damaged(file, f"it has {size} bytes, expected {file.bytes}"))
+
+    def _check_sum(self, file: File) -> None:
+        if paths.crc32(self.path / file.file) != file.crc32:
+            raise ValueError(self._damaged(file, "its checksum is another"))
 
     def _damaged(self, file: File, reason: str) -> str:
         return (
