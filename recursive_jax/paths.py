@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 from recursive_jax import files
@@ -33,6 +34,28 @@ def path_of(spec: str | os.PathLike) -> Any:
     except (ImportError, KeyError) as error:
         raise ValueError(f"{spec} cannot be opened: {error}") from error
     return path
+
+
+def entries(directory: Any) -> list[str]:
+    """The names in a directory, sorted; none where there is no directory.
+
+    Raises:
+      OSError, or an exception of a client: it cannot be listed. `is_dir` would return False.
+    """
+    try:
+        return sorted(path.name for path in directory.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def files_below(directory: Any) -> Iterator[tuple[str, Any]]:
+    """Relative name and path of every file in a directory and its subdirectories, sorted."""
+    for name in entries(directory):
+        path = directory / name
+        if path.is_dir():
+            yield from ((f"{name}/{inner}", file) for inner, file in files_below(path))
+        else:
+            yield name, path
 
 
 def write_whole(path: Any, data: str | bytes) -> None:

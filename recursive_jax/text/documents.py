@@ -24,6 +24,7 @@ import logging
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from recursive_jax import paths
 from recursive_jax.text import docstrings, readers
@@ -124,27 +125,20 @@ def _open_item(item: str) -> Documents:
 # Files
 
 
-def _files(item: str, path: pathlib.Path) -> Documents:
+def _files(item: str, path: Any) -> Documents:
     if path.is_dir():
         files = _text_files(item, path)
     elif path.name.endswith(SUFFIXES):
-        files = [path]
+        files = [(path.name, path)]
     else:
         raise ValueError(
             f"cannot read {item} as training text; expected a name ending in {', '.join(SUFFIXES)}"
         )
-    for file in files:
+    for _, file in files:
         if file.name.endswith(".zst"):  # an error before the text is read
             readers.load_zstandard(file)
             break
-    listing = [
-        (
-            f.relative_to(path).as_posix() if f != path else f.name,
-            paths.size(f),
-            paths.modified(f),
-        )
-        for f in files
-    ]
+    listing = [(name, paths.size(file), paths.modified(file)) for name, file in files]
 
     def read_file(file):
         if file.name.endswith((".txt", ".md")):
@@ -153,28 +147,29 @@ def _files(item: str, path: pathlib.Path) -> Documents:
             yield from readers.read_jsonl(file)
 
     def read():
-        for file in files:
+        for _, file in files:
             yield from read_file(file)
 
     packed = 3  # what gzip and zstd make of English, roughly
     size = sum(n * (packed if name.endswith((".gz", ".zst")) else 1) for name, n, _ in listing)
-    units = tuple(functools.partial(read_file, file) for file in files)
+    units = tuple(functools.partial(read_file, file) for _, file in files)
     return Documents(item, _digest(listing), size, read, units)
 
 
-def _text_files(item: str, directory: pathlib.Path) -> list[pathlib.Path]:
-    """The files with text below a directory, sorted; a warning says how many others there are.
+def _text_files(item: str, directory: Any) -> list[tuple[str, Any]]:
+    """The files with text below a directory, sorted: their names in it, and paths.
+
+    A warning says how many others there are.
 
     Raises:
       ValueError: there is no text, or only a README or the like beside other files.
     """
     files, others = [], []
-    for file in sorted(f for f in directory.rglob("*") if f.is_file()):
-        name = file.relative_to(directory)
-        if file.name.endswith(SUFFIXES):
-            files.append(file)
-        elif not any(part.startswith(".") for part in name.parts):
-            others.append(name.as_posix())
+    for name, file in sorted(_files_below(directory), key=lambda found: found[0].split("/")):
+        if name.endswith(SUFFIXES):
+            files.append((name, file))
+        elif not any(part.startswith(".") for part in name.split("/")):
+            others.append(name)
     expected = f"{', '.join(SUFFIXES)} files"
     if not files and not others:
         raise ValueError(f"no text in directory {item}; expected {expected}")
@@ -182,16 +177,24 @@ def _text_files(item: str, directory: pathlib.Path) -> list[pathlib.Path]:
         unread = others[0] + (f" and {len(others) - 1} more" if others[1:] else "")
         if not files:
             raise ValueError(f"no text in directory {item}; expected {expected}, found {unread}")
-        if all(_is_card(file.name) for file in files):
+        if all(_is_card(file.name) for _, file in files):
+            first = files[0][1]
             raise ValueError(
-                f"no text in directory {item} but {files[0].name}: {unread} cannot be read; "
-                f"expected {expected}. Write the texts as .jsonl, or give {files[0]} by itself"
+                f"no text in directory {item} but {first.name}: {unread} cannot be read; "
+                f"expected {expected}. Write the texts as .jsonl, or give {first} by itself"
             )
         logging.warning(
             "%s: %d of %d files are left out, %s; expected %s",
             item, len(others), len(others) + len(files), unread, expected,
         )  # fmt: skip
     return files
+
+
+def _files_below(directory: Any) -> Iterable[tuple[str, Any]]:
+    if paths.is_remote(directory):
+        return paths.files_below(directory)
+    found = (path for path in directory.rglob("*") if path.is_file())
+    return ((path.relative_to(directory).as_posix(), path) for path in found)
 
 
 def _is_card(name: str) -> bool:

@@ -285,5 +285,6 @@ def _join(out: Any, job: Job, which: str, kind: str, used: list[int]) -> File:
 
 
 def _remove_sections(out: Any) -> None:
-    for file in [*out.glob("section-*"), *out.glob("tmp*.tmp"), out / JOB]:
-        file.unlink(missing_ok=True)
+    for name in paths.entries(out):
+        if name == JOB or name.startswith("section-") or name.endswith(".tmp"):
+            (out / name).unlink(missing_ok=True)
