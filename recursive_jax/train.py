@@ -72,6 +72,7 @@ def _train_alone(config, settings, source, workdir, stop) -> Fit:
         settings.seed,
         progress=jax.process_index() == 0,
     )
+    corpus.check_enough(settings.num_steps * settings.data.batch_size, settings.data.epochs)
     contract = RunContract.of(settings, corpus.rows.content, corpus.windows.tokens)
     host_facts.agree_on_text(contract, begin.tokenizer, len(corpus.rows))
     return fit(
