@@ -292,6 +292,8 @@ class TestMixtures:
             ("{0}/a:0,{0}/b:1", "/a:0: the weight '0' is no number above 0; write .*/a:0.5"),
             ("{0}/a:x", "/a:x: the weight 'x' is no number above 0"),
             ("{0}/a,{0}/b.jsonl", "b.jsonl is text, beside directories of tokenised text"),
+            ("{0}/a:1,{0}/b.jsonl:2", "jsonl:2: weights are for .*text, .*/b.jsonl is text"),
+            ("{0}/b.jsonl:0.5", "is text; tokenise it .*--data=.*/b.jsonl.$"),
             ("{0}/gone:0.5", "data source '.*/gone:0.5' does not exist"),
         ],
     )
@@ -316,6 +318,17 @@ class TestErrors:
         shard.unlink()
         with pytest.raises(ValueError, match=rf"{shard} is damaged: it is missing"):
             opened(str(copy), tokenizer, tmp_path)
+
+    def test_a_finished_directory_that_has_lost_a_file(self, corpus, copy):
+        shard = next(copy.glob("*train.array_record-00001*"))
+        before = shard.read_bytes()
+        again = [corpus[0], copy, "--valid_fraction=0.1", "--shard_tokens=600"]
+        for change in (lambda: shard.write_bytes(before[:-100]), shard.unlink):
+            change()
+            with pytest.raises(ValueError, match=f"{shard} is damaged: .* into another directory"):
+                run(*again)
+        shard.write_bytes(before)
+        run(*again)
 
     def test_a_shard_with_another_bit(self, copy, tokenizer, tmp_path):
         shard = next(copy.glob("*train.array_record-00000*"))

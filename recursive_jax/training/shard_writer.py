@@ -47,6 +47,7 @@ from recursive_jax.training.token_manifest import (
     Split,
     load_manifest,
 )
+from recursive_jax.training.token_shards import TokenDirectory
 
 JOB, LOCK = "job.json", "job.lock"
 
@@ -86,6 +87,7 @@ def _write_alone(out, job, docs, tokenizer, workers, progress) -> Manifest:
     """`write` once nobody else writes to the directory."""
     finished = begin(out, job)
     if isinstance(finished, Manifest):
+        TokenDirectory(out, finished)  # raises where a file is missing or cut
         return finished
     start = tuple(finished[-1]["next"]) if finished else (0, 0)
     before = sum(s["splits"][which]["documents"] for s in finished for which in s["splits"])

@@ -240,12 +240,19 @@ def _item(item: str):
         return item, None, None
     manifest = load_manifest(item)
     path, colon, tail = item.rpartition(":")
-    if manifest is not None or not colon or (manifest := load_manifest(path)) is None:
+    if manifest is not None or not colon:
         return item, manifest, None
     try:
         weight = float(tail)
     except ValueError:
         weight = math.nan
+    if (manifest := load_manifest(path)) is None:
+        if item.startswith("docstrings:") or math.isnan(weight) or not paths.path_of(path).exists():
+            return item, None, None
+        raise ValueError(
+            f"{item}: weights are for directories of tokenised text, {path} is text; tokenise it "
+            f"(python -m recursive_jax.tokenize --data={path})"
+        )
     if not 0 < weight < math.inf:
         raise ValueError(f"{item}: the weight {tail!r} is no number above 0; write {path}:0.5")
     return path, manifest, weight
