@@ -145,13 +145,13 @@ def test_flags_that_cannot_work_are_refused(flags, message):
 LOOP = """
 import sys, time
 import jax, numpy as np
-from recursive_jax import hosts, rendezvous
+from recursive_jax import host_endings, hosts, rendezvous
 coordinator, count, number = (flag.partition("=")[2] for flag in sys.argv[1:4])
 tell = lambda text: print("error:", text, file=sys.stderr, flush=True)
 rendezvous.join(rendezvous.Place(coordinator, int(count), int(number)), 60, 10, tell)
 hosts.configure(30, tell)
 from jax.experimental import multihost_utils
-with hosts.ending_together(tell, lambda: "; start all again"):
+with host_endings.ending_together(tell, lambda: "; start all again"):
     for step in range(10**9):
         multihost_utils.process_allgather(np.int32(step))
         print("step", step, flush=True)
