@@ -16,7 +16,10 @@ import jax
 import local_multiprocess
 import numpy as np
 import pytest
+from absl import flags
 
+from recursive_jax import hosts, rendezvous
+from recursive_jax.console import host_flags
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.parameters import abstract_params
 from recursive_jax.weights import hf
@@ -118,7 +121,8 @@ def test_a_process_that_does_not_come_is_named(place):
                      first.stderr)  # fmt: skip
     assert "missing: process 1 within --initialization_timeout=2 s" in error_of(first, 75)
     second = error_of(alone(1, "--initialization_timeout=2"), 75)
-    assert "process 1: process 0 at localhost:" in second and "does not answer within" in second
+    assert re.search(r"process 1: process 0 at localhost:\d+ does not answer \(.+refused\) within",
+                     second)  # fmt: skip
 
     flags = local_multiprocess.places(3)
     command = ["--config=configs/tiny_smoke.py", "--workdir=run"]
@@ -139,6 +143,51 @@ def test_a_process_that_does_not_come_is_named(place):
 def test_flags_that_cannot_work_are_refused(flags, message):
     process = commands.run("train", "--config=configs/tiny_smoke.py", "--workdir=run", *flags)
     assert message in error_of(process)
+
+
+def test_a_batch_that_does_not_divide_over_the_devices_is_refused(place):
+    rows = "--config.data.batch_size=3"
+    for process in train(place, [rows], [rows]):
+        assert "data.batch_size=3 does not divide over the 2 devices" in error_of(process)
+    assert not (place / "run").exists()
+
+
+def test_a_coordinator_that_cannot_be_found_is_named_in_time():
+    place, begin = rendezvous.Place("nowhere.invalid:8476", 2, 1), time.monotonic()
+    with pytest.raises(hosts.MissingHosts, match="process 0 at nowhere.invalid:8476 does not ans"):
+        rendezvous.join(place, 1, 10, lambda text: None)
+    assert time.monotonic() - begin < 20
+
+
+SLURM = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[001-2]", "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1", "SLURM_LOCALID": "0",
+}  # fmt: skip
+
+
+def test_several_processes_need_no_flag(monkeypatch):
+    """They are found in the environment, here that of Slurm."""
+    assert rendezvous.detected_processes() == 1
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("JAX_COORDINATOR_PORT", "8476")
+    assert rendezvous.detected_processes() == 2
+    found = rendezvous.place_of(None, None, None, 1)
+    assert found == rendezvous.Place("node001:8476", 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "advice"), [([], "start all of them with --distributed"),
+                          (["--nodistributed"], "leave out --nodistributed")],
+)  # fmt: skip
+def test_processes_that_are_not_connected_are_refused(monkeypatch, given, advice):
+    """As on a pod whose processes could not be found in the environment."""
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    values = flags.FlagValues()
+    host_flags.define(values)
+    values(["train", *given])
+    with pytest.raises(ValueError, match=f"JAX sees 4 processes, which are not .*; {advice}"):
+        host_flags.connect(values)
 
 
 # A job that is nothing but collectives, and what its processes do in the end.

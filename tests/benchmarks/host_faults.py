@@ -35,7 +35,11 @@ sys.path.insert(0, str(ROOT / "launch"))
 
 import local_multiprocess  # noqa: E402
 
-ROWS, LENGTH = 4, 16  # of a batch
+ROWS, LENGTH, STEPS = 4, 16, 20
+CONFIG = (
+    *("--config=tiny_smoke", "--config.model.lora_rank=0", "--config.model.lora_init=none"),
+    *("--config.objective.kd=0", "--config.checkpoint_every=3"),
+)
 TIMEOUTS = {"initialization_timeout": 20, "heartbeat_timeout": 15, "host_timeout": 40}
 SLACK = 30  # seconds beyond a timeout: this machine may be busy
 IMPORTED = (
@@ -48,18 +52,18 @@ CASES = ("absent", "differ", "stop", "terminate", "kill", "counts", "resize")
 class Job:
     """The processes of a run; each is a fork that runs `recursive_jax.train`."""
 
-    def __init__(self, place, count=2, steps=24, own=None, only=None, workdir="run"):
+    def __init__(self, place, count=2, steps=STEPS, own=None, only=None, workdir="run"):
         self.logs, self.ids, self.ends = {}, {}, {}
         self.began = time.monotonic()
         for number, flags in enumerate(local_multiprocess.places(count)):
             if only is not None and number not in only:
                 continue
             argv = [
-                "--config=tiny_smoke", f"--workdir={place / workdir}",
+                *CONFIG, f"--workdir={place / workdir}",
                 f"--config.data.cache_dir={place / 'cache'}", f"--config.data.batch_size={ROWS}",
                 f"--config.data.context_length={LENGTH}", "--config.data.eval_tokens=64",
                 f"--config.tokens={steps * ROWS * LENGTH}", "--config.eval_every=100000",
-                "--config.checkpoint_every=3", *(f"--{k}={v}" for k, v in TIMEOUTS.items()),
+                *(f"--{k}={v}" for k, v in TIMEOUTS.items()),
                 *(flags if count > 1 else []), *(own or {}).get(number, ()),
             ]  # fmt: skip
             log = self.logs[number] = pathlib.Path(tempfile.mkdtemp(dir=place, prefix="log"))
@@ -173,7 +177,7 @@ def compare(found, wanted):
     }
 
 
-def undisturbed(place, count=2, steps=24):
+def undisturbed(place, count=2, steps=STEPS):
     job = Job(place, count, steps, workdir=f"whole{count}-{steps}").wait()
     assert set(end[0] for end in job.ends.values()) == {0}, job.row("undisturbed")
     return job, result(place / f"whole{count}-{steps}")
@@ -241,7 +245,7 @@ def terminate(place, options, wanted=None):
     whole, wanted = undisturbed(place)
     for number in range(options.terminations):
         job, who = Job(place, workdir="term"), chance.randrange(2)
-        job.wait_for(f"step {1 + number * 4}/")
+        job.wait_for(f"step {1 + number * 3}/")
         time.sleep(chance.random() * 0.5)
         job.send(who, signal.SIGTERM)
         job.wait()
@@ -297,7 +301,7 @@ def counts(place, options):
 
 def resize(place, options):
     _, wanted = undisturbed(place, 1)
-    for step, count in ((2, 1), (8, 2), (14, 4)):
+    for step, count in ((2, 1), (7, 2), (12, 4)):
         job = Job(place, count, workdir="resize")
         job.wait_for(f"step {step}/")
         job.send(count - 1, signal.SIGTERM)
