@@ -8,6 +8,7 @@ A collective cannot be interrupted: a process that stays in one would wait for e
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -22,6 +23,9 @@ import jax
 from recursive_jax import hosts
 from recursive_jax.hosts import Say
 
+ALIVE = f"{hosts.PREFIX}/alive/"
+DONE = "done"  # the last beat of a process that leaves as it should
+
 
 @contextlib.contextmanager
 def ending_together(tell: Say, advice: Callable[[], str] = str) -> Iterator[None]:
@@ -30,8 +34,9 @@ def ending_together(tell: Say, advice: Callable[[], str] = str) -> Iterator[None
     A process that fails publishes its error and exits, without JAX's barrier at exit, at which it
     would wait for the others. The exit code is 2 after a user's mistake on any process,
     `hosts.AGAIN` where a process is missing or dead, 1 after other errors. The others look for such
-    errors every second. An error that all processes raise, and every error of a job of one process,
-    leaves the context as usual.
+    errors every second. They also end, with its name, when a process gives no sign of life for
+    `hosts.heartbeat()` seconds. An error that all processes raise, and every error of a job of one
+    process, leaves the context as usual.
 
     Args:
       tell: shows an error line on this process.
@@ -40,29 +45,75 @@ def ending_together(tell: Say, advice: Callable[[], str] = str) -> Iterator[None
     if jax.process_count() == 1 or hosts.service() is None:
         yield
         return
-    done = threading.Event()
-    threading.Thread(target=_watch, args=(done, tell), daemon=True).start()
+    others = _Others(tell, advice)
     try:
         yield
     except Exception as error:
-        done.set()
+        others.done.set()
         if getattr(error, "on_all_processes", False):
             raise
         _fail(error, tell, advice)
     finally:
-        done.set()
+        others.close()
 
 
-def _watch(done: threading.Event, tell: Say) -> None:
-    """End this process when another one has failed; a collective cannot be interrupted."""
-    seen = 0
-    while not done.wait(hosts.POLL):
+class _Others:
+    """What is heard of the other processes, and the end of this one when another is failed or gone.
+
+    A collective cannot be interrupted, and a call to a coordinator that is stopped does not return:
+    one thread listens, another one watches.
+    """
+
+    def __init__(self, tell: Say, advice: Callable[[], str]):
+        self._tell, self._advice = tell, advice
+        self._heard = dict.fromkeys(range(jax.process_count()), time.monotonic())
+        self._failure = ""
+        self.done = threading.Event()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def close(self) -> None:
+        self.done.set()
+        self._listener.join(hosts.GRACE)
+
+    def _listen(self) -> None:
+        beats, before, next_beat = itertools.count(), {}, 0.0
+        while not self.done.wait(min(hosts.POLL, hosts.heartbeat() / 10)):
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                self._failure = self._failure or hosts.failure_of_another()
+                if time.monotonic() < next_beat:
+                    continue
+                next_beat = time.monotonic() + hosts.heartbeat() / 10
+                _show_life(str(next(beats)))
+                found = dict(hosts.service().key_value_dir_get(ALIVE))
+                for key, beat in found.items():
+                    if beat == DONE or beat != before.get(key):
+                        self._heard[int(key.rpartition("/")[2])] = time.monotonic()
+                before = found
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            failure = hosts.failure_of_another()
-            seen += bool(failure)
-            if seen > 2 and not done.is_set():  # the main thread had time to raise it
-                tell(failure)
+            _show_life(DONE)
+
+    def _watch(self) -> None:
+        seen, me, limit = 0, jax.process_index(), hosts.heartbeat()
+        while not self.done.wait(hosts.POLL):
+            seen += bool(self._failure)
+            if seen > 2 and not self.done.is_set():  # the main thread had time to raise it
+                self._tell(self._failure)
                 _leave(2)
+            now = time.monotonic()
+            silent = [p for p, when in self._heard.items() if now - when > limit and p != me]
+            if silent and not self.done.is_set():
+                lost = 0 in silent  # the coordinator: nobody else can be heard either
+                names = hosts.name_of(0, ask=False) if lost else hosts.names_of(silent)
+                self._tell(f"no sign of life from {names} for {limit:.0f} s{self._advice()}")
+                if lost:
+                    os._exit(hosts.AGAIN)
+                _leave(hosts.AGAIN, silent)
+
+
+def _show_life(beat: str) -> None:
+    hosts.service().key_value_set(f"{ALIVE}{jax.process_index()}", beat, allow_overwrite=True)
 
 
 def _fail(error: Exception, tell: Say, advice: Callable[[], str]) -> None:

@@ -55,16 +55,25 @@ class Differ(ValueError):
 
 class _Settings:
     timeout = 1800.0  # seconds that hosts may be apart, e.g. while one of them reads text
+    heartbeat = 100.0  # seconds without a sign of life after which a process is gone
     say: Say = staticmethod(logging.warning)
     rounds = itertools.count()
 
 
-def configure(timeout: float, say: Say) -> None:
-    """Set how long a process waits for the others, in seconds, and what shows a line."""
-    _Settings.timeout, _Settings.say = timeout, say
+def configure(timeout: float, say: Say, heartbeat: float = 100.0) -> None:
+    """Set how long a process waits for the others, in seconds, and what shows a line.
+
+    `heartbeat`: seconds without a sign of life after which a process is gone.
+    """
+    _Settings.timeout, _Settings.say, _Settings.heartbeat = timeout, say, heartbeat
     client = service()
     if client is not None:
         client.key_value_set(f"{PREFIX}/host/{jax.process_index()}", socket.gethostname())
+
+
+def heartbeat() -> float:
+    """Seconds without a sign of life after which a process is gone."""
+    return _Settings.heartbeat
 
 
 def service() -> Any:

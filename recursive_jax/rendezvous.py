@@ -108,7 +108,8 @@ def join(
         place.num_processes,
         place.process_id,
         initialization_timeout=initialization_timeout,
-        heartbeat_timeout_seconds=heartbeat_timeout,
+        # JAX aborts without a name; `host_endings` comes first.
+        heartbeat_timeout_seconds=heartbeat_timeout + max(10, heartbeat_timeout // 5),
     )
 
 

@@ -198,7 +198,7 @@ from recursive_jax import host_endings, hosts, rendezvous
 coordinator, count, number = (flag.partition("=")[2] for flag in sys.argv[1:4])
 tell = lambda text: print("error:", text, file=sys.stderr, flush=True)
 rendezvous.join(rendezvous.Place(coordinator, int(count), int(number)), 60, 10, tell)
-hosts.configure(30, tell)
+hosts.configure(30, tell, 5)
 from jax.experimental import multihost_utils
 with host_endings.ending_together(tell, lambda: "; start all again"):
     for step in range(10**9):
@@ -213,18 +213,24 @@ with host_endings.ending_together(tell, lambda: "; start all again"):
 """
 
 
-@pytest.mark.parametrize("dead", [1, 0])
-def test_a_process_that_is_killed_ends_the_other(dead):
-    """Process 0 runs JAX's coordination service: without it JAX may abort the others itself."""
+def loop_until_step_5(number):
+    """Two processes that run LOOP, and what process `number` has printed until step 5."""
     processes = local_multiprocess.start(
         2, ["-c", LOOP], cwd=commands.ROOT, env=commands.environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     lines = []
-    for line in iter(processes[dead].stdout.readline, ""):
+    for line in iter(processes[number].stdout.readline, ""):
         lines.append(line)
         if line == "step 5\n":
             break
+    return processes, lines
+
+
+@pytest.mark.parametrize("dead", [1, 0])
+def test_a_process_that_is_killed_ends_the_other(dead):
+    """Process 0 runs JAX's coordination service: without it JAX may abort the others itself."""
+    processes, lines = loop_until_step_5(dead)
     assert any("b is 0 on process 0" in line and "and 1 on process 1" in line for line in lines)
     begin = time.monotonic()
     processes[dead].send_signal(signal.SIGKILL)
@@ -235,6 +241,17 @@ def test_a_process_that_is_killed_ends_the_other(dead):
         assert re.search(rf"error: process {dead} of 2.* is gone; start all again", stderr), stderr
     else:
         assert "JAX distributed service detected fatal errors" in stderr
+
+
+def test_a_process_that_is_stopped_ends_the_other():
+    """Process 0, the coordinator, does not answer: a call to it does not return."""
+    processes, _ = loop_until_step_5(0)
+    processes[0].send_signal(signal.SIGSTOP)
+    _, stderr = processes[1].communicate(timeout=SECONDS)
+    processes[0].kill()
+    processes[0].communicate()
+    assert processes[1].returncode == 75
+    assert "error: no sign of life from process 0 of 2 for 5 s; start all again" in stderr
 
 
 def test_the_launcher_passes_output_and_exit_codes_on():

@@ -66,4 +66,4 @@ def connect(options: flags.FlagValues) -> None:
             raise ValueError(
                 f"JAX sees {jax.process_count()} processes, which are not connected; {advice}"
             )
-        hosts.configure(options.host_timeout, output.note)
+        hosts.configure(options.host_timeout, output.note, options.heartbeat_timeout)

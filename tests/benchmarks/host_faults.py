@@ -43,7 +43,7 @@ CONFIG = (
 TIMEOUTS = {"initialization_timeout": 20, "heartbeat_timeout": 15, "host_timeout": 40}
 SLACK = 30  # seconds beyond a timeout: this machine may be busy
 IMPORTED = (
-    *("flax", "grain", "jax", "optax", "tensorboardX", "transformers", "orbax.checkpoint.v1"),
+    *("flax", "grain", "jax", "optax", "tensorboardX", "transformers"),
     *("recursive_jax.console.app", "recursive_jax.fit", "recursive_jax.start"),
 )
 CASES = ("absent", "differ", "stop", "terminate", "kill", "counts", "resize")
@@ -326,6 +326,8 @@ def main():
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
     for module in IMPORTED:
         importlib.import_module(module)
+    from orbax.checkpoint import v1  # noqa: F401
+
     with open(options.out, "a") as out:
         for case in options.cases.split(","):
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
