@@ -16,6 +16,7 @@ and losses of interrupted runs are compared with those of a run that nothing has
 """
 
 import argparse
+import functools
 import importlib
 import json
 import os
@@ -35,10 +36,10 @@ sys.path.insert(0, str(ROOT / "launch"))
 
 import local_multiprocess  # noqa: E402
 
-ROWS, LENGTH, STEPS = 4, 16, 20
+ROWS, LENGTH, STEPS = 4, 16, 12
 CONFIG = (
     *("--config=tiny_smoke", "--config.model.lora_rank=0", "--config.model.lora_init=none"),
-    *("--config.objective.kd=0", "--config.checkpoint_every=3"),
+    *("--config.objective.kd=0", "--config.checkpoint_every=2"),
 )
 TIMEOUTS = {"initialization_timeout": 20, "heartbeat_timeout": 15, "host_timeout": 40}
 SLACK = 30  # seconds beyond a timeout: this machine may be busy
@@ -177,10 +178,13 @@ def compare(found, wanted):
     }
 
 
-def undisturbed(place, count=2, steps=STEPS):
-    job = Job(place, count, steps, workdir=f"whole{count}-{steps}").wait()
-    assert set(end[0] for end in job.ends.values()) == {0}, job.row("undisturbed")
-    return job, result(place / f"whole{count}-{steps}")
+@functools.cache
+def undisturbed(count=2):
+    """A run that nothing disturbs: its row, the ends of its processes, and its result."""
+    with tempfile.TemporaryDirectory() as place:
+        job = Job(pathlib.Path(place), count).wait()
+        assert {end[0] for end in job.ends.values()} == {0}, job.row("undisturbed")
+        return job.row(f"{count} processes"), job.ends, result(pathlib.Path(place) / "run")
 
 
 def absent(place, options):
@@ -240,12 +244,12 @@ def stop(place, options):
         )  # fmt: skip
 
 
-def terminate(place, options, wanted=None):
+def terminate(place, options):
     chance = random.Random(options.seed)
-    whole, wanted = undisturbed(place)
+    _, _, wanted = undisturbed()
     for number in range(options.terminations):
         job, who = Job(place, workdir="term"), chance.randrange(2)
-        job.wait_for(f"step {1 + number * 3}/")
+        job.wait_for(f"step {1 + number * 2}/")
         time.sleep(chance.random() * 0.5)
         job.send(who, signal.SIGTERM)
         job.wait()
@@ -258,8 +262,8 @@ def terminate(place, options, wanted=None):
 
 def kill(place, options):
     chance = random.Random(options.seed)
-    whole, wanted = undisturbed(place)
-    span, runs, name = max(end[1] for end in whole.ends.values()), 0, "kill0"
+    _, ends, wanted = undisturbed()
+    span, runs, name = max(end[1] for end in ends.values()), 0, "kill0"
     for _ in range(options.kills):
         job, who, delay = Job(place, workdir=name), chance.randrange(2), chance.random() * span
         while not job.poll() and time.monotonic() - job.began < delay:
@@ -290,18 +294,15 @@ def kill(place, options):
 def counts(place, options):
     first = None
     for count in (1, 2, 4):
-        job, found = undisturbed(place, count)
+        row, ends, found = undisturbed(count)
         first = first or found
-        yield job.row(
-            f"{count} processes",
-            peak_mb={n: round(end[2]) for n, end in job.ends.items()},
-            **compare(found, first),
-        )
+        peak = {n: round(end[2]) for n, end in sorted(ends.items())}
+        yield {**row, "peak_mb": peak, **compare(found, first)}
 
 
 def resize(place, options):
-    _, wanted = undisturbed(place, 1)
-    for step, count in ((2, 1), (7, 2), (12, 4)):
+    _, _, wanted = undisturbed(1)
+    for step, count in ((2, 1), (5, 2), (8, 4)):
         job = Job(place, count, workdir="resize")
         job.wait_for(f"step {step}/")
         job.send(count - 1, signal.SIGTERM)
