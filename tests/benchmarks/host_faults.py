@@ -142,9 +142,15 @@ def run(argv, log):
     os._exit(code)
 
 
+def saved_steps(workdir):
+    """The names of the steps that are complete."""
+    return [p.parent.name for p in workdir.glob("checkpoints/*/_CHECKPOINT_METADATA")
+            if p.parent.name.isdigit()]  # fmt: skip
+
+
 def result(workdir):
     """Checksums of the last step, and the losses by step."""
-    file = max((workdir / "checkpoints").iterdir(), key=lambda p: int(p.name))
+    file = workdir / "checkpoints" / max(saved_steps(workdir), key=int)
     metadata = json.loads((file / "_CHECKPOINT_METADATA").read_text())
     sums = find(metadata, "checksums")
     losses = {}
@@ -262,30 +268,29 @@ def terminate(place, options):
 
 def kill(place, options):
     chance = random.Random(options.seed)
-    _, ends, wanted = undisturbed()
-    span, runs, name = max(end[1] for end in ends.values()), 0, "kill0"
+    _, _, wanted = undisturbed()
+    runs, name = 0, "kill0"
     for _ in range(options.kills):
-        job, who, delay = Job(place, workdir=name), chance.randrange(2), chance.random() * span
-        while not job.poll() and time.monotonic() - job.began < delay:
-            time.sleep(0.02)
-        finished = len(job.ends) == 2
+        # A moment before the next few steps: the times depend on what else this machine does.
+        saved = max(map(int, saved_steps(place / name)), default=0)
+        job, who = Job(place, workdir=name), chance.randrange(2)
+        step = saved + chance.randrange(5)
+        if step > saved:
+            job.wait_for(f"step {step}/")
+        time.sleep(chance.random() * 3)
+        finished = job.poll()
         job.send(who, signal.SIGKILL)
         began = time.monotonic()
         job.wait(sum(TIMEOUTS.values()) + SLACK)
-        took = round(time.monotonic() - began, 1)
-        other = 1 - who
-        text = job.out(other, "stderr")
-        more = {}
-        if job.ends.get(0, [1])[0] == 0 or job.ends.get(1, [1])[0] == 0:  # it was done already
-            finished = True
-            Job(place, workdir=name).wait()
-            more, runs = compare(result(place / name), wanted), runs + 1
+        took, other, more = round(time.monotonic() - began, 1), 1 - who, {}
+        if {end[0] for end in job.ends.values()} == {0}:  # it was done already
+            finished, more, runs = True, compare(result(place / name), wanted), runs + 1
             name = f"kill{runs}"
         yield job.row(
-            f"SIGKILL to process {who}", after=round(delay, 1), seconds_after=took,
+            f"SIGKILL to process {who}", before_step=step + 1, seconds_after=took,
             finished_before=finished, within_timeout=other in job.ends,
-            told_by_name=job.tells(other, f"process {who}\\b"),
-            told_by_jax="distributed service detected fatal" in text, **more,
+            told_by_name=None if finished else job.tells(other, f"process {who}\\b"),
+            told_by_jax="distributed service detected fatal" in job.out(other, "stderr"), **more,
         )  # fmt: skip
     job = Job(place, workdir=name).wait()
     yield job.row("resumed after SIGKILL", **compare(result(place / name), wanted))
