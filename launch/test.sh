@@ -10,7 +10,7 @@ version=$("$(find_python)" -c 'import sys; print("%d.%d" % sys.version_info[:2])
 if [ "${INSTALL:-yes}" = no ]; then
   PY=.venv-test-$version/bin/python
 else
-  extras=test
+  extras='test'
   [ "${TPU:-0}" = 1 ] && extras=test,tpu
   make_venv ".venv-test-$version" "[$extras]"
   if [ "${TORCH:-0}" = 1 ] && [ "$version" = 3.11 ]; then

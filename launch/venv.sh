@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: `make_venv DIRECTORY EXTRAS` leaves $PY pointing into a virtual
 # environment with recursive_jax installed. PYTHON=… chooses the interpreter (3.11 or newer).
 

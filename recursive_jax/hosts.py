@@ -5,9 +5,8 @@ returns the same outcome, or raises the same error. The messages are small texts
 collectives: a process that is missing, has failed, or stands elsewhere is named after a timeout.
 
     agree({"config": config.to_json()}, "the start")
-    with ending_together(tell): ...
 
-Every package may import this file.
+Every package may import this file. `host_endings` ends all processes when one of them fails.
 """
 
 from __future__ import annotations
@@ -17,20 +16,16 @@ import contextlib
 import itertools
 import json
 import logging
-import os
 import secrets
 import socket
-import sys
-import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 NOTICE = 60.0  # seconds between lines about hosts that are still missing
-GRACE = 5.0  # seconds for the other processes to say how they fail
+GRACE = 5.0  # seconds for a new file, or a failure, to be seen by all
 POLL = 1.0  # seconds between looks at the failures of other processes
 MOST = 4  # facts that an error names
 SHOWN = 60  # characters of a value in an error message
@@ -60,19 +55,28 @@ class Differ(ValueError):
 
 class _Settings:
     timeout = 1800.0  # seconds that hosts may be apart, e.g. while one of them reads text
+    heartbeat = 100.0  # seconds without a sign of life after which a process is gone
     say: Say = staticmethod(logging.warning)
     rounds = itertools.count()
 
 
-def configure(timeout: float, say: Say) -> None:
-    """Set how long a process waits for the others, in seconds, and what shows a line."""
-    _Settings.timeout, _Settings.say = timeout, say
-    client = _client()
+def configure(timeout: float, say: Say, heartbeat: float = 100.0) -> None:
+    """Set how long a process waits for the others, in seconds, and what shows a line.
+
+    `heartbeat`: seconds without a sign of life after which a process is gone.
+    """
+    _Settings.timeout, _Settings.say, _Settings.heartbeat = timeout, say, heartbeat
+    client = service()
     if client is not None:
         client.key_value_set(f"{PREFIX}/host/{jax.process_index()}", socket.gethostname())
 
 
-def _client() -> Any:
+def heartbeat() -> float:
+    """Seconds without a sign of life after which a process is gone."""
+    return _Settings.heartbeat
+
+
+def service() -> Any:
     """The client of the coordination service; None where several processes do not share one."""
     from jax._src import distributed  # there is no public way to its key-value store
 
@@ -85,7 +89,7 @@ def name_of(process: int, ask: bool = True) -> str:
     if not ask:
         return f"process {process} of {count}"
     with contextlib.suppress(jax.errors.JaxRuntimeError, AttributeError):
-        host = _client().key_value_try_get(f"{PREFIX}/host/{process}")
+        host = service().key_value_try_get(f"{PREFIX}/host/{process}")
         return f"process {process} of {count} ({host})"
     return f"process {process} of {count}"
 
@@ -120,7 +124,7 @@ def decide(
     """
     if jax.process_count() == 1:
         return decision([value])
-    client = _client()
+    client = service()
     if client is None:
         raise ValueError(
             f"this is one of {jax.process_count()} processes, and jax.distributed is not "
@@ -326,7 +330,7 @@ def on_all_processes(error: Exception) -> Exception:
 def failures() -> dict[int, dict[str, Any]]:
     """By process, how it said that it fails."""
     prefix = f"{PREFIX}/failed/"
-    entries = _client().key_value_dir_get(prefix)
+    entries = service().key_value_dir_get(prefix)
     return {int(key.rpartition("/")[2]): json.loads(value) for key, value in entries}
 
 
@@ -336,117 +340,3 @@ def failure_of_another() -> str:
         if process != jax.process_index() and not failure["lost"]:
             return f"{name_of(process)} failed: {failure['message']}"
     return ""
-
-
-@contextlib.contextmanager
-def ending_together(tell: Say, advice: Callable[[], str] = str) -> Iterator[None]:
-    """A context in which the failure of one process ends all of them.
-
-    A process that fails publishes its error and exits, without JAX's barrier at exit, at which it
-    would wait for the others. The exit code is 2 after a user's mistake on any process, `AGAIN`
-    where a process is missing or dead, 1 after other errors. The others look for such errors every
-    second. An error that all processes raise, and every error of a job of one process, leaves the
-    context as usual.
-
-    Args:
-      tell: shows an error line on this process.
-      advice: the end of the line about a host that is gone, such as how to go on.
-    """
-    if jax.process_count() == 1 or _client() is None:
-        yield
-        return
-    done = threading.Event()
-    threading.Thread(target=_watch, args=(done, tell), daemon=True).start()
-    try:
-        yield
-    except Exception as error:
-        done.set()
-        if getattr(error, "on_all_processes", False):
-            raise
-        _fail(error, tell, advice)
-    finally:
-        done.set()
-
-
-def _watch(done: threading.Event, tell: Say) -> None:
-    """End this process when another one has failed; a collective cannot be interrupted."""
-    seen = 0
-    while not done.wait(POLL):
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            failure = failure_of_another()
-            seen += bool(failure)
-            if seen > 2 and not done.is_set():  # the main thread had time to raise it
-                tell(failure)
-                _leave(2)
-
-
-def _fail(error: Exception, tell: Say, advice: Callable[[], str]) -> None:
-    """Publish an error of this process, tell it, and exit."""
-    collective = _is_collective(error)
-    if collective and not _coordinator_answers():  # JAX is about to abort this process
-        tell(f"{name_of(0, ask=False)} is gone{advice()}")
-        os._exit(AGAIN)
-    lost = collective or isinstance(error, MissingHosts | OtherHostFailed)
-    user = isinstance(error, ValueError | OSError | FloatingPointError)
-    message = str(error) if user else f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    gone: list[int] = []
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        record = json.dumps({"lost": lost, "message": message})
-        key = f"{PREFIX}/failed/{jax.process_index()}"
-        _client().key_value_set(key, record, allow_overwrite=True)
-        if collective:
-            found, gone = _who_is_gone()
-            are = "is" if len(gone) == 1 else "are"
-            message = f"{names_of(gone)} {are} gone{advice()}" if gone else found or message
-    if not (user or lost):
-        traceback.print_exc()
-    tell(message)
-    again = bool(gone) or isinstance(error, MissingHosts)
-    _leave(AGAIN if again else 2 if user or lost else 1, gone)
-
-
-def _is_collective(error: Exception) -> bool:
-    """Whether a failed collective is the reason; JAX raises some of them as a ValueError."""
-    return isinstance(error, jax.errors.JaxRuntimeError) or " failed: [external/gloo" in str(error)
-
-
-def _coordinator_answers() -> bool:
-    """Whether the port of the coordination service takes connections."""
-    from jax._src import distributed
-
-    host, _, port = distributed.global_state.coordinator_address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), GRACE).close()
-    except OSError:
-        return False
-    return True
-
-
-def _who_is_gone() -> tuple[str, list[int]]:
-    """After a failed collective: the error that another process published, or who publishes none.
-
-    Every process that is there publishes something, as it has lost the collective as well.
-    """
-    deadline, there = time.monotonic() + GRACE, {}
-    while time.monotonic() < deadline and len(there) < jax.process_count():
-        time.sleep(0.2)
-        failure, there = failure_of_another(), failures()
-        if failure:
-            return failure, []
-    return "", [process for process in range(jax.process_count()) if process not in there]
-
-
-def _leave(code: int, gone: Sequence[int] = ()) -> None:
-    """Exit without JAX's barrier at exit. Process 0 stays a little, as it serves the others."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        me = jax.process_index()
-        _client().key_value_set(f"{PREFIX}/left/{me}", "", allow_overwrite=True)
-        deadline, expected = time.monotonic() + GRACE, jax.process_count() - len(gone)
-        while me == 0 and expected > 1 and time.monotonic() < deadline:
-            if len(_client().key_value_dir_get(f"{PREFIX}/left/")) >= expected:
-                time.sleep(0.2)  # until the last answer has left
-                break
-            time.sleep(0.1)
-    os._exit(code)

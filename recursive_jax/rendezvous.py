@@ -108,7 +108,8 @@ def join(
         place.num_processes,
         place.process_id,
         initialization_timeout=initialization_timeout,
-        heartbeat_timeout_seconds=heartbeat_timeout,
+        # JAX aborts without a name; `host_endings` comes first.
+        heartbeat_timeout_seconds=heartbeat_timeout + max(10, heartbeat_timeout // 5),
     )
 
 
@@ -216,18 +217,19 @@ class _Call:
 
     def answer(self) -> None:
         line = json.dumps(dataclasses.asdict(self.place) | {"host": socket.gethostname()})
-        reached = False
+        reached, reason = False, ""
         while True:
             try:
-                with socket.create_connection((self.host, self.port), min(5, self.left)) as peer:
+                limit = min(5, max(self.left, 0.1))
+                with socket.create_connection((self.host, self.port), limit) as peer:
                     reached = True
                     peer.sendall(line.encode() + b"\n")
                     answer = self.read_line(peer)
                     if answer:
                         break
-            except (OSError, ValueError):
-                pass
-            self.check(reached)
+            except OSError as error:
+                reason = f" ({error.strerror or error})"
+            self.check(reached, reason)
             time.sleep(RETRY)
         answer = json.loads(answer)
         if answer["problem"]:
@@ -249,10 +251,10 @@ class _Call:
             found += piece
         return found
 
-    def check(self, reached: bool) -> None:
-        """Raise `MissingHosts` when the time is over."""
+    def check(self, reached: bool, reason: str = "") -> None:
+        """Raise `MissingHosts` when the time is over; `reason`: why process 0 is not reached."""
         where = f"process 0 at {self.place.coordinator}"
-        state = f"{where} waits for others" if reached else f"{where} does not answer"
+        state = f"{where} waits for others" if reached else f"{where} does not answer{reason}"
         self.notify(lambda: f"process {self.place.process_id}: {state}")
         # If it is there, process 0 ends the waiting, with the names of those who are missing.
         if self.left + (10 if reached else 0) <= 0:

@@ -20,7 +20,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from recursive_jax import host_facts, hosts, start
+from recursive_jax import host_endings, host_facts, hosts, start
 from recursive_jax.console import app, host_flags, output, train_report
 from recursive_jax.fit import Fit, fit, make_mesh
 from recursive_jax.model import load
@@ -103,7 +103,7 @@ def main() -> None:
         sys.exit(hosts.AGAIN)
     try:
         with (
-            hosts.ending_together(output.tell_error, lambda: advice(options.workdir)),
+            host_endings.ending_together(output.tell_error, lambda: advice(options.workdir)),
             loop.Stop(output.say) as stop,
         ):
             end = train(options.config, options.workdir, stop)

@@ -16,7 +16,10 @@ import jax
 import local_multiprocess
 import numpy as np
 import pytest
+from absl import flags
 
+from recursive_jax import hosts, rendezvous
+from recursive_jax.console import host_flags
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.parameters import abstract_params
 from recursive_jax.weights import hf
@@ -118,7 +121,8 @@ def test_a_process_that_does_not_come_is_named(place):
                      first.stderr)  # fmt: skip
     assert "missing: process 1 within --initialization_timeout=2 s" in error_of(first, 75)
     second = error_of(alone(1, "--initialization_timeout=2"), 75)
-    assert "process 1: process 0 at localhost:" in second and "does not answer within" in second
+    assert re.search(r"process 1: process 0 at localhost:\d+ does not answer \(.+refused\) within",
+                     second)  # fmt: skip
 
     flags = local_multiprocess.places(3)
     command = ["--config=configs/tiny_smoke.py", "--workdir=run"]
@@ -141,17 +145,62 @@ def test_flags_that_cannot_work_are_refused(flags, message):
     assert message in error_of(process)
 
 
+def test_a_batch_that_does_not_divide_over_the_devices_is_refused(place):
+    rows = "--config.data.batch_size=3"
+    for process in train(place, [rows], [rows]):
+        assert "data.batch_size=3 does not divide over the 2 devices" in error_of(process)
+    assert not (place / "run").exists()
+
+
+def test_a_coordinator_that_cannot_be_found_is_named_in_time():
+    place, begin = rendezvous.Place("nowhere.invalid:8476", 2, 1), time.monotonic()
+    with pytest.raises(hosts.MissingHosts, match="process 0 at nowhere.invalid:8476 does not ans"):
+        rendezvous.join(place, 1, 10, lambda text: None)
+    assert time.monotonic() - begin < 20
+
+
+SLURM = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[001-2]", "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1", "SLURM_LOCALID": "0",
+}  # fmt: skip
+
+
+def test_several_processes_need_no_flag(monkeypatch):
+    """They are found in the environment, here that of Slurm."""
+    assert rendezvous.detected_processes() == 1
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("JAX_COORDINATOR_PORT", "8476")
+    assert rendezvous.detected_processes() == 2
+    found = rendezvous.place_of(None, None, None, 1)
+    assert found == rendezvous.Place("node001:8476", 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "advice"), [([], "start all of them with --distributed"),
+                          (["--nodistributed"], "leave out --nodistributed")],
+)  # fmt: skip
+def test_processes_that_are_not_connected_are_refused(monkeypatch, given, advice):
+    """As on a pod whose processes could not be found in the environment."""
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    values = flags.FlagValues()
+    host_flags.define(values)
+    values(["train", *given])
+    with pytest.raises(ValueError, match=f"JAX sees 4 processes, which are not .*; {advice}"):
+        host_flags.connect(values)
+
+
 # A job that is nothing but collectives, and what its processes do in the end.
 LOOP = """
 import sys, time
 import jax, numpy as np
-from recursive_jax import hosts, rendezvous
+from recursive_jax import host_endings, hosts, rendezvous
 coordinator, count, number = (flag.partition("=")[2] for flag in sys.argv[1:4])
 tell = lambda text: print("error:", text, file=sys.stderr, flush=True)
 rendezvous.join(rendezvous.Place(coordinator, int(count), int(number)), 60, 10, tell)
-hosts.configure(30, tell)
+hosts.configure(30, tell, 5)
 from jax.experimental import multihost_utils
-with hosts.ending_together(tell, lambda: "; start all again"):
+with host_endings.ending_together(tell, lambda: "; start all again"):
     for step in range(10**9):
         multihost_utils.process_allgather(np.int32(step))
         print("step", step, flush=True)
@@ -164,18 +213,24 @@ with hosts.ending_together(tell, lambda: "; start all again"):
 """
 
 
-@pytest.mark.parametrize("dead", [1, 0])
-def test_a_process_that_is_killed_ends_the_other(dead):
-    """Process 0 runs JAX's coordination service: without it JAX may abort the others itself."""
+def loop_until_step_5(number):
+    """Two processes that run LOOP, and what process `number` has printed until step 5."""
     processes = local_multiprocess.start(
         2, ["-c", LOOP], cwd=commands.ROOT, env=commands.environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     lines = []
-    for line in iter(processes[dead].stdout.readline, ""):
+    for line in iter(processes[number].stdout.readline, ""):
         lines.append(line)
         if line == "step 5\n":
             break
+    return processes, lines
+
+
+@pytest.mark.parametrize("dead", [1, 0])
+def test_a_process_that_is_killed_ends_the_other(dead):
+    """Process 0 runs JAX's coordination service: without it JAX may abort the others itself."""
+    processes, lines = loop_until_step_5(dead)
     assert any("b is 0 on process 0" in line and "and 1 on process 1" in line for line in lines)
     begin = time.monotonic()
     processes[dead].send_signal(signal.SIGKILL)
@@ -186,6 +241,17 @@ def test_a_process_that_is_killed_ends_the_other(dead):
         assert re.search(rf"error: process {dead} of 2.* is gone; start all again", stderr), stderr
     else:
         assert "JAX distributed service detected fatal errors" in stderr
+
+
+def test_a_process_that_is_stopped_ends_the_other():
+    """Process 0, the coordinator, does not answer: a call to it does not return."""
+    processes, _ = loop_until_step_5(0)
+    processes[0].send_signal(signal.SIGSTOP)
+    _, stderr = processes[1].communicate(timeout=SECONDS)
+    processes[0].kill()
+    processes[0].communicate()
+    assert processes[1].returncode == 75
+    assert "error: no sign of life from process 0 of 2 for 5 s; start all again" in stderr
 
 
 def test_the_launcher_passes_output_and_exit_codes_on():

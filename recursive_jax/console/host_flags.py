@@ -58,8 +58,12 @@ def connect(options: flags.FlagValues) -> None:
         )
     if jax.process_count() > 1:
         if not jax.distributed.is_initialized():
-            raise ValueError(
-                f"JAX sees {jax.process_count()} processes, and --nodistributed keeps them apart; "
-                "leave it out"
+            advice = (
+                "leave out --nodistributed"
+                if options.distributed is False
+                else "start all of them with --distributed"
             )
-        hosts.configure(options.host_timeout, output.note)
+            raise ValueError(
+                f"JAX sees {jax.process_count()} processes, which are not connected; {advice}"
+            )
+        hosts.configure(options.host_timeout, output.note, options.heartbeat_timeout)
