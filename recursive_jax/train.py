@@ -14,6 +14,7 @@ import json
 import pathlib
 import shlex
 import sys
+import time
 from typing import Any
 
 import jax
@@ -47,6 +48,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def train(config: Any, workdir: str | pathlib.Path, stop: loop.Stop | None = None) -> Fit:
     """Run `config`, a ConfigDict as `configs/common.py` makes it; a run in `workdir` goes on."""
+    began = time.time()
     workdir = checkpoint.local(workdir)
     settings = TrainConfig.from_mapping(config)
     make_mesh(settings)  # refused before anything is read
@@ -56,10 +58,10 @@ def train(config: Any, workdir: str | pathlib.Path, stop: loop.Stop | None = Non
     host_facts.agree_on_start(config.to_dict(), source)
     with workdir_lock.hold(workdir, output.say):
         hosts.see_one_directory(workdir)
-        return _train_alone(config, settings, source, workdir, stop)
+        return _train_alone(config, settings, source, workdir, stop, began)
 
 
-def _train_alone(config, settings, source, workdir, stop) -> Fit:
+def _train_alone(config, settings, source, workdir, stop, began) -> Fit:
     """`train` once nobody else writes to the workdir."""
     latest = checkpoint.latest_step(workdir)
     hosts.agree({"last step": latest}, f"the last step in {workdir}")
@@ -83,6 +85,7 @@ def _train_alone(config, settings, source, workdir, stop) -> Fit:
         stop=stop,
         origin=begin.origin,
         record=json.loads(config.to_json_best_effort()),
+        began=began,
     )
 
 
