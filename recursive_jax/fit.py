@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from recursive_jax import metrics, sharding
+from recursive_jax import metrics, sharding, wandb_log
 from recursive_jax.console import output
 from recursive_jax.console.train_report import Report
 from recursive_jax.evaluation.certificate import certified_kl
@@ -31,6 +31,7 @@ from recursive_jax.training.config import TrainConfig
 from recursive_jax.training.contract import PROGRESS_KEY, RunContract
 from recursive_jax.training.corpus import Corpus
 from recursive_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from recursive_jax.training.profile import Profile
 from recursive_jax.training.setup import TrainSetup
 from recursive_jax.training.skips import Skips
 from recursive_jax.weights import checkpoint
@@ -68,6 +69,7 @@ def fit(
     origin: str | None = None,
     record: dict[str, Any] | None = None,
     began: float | None = None,
+    profile: tuple[int, int] | None = None,
 ) -> Fit:
     """Train `model` on `corpus`; go on with the run that `workdir` has.
 
@@ -83,12 +85,14 @@ def fit(
       origin: of the model, for the start-up table; None: its name.
       record: the config as the summary shows it; None: `config` itself.
       began: `time.time()` when the caller began; None: now.
+      profile: first and last step of a trace in WORKDIR/profile, or None.
 
     Raises:
       ValueError: an impossible setting, or a run in `workdir` with another contract.
       FloatingPointError: losses or gradients of too many steps in a row are not finite.
     """
     began = time.time() if began is None else began
+    wandb_log.check(config.wandb)
     saved = None
     if workdir is not None and checkpoint.latest_step(workdir) is not None:
         saved = checkpoint.load_progress(workdir, say=output.say)
@@ -148,13 +152,22 @@ def fit(
             "skips": skips.to_json(),
         }
 
+    record = config.to_json() if record is None else record
     rows = config.data.batch_size // config.accumulate
     with contextlib.ExitStack() as files:
         callbacks: list[Callback] = [Tick(clock, trainer, flops), report]
         if workdir is not None:
             if saved is None:
                 create(model, workdir)
-            callbacks += open_files(files, workdir, report, first_step, progress)
+            callbacks += open_files(files, workdir, report, first_step, progress, record)
+            if profile is not None and profile[1] <= first_step:
+                report.say(f"steps {profile[0]} to {profile[1]} are done already: no trace")
+            elif profile is not None:
+                directory, ready = f"{os.fspath(workdir)}/profile", jax.block_until_ready
+                callbacks.append(
+                    Profile(profile, directory, lambda: ready(trainer.state.step), report.say)
+                )
+                files.callback(callbacks[-1].close)
         quality_of = functools.partial(measure, trainer, corpus.windows, rows)
         evaluate = Evaluate(quality_of, callbacks, history)
         callbacks = [evaluate, *callbacks]
@@ -317,17 +330,19 @@ def open_files(
     report: Report,
     first_step: int,
     progress: Callable[[], dict[str, Any]],
+    record: dict[str, Any],
 ) -> list[Callback]:
     """The callbacks that write metrics and checkpoints; `files` closes them."""
     config = report.config
     rate = learning_rate_schedule(config.optimizer, config.num_steps)
-    writer = metrics.MetricWriter(workdir, first_step)
-    record = Record(writer, rate, report.performance)
-    saver = checkpoint.Writer(workdir, keep=config.keep_checkpoints)
-    save = Save(saver, progress)
-    for callback in (record, save):
-        files.callback(callback.close)
-    return [record, save]
+    writers: list[Any] = [metrics.MetricWriter(workdir, first_step)]
+    files.callback(writers[0].close)
+    if config.wandb:
+        writers.append(wandb_log.WandbWriter(workdir, config.wandb, record, report.quiet))
+        files.callback(writers[1].close)
+    save = Save(checkpoint.Writer(workdir, keep=config.keep_checkpoints), progress)
+    files.callback(save.close)
+    return [*(Record(writer, rate, report.performance) for writer in writers), save]
 
 
 def summarise(config, model, teacher, history, step, record) -> dict[str, Any]:
@@ -343,7 +358,7 @@ def summarise(config, model, teacher, history, step, record) -> dict[str, Any]:
         "before": before,
         "after": after,
         "source": source,
-        "config": record if record is not None else config.to_json(),
+        "config": record,
     }
     if source and before and before["nll"] > source["nll"]:
         gap = before["nll"] - source["nll"]

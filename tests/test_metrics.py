@@ -8,8 +8,11 @@ import pytest
 
 from recursive_jax import metrics
 from recursive_jax.console import output, tables
+from recursive_jax.console.train_report import Report
+from recursive_jax.training.callbacks import Record
 from recursive_jax.training.chips import peak_flops
 from recursive_jax.training.clock import RunClock
+from recursive_jax.training.config import DataConfig, TrainConfig
 
 
 def test_numbers_a_person_can_read():
@@ -205,3 +208,33 @@ def test_fail_is_one_line_and_exit_code_2(capsys):
 )  # fmt: skip
 def test_peak_arithmetic_by_kind_of_device(kind, peak):
     assert peak_flops(kind) == peak
+
+
+def test_rates_and_mfu_are_those_of_the_latest_steps(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    clock = RunClock()
+    config = TrainConfig(data=DataConfig(context_length=10, batch_size=3))
+    known, unknown = (Report(config, clock, quiet=True, peak=peak) for peak in (1e3, None))
+    assert set(known.performance()) == {"goodput"}, "nothing is known before there are two steps"
+    for step in (1, 2, 3):
+        clock.tick(step, flops=800.0, compiled=step == 1)
+        now[0] += 2.0
+    values = known.performance()
+    assert (values["tokens_per_second"], values["flops_per_second"]) == (15.0, 400.0)
+    assert values["mfu"] == 0.4 and "mfu" not in unknown.performance()
+
+
+def test_skipped_steps_do_not_advance_the_learning_rate():
+    class Writer:
+        def write(self, step, values):
+            self.values = values
+
+    writer = Writer()
+    Record(writer, float, dict).on_log(7, {"loss": 1.0, "skipped": 2})
+    assert writer.values["train/learning_rate"] == 4, "the optimizer has done 4 steps before"
+
+
+def test_operations_a_person_can_read():
+    shown = [tables.flops(x) for x in (0, 1234, 8.91e9, 989e12, 2.5e18)]
+    assert shown == ["0 FLOP", "1.23 kFLOP", "8.91 GFLOP", "989 TFLOP", "2.5 EFLOP"]

@@ -21,6 +21,7 @@ class Report(Callback):
 
     Attributes:
       clock: rates of the steps.
+      quiet: as given.
       peak: bfloat16 FLOP/s of all devices; None: not known.
       near_kl: of a near start; None: the start is another.
     """
@@ -33,7 +34,7 @@ class Report(Callback):
         near_kl: float | None = None,
         peak: float | None = None,
     ):
-        self.config, self.clock, self._quiet, self.near_kl = config, clock, quiet, near_kl
+        self.config, self.clock, self.quiet, self.near_kl = config, clock, quiet, near_kl
         self.peak = peak
 
     def start(
@@ -60,6 +61,7 @@ class Report(Callback):
         peak = f", peak {tables.flops(self.peak)}/s" if self.peak else ""
         if not self.peak and devices[0].platform != "cpu":
             peak = ", peak of this device unknown: no MFU without --config.peak_flops"
+        cache = jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir
         order = "" if cfg.sharing == "cycle" else f" in order {cfg.sharing}"
         table = [
             ("model", origin),
@@ -71,6 +73,7 @@ class Report(Callback):
             ("compute", f"{dtype.name}, params and loss float32, remat {config.remat}{average}"),
             ("data", f"{config.data.train}: {tables.count(rows.num_tokens)} tokens, "
                      f"{len(rows):,} rows of {config.data.context_length}"),
+            ("compiled", f"programs are kept in {cache}" if cache else "programs are not kept"),
             ("arithmetic", f"{tables.flops(flops)} a step{peak}"),
             ("to do", f"{steps - first_step:,} steps × {tokens:,} tokens{micro} = "
                       f"{tables.count((steps - first_step) * tokens)}, "
@@ -141,8 +144,8 @@ class Report(Callback):
         return self.clock.flops_per_second / (self.peak or math.nan)
 
     def performance(self) -> dict[str, float]:
-        """The metrics of the latest steps by name; nan where there is none."""
-        return {
+        """The metrics of the latest steps by name: those that are known."""
+        values = {
             "tokens_per_second": self.tokens_per_second,
             "flops_per_second": self.clock.flops_per_second,
             "mfu": self.mfu,
@@ -150,9 +153,10 @@ class Report(Callback):
             "save_seconds": self.clock.saved_for,
             "goodput": self.clock.goodput,
         }
+        return {name: value for name, value in values.items() if not math.isnan(value)}
 
     def say(self, text: str) -> None:
-        if not self._quiet:
+        if not self.quiet:
             output.say(text)
 
 

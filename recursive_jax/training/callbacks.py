@@ -14,6 +14,9 @@ Quality = dict[str, Any]  # as `evaluation.perplexity` returns it
 class Callback:
     """Does nothing; a subclass overrides what it needs. Steps count from 1; 0 is the start."""
 
+    def before_step(self, step: int) -> None:
+        """Before a step is dispatched."""
+
     def on_step(self, step: int) -> None:
         """After every step has been dispatched."""
 

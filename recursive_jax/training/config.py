@@ -127,6 +127,7 @@ class TrainConfig:
       max_skipped_steps: a step whose loss or gradient is not finite changes nothing. After so many
         in a row the run stops.
       peak_flops: bfloat16 FLOP/s of one device, for MFU; 0: as `chips.PEAK_FLOPS` has it.
+      wandb: project of Weights & Biases that gets the metrics as well; '' = none.
       log_every, eval_every, checkpoint_every: in steps.
       keep_checkpoints: the newest so many are kept.
     """
@@ -147,6 +148,7 @@ class TrainConfig:
     unroll_layers: int = 1
     max_skipped_steps: int = 8
     peak_flops: float = 0.0
+    wandb: str = ""
     log_every: int = 10
     eval_every: int = 250
     checkpoint_every: int = 500

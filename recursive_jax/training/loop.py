@@ -156,6 +156,8 @@ def run(
                 f"the text ended after step {step - 1} of {schedule.num_steps}; give more text, or "
                 "set --config.tokens lower. The last checkpoint is from before"
             )
+        for callback in callbacks:
+            callback.before_step(step)
         metrics = trainer.step(batch)
         if unread is not None:
             count(step - 1, unread)
