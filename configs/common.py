@@ -88,6 +88,9 @@ def get_config() -> ConfigDict:
     c.dtype = "auto"  # compute: float32 on CPU, bfloat16 on TPU and GPU
     c.remat = "dots"  # none full dots offload_dots save_all_but_merged
     c.unroll_layers = 1
+    c.max_skipped_steps = 8  # in a row, where loss or gradient is not finite; then the run stops
+    c.peak_flops = 0.0  # bfloat16 FLOP/s of one device, for MFU; 0 = by the kind of the device
+    c.wandb = ""  # project of Weights & Biases that gets the metrics as well
     c.log_every = 10  # steps
     c.eval_every = 250
     c.checkpoint_every = 500

@@ -19,9 +19,10 @@ from recursive_jax.decoding.config import MISSING_KV
 from recursive_jax.decoding.exit_measures import Measure, Oracle, Recorded, Static
 from recursive_jax.decoding.requests import check_number
 from recursive_jax.decoding.thresholds import Thresholds
-from recursive_jax.evaluation import exits, flops, risk
+from recursive_jax.evaluation import exits, risk
 from recursive_jax.evaluation.loops import loop_report
 from recursive_jax.evaluation.perplexity import exp
+from recursive_jax.models import flops
 from recursive_jax.placed import Placed
 from recursive_jax.text.documents import documents
 from recursive_jax.training.data import tokenize

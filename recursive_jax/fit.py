@@ -13,23 +13,27 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from recursive_jax import metrics, sharding
+from recursive_jax import metrics, sharding, wandb_log
 from recursive_jax.console import output
-from recursive_jax.console.progress import StepProgress
 from recursive_jax.console.train_report import Report
 from recursive_jax.evaluation.certificate import certified_kl
 from recursive_jax.evaluation.perplexity import perplexity
 from recursive_jax.models.decoder import Decoder
+from recursive_jax.models.flops import training_flops
 from recursive_jax.models.parameters import abstract_params, parameter_counts
 from recursive_jax.text import Windows
 from recursive_jax.trainer import Trainer, teacher_shardings
 from recursive_jax.training import data, loop
-from recursive_jax.training.callbacks import Callback, Evaluate, Record, Save
+from recursive_jax.training.callbacks import Callback, Evaluate, Record, Save, Tick
+from recursive_jax.training.chips import peak_flops
+from recursive_jax.training.clock import RunClock
 from recursive_jax.training.config import TrainConfig
 from recursive_jax.training.contract import PROGRESS_KEY, RunContract
 from recursive_jax.training.corpus import Corpus
 from recursive_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from recursive_jax.training.profile import Profile
 from recursive_jax.training.setup import TrainSetup
+from recursive_jax.training.skips import Skips
 from recursive_jax.weights import checkpoint
 from recursive_jax.weights.integrity import together
 
@@ -64,6 +68,8 @@ def fit(
     quiet: bool = False,
     origin: str | None = None,
     record: dict[str, Any] | None = None,
+    began: float | None = None,
+    profile: tuple[int, int] | None = None,
 ) -> Fit:
     """Train `model` on `corpus`; go on with the run that `workdir` has.
 
@@ -78,12 +84,15 @@ def fit(
       quiet: print nothing.
       origin: of the model, for the start-up table; None: its name.
       record: the config as the summary shows it; None: `config` itself.
+      began: `time.time()` when the caller began; None: now.
+      profile: first and last step of a trace in WORKDIR/profile, or None.
 
     Raises:
       ValueError: an impossible setting, or a run in `workdir` with another contract.
-      FloatingPointError: a loss or gradient is not finite.
+      FloatingPointError: losses or gradients of too many steps in a row are not finite.
     """
-    began = time.time()
+    began = time.time() if began is None else began
+    wandb_log.check(config.wandb)
     saved = None
     if workdir is not None and checkpoint.latest_step(workdir) is not None:
         saved = checkpoint.load_progress(workdir, say=output.say)
@@ -122,9 +131,13 @@ def fit(
     # A caller that keeps no reference to the model frees the arrays it started from.
     model = dataclasses.replace(model, weights=None)
 
-    clock = StepProgress(config.num_steps, first_step)
-    report = Report(config, clock, quiet, near_kl)
-    report.start(model, origin or model.name, mesh, setup.model.dtype, corpus.rows, first_step)
+    clock = RunClock(saved and saved.get("clock"), began)
+    skips = Skips(config.max_skipped_steps, saved and saved.get("skips"))
+    peak = config.peak_flops or peak_flops(mesh.devices.flat[0].device_kind)
+    report = Report(config, clock, quiet, near_kl, peak and peak * mesh.size)
+    flops = flops_of(config, setup)
+    report.start(model, origin or model.name, mesh, setup.model.dtype, corpus.rows, first_step,
+                 flops(model.cfg.num_loops))  # fmt: skip
 
     def seconds() -> float:
         return spent + time.time() - began
@@ -135,25 +148,38 @@ def fit(
             PROGRESS_KEY: contract.to_json(),
             "history": history,
             "seconds": seconds(),
+            "clock": clock.to_json(),
+            "skips": skips.to_json(),
         }
 
+    record = config.to_json() if record is None else record
     rows = config.data.batch_size // config.accumulate
     with contextlib.ExitStack() as files:
-        callbacks: list[Callback] = [report]
+        callbacks: list[Callback] = [Tick(clock, trainer, flops), report]
         if workdir is not None:
             if saved is None:
                 create(model, workdir)
-            callbacks += open_files(files, workdir, report, first_step, progress)
+            callbacks += open_files(files, workdir, report, first_step, progress, record)
+            if profile is not None and profile[1] <= first_step:
+                report.say(f"steps {profile[0]} to {profile[1]} are done already: no trace")
+            elif profile is not None:
+                directory, ready = f"{os.fspath(workdir)}/profile", jax.block_until_ready
+                callbacks.append(
+                    Profile(profile, directory, lambda: ready(trainer.state.step), report.say)
+                )
+                files.callback(callbacks[-1].close)
         quality_of = functools.partial(measure, trainer, corpus.windows, rows)
         evaluate = Evaluate(quality_of, callbacks, history)
         callbacks = [evaluate, *callbacks]
         if workdir is not None and saved is None:
-            for callback in callbacks:  # from here on, a run that stops need not convert again
-                callback.on_save(0, trainer.state)
+            with clock.pause("saving"):  # from here on, a run that stops need not convert again
+                for callback in callbacks:
+                    callback.on_save(0, trainer.state)
         if not history:
-            if teacher_params is not None:
-                evaluate.record(0, "source", quality_of(teacher_params, setup.teacher))
-            evaluate.on_evaluate(0, trainer.state)
+            with clock.pause("evaluating"):
+                if teacher_params is not None:
+                    evaluate.record(0, "source", quality_of(teacher_params, setup.teacher))
+                evaluate.on_evaluate(0, trainer.state)
         stop = stop or loop.Stop(signals=())
         stop.begin_steps()
         step = loop.run(
@@ -164,9 +190,11 @@ def fit(
             callbacks,
             stop,
             clock.pause,
+            skips,
         )
     summary = summarise(config, model, teacher, history, step, record)
-    summary["seconds"] = round(seconds(), 1)
+    summary |= {"seconds": round(seconds(), 1), "skipped_steps": skips.total}
+    summary |= report.summary()
     if workdir is not None and step == config.num_steps and jax.process_index() == 0:
         file = pathlib.Path(workdir) / SUMMARY
         if not (first_step == step and file.exists()):
@@ -252,6 +280,19 @@ def shared_ids(model: Model, teacher: Model) -> int | None:
     return max(vocabulary.values()) + 1
 
 
+def flops_of(config: TrainConfig, setup: TrainSetup) -> Callable[[int], float]:
+    """Loops of a step -> its model operations, over all devices."""
+    teacher = None if setup.teacher is None else setup.teacher.cfg
+    length = config.data.context_length
+
+    @functools.cache
+    def flops(loops: int) -> float:
+        each = training_flops(setup.model.cfg, length, loops, setup.exits, teacher)
+        return each * config.tokens_per_step
+
+    return flops
+
+
 def schedule_of(config: TrainConfig) -> loop.Schedule:
     return loop.Schedule(
         config.num_steps, config.log_every, config.eval_every, config.checkpoint_every
@@ -289,17 +330,19 @@ def open_files(
     report: Report,
     first_step: int,
     progress: Callable[[], dict[str, Any]],
+    record: dict[str, Any],
 ) -> list[Callback]:
     """The callbacks that write metrics and checkpoints; `files` closes them."""
     config = report.config
     rate = learning_rate_schedule(config.optimizer, config.num_steps)
-    writer = metrics.MetricWriter(workdir, first_step)
-    record = Record(writer, rate, lambda: report.tokens_per_second, lambda: report.clock.data_wait)
-    saver = checkpoint.Writer(workdir, keep=config.keep_checkpoints)
-    save = Save(saver, progress)
-    for callback in (record, save):
-        files.callback(callback.close)
-    return [record, save]
+    writers: list[Any] = [metrics.MetricWriter(workdir, first_step)]
+    files.callback(writers[0].close)
+    if config.wandb:
+        writers.append(wandb_log.WandbWriter(workdir, config.wandb, record, report.quiet))
+        files.callback(writers[1].close)
+    save = Save(checkpoint.Writer(workdir, keep=config.keep_checkpoints), progress)
+    files.callback(save.close)
+    return [*(Record(writer, rate, report.performance) for writer in writers), save]
 
 
 def summarise(config, model, teacher, history, step, record) -> dict[str, Any]:
@@ -315,7 +358,7 @@ def summarise(config, model, teacher, history, step, record) -> dict[str, Any]:
         "before": before,
         "after": after,
         "source": source,
-        "config": record if record is not None else config.to_json(),
+        "config": record,
     }
     if source and before and before["nll"] > source["nll"]:
         gap = before["nll"] - source["nll"]

@@ -14,20 +14,22 @@ import json
 import pathlib
 import shlex
 import sys
+import time
 from typing import Any
 
 import jax
 from absl import flags
 from ml_collections import config_flags
 
-from recursive_jax import host_endings, host_facts, hosts, start
-from recursive_jax.console import app, host_flags, output, train_report
+from recursive_jax import host_endings, host_facts, hosts, start, wandb_log
+from recursive_jax.console import app, compile_cache, host_flags, output, train_report
 from recursive_jax.fit import Fit, fit, make_mesh
 from recursive_jax.model import load
 from recursive_jax.training import loop
 from recursive_jax.training.config import TrainConfig
 from recursive_jax.training.contract import RunContract
 from recursive_jax.training.corpus import open_corpus
+from recursive_jax.training.profile import profile_steps
 from recursive_jax.weights import checkpoint, workdir_lock
 
 STOPPED = hosts.AGAIN  # exit code of a run that can go on
@@ -41,25 +43,48 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "workdir", None, "checkpoints, metrics; resumed when it exists", flag_values=values
     )
+    flags.DEFINE_string(
+        "profile", None, "START:STOP: write a trace of these steps to WORKDIR/profile",
+        flag_values=values,
+    )  # fmt: skip
+    compile_cache.define(values)
     host_flags.define(values)
     flags.mark_flags_as_required(["config", "workdir"], values)
 
 
-def train(config: Any, workdir: str | pathlib.Path, stop: loop.Stop | None = None) -> Fit:
-    """Run `config`, a ConfigDict as `configs/common.py` makes it; a run in `workdir` goes on."""
+def train(
+    config: Any,
+    workdir: str | pathlib.Path,
+    stop: loop.Stop | None = None,
+    profile: str | None = None,
+    cache: str = compile_cache.AUTO,
+) -> Fit:
+    """Run `config`, a ConfigDict as `configs/common.py` makes it; a run in `workdir` goes on.
+
+    Args:
+      config, workdir: as said.
+      stop: tells when to stop.
+      profile: START:STOP, the first and the last step of a trace; None: no trace.
+      cache: of compiled programs, as `compile_cache.use` takes it.
+    """
+    began = time.time()
     workdir = checkpoint.local(workdir)
     settings = TrainConfig.from_mapping(config)
     make_mesh(settings)  # refused before anything is read
+    wandb_log.check(settings.wandb)
+    traced = profile_steps(profile, settings.num_steps) if profile is not None else None
     if settings.objective.kd and not config.source:
         raise ValueError("objective.kd > 0 needs the model to distil from: set --config.source")
     source = load(config.source) if config.source else None
     host_facts.agree_on_start(config.to_dict(), source)
     with workdir_lock.hold(workdir, output.say):
         hosts.see_one_directory(workdir)
-        return _train_alone(config, settings, source, workdir, stop)
+        if jax.process_count() > 1:
+            compile_cache.use(cache, f"{workdir}/compiled")
+        return _train_alone(config, settings, source, workdir, stop, began=began, profile=traced)
 
 
-def _train_alone(config, settings, source, workdir, stop) -> Fit:
+def _train_alone(config, settings, source, workdir, stop, **options) -> Fit:
     """`train` once nobody else writes to the workdir."""
     latest = checkpoint.latest_step(workdir)
     hosts.agree({"last step": latest}, f"the last step in {workdir}")
@@ -84,6 +109,7 @@ def _train_alone(config, settings, source, workdir, stop) -> Fit:
         stop=stop,
         origin=begin.origin,
         record=json.loads(config.to_json_best_effort()),
+        **options,
     )
 
 
@@ -106,7 +132,9 @@ def main() -> None:
             host_endings.ending_together(output.tell_error, lambda: advice(options.workdir)),
             loop.Stop(output.say) as stop,
         ):
-            end = train(options.config, options.workdir, stop)
+            end = train(
+                options.config, options.workdir, stop, options.profile, options.compilation_cache
+            )
     except loop.NotStarted as signal:
         output.say(f"\n{signal}: stopped before the first step; run the same command to start")
         sys.exit(STOPPED)

@@ -32,6 +32,8 @@ class Trainer:
       rules: logical axis -> mesh axes, for the model of `setup`.
       param_shardings, shardings: of the params, and of the whole state.
       abstract: shapes and dtypes of the state.
+      loops: that the latest step ran.
+      compiled: the latest step was the first one of its program.
     """
 
     def __init__(
@@ -49,6 +51,8 @@ class Trainer:
         self.shardings = sharding.state_shardings(self.abstract, self.param_shardings, mesh)
         self.state: TrainState | None = None
         self._curriculum, self._steps_done = curriculum, 0
+        self.loops, self.compiled = cfg.num_loops, False
+        self._programs: set[int | None] = set()
         self._init = jax.jit(setup.init, out_shardings=self.shardings)
         self._step = jax.jit(
             setup.step,
@@ -85,6 +89,9 @@ class Trainer:
             loops = self._curriculum and self._curriculum.loops(self._steps_done)
             self.state, metrics = self._step(self.state, batch, self.teacher_params, loops=loops)
         self._steps_done += 1
+        self.loops = self.setup.model.cfg.num_loops if loops is None else loops
+        self.compiled = loops not in self._programs
+        self._programs.add(loops)
         return metrics
 
     def lower(self, batch_size: int, context_length: int) -> jax.stages.Lowered:

@@ -13,8 +13,9 @@ from test_engine import CONTEXT, GEMMA, NEOX, RELAXED, TIED, engine_of, params_o
 from recursive_jax.decoding.exit_measures import Cosine, Margin, Stable, TopProbability
 from recursive_jax.decoding.requests import Request
 from recursive_jax.decoding.session import generate
-from recursive_jax.evaluation import exits, flops, risk
+from recursive_jax.evaluation import exits, risk
 from recursive_jax.model import load
+from recursive_jax.models import flops
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import Decoder
 

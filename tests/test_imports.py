@@ -46,6 +46,7 @@ INSIDE_FUNCTIONS = (
     "tensorboardX",
     "tensorflow_datasets",
     "transformers",
+    "wandb",
     "zstandard",
 )
 

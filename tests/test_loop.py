@@ -1,6 +1,8 @@
 """The training loop and its signals, with a trainer of plain Python."""
 
 import gc
+import json
+import math
 import os
 import signal
 import time
@@ -12,10 +14,11 @@ from recursive_jax import train as job
 from recursive_jax.console import stop as console_stop
 from recursive_jax.training import loop
 from recursive_jax.training.callbacks import Callback
+from recursive_jax.training.skips import Skips, not_finite
 
 
 class Counting:
-    """A trainer whose state is the number of steps, with a loss per step."""
+    """A trainer whose state is the number of steps, with a loss per step; nan is skipped."""
 
     def __init__(self, losses=()):
         self.state, self.losses = 0, dict(losses)
@@ -23,7 +26,8 @@ class Counting:
     def step(self, batch):
         assert batch == self.state
         self.state += 1
-        return {"loss": self.losses.get(self.state, 0.5)}
+        loss = self.losses.get(self.state, 0.5)
+        return {"loss": loss, "skipped": float(math.isnan(loss))}
 
 
 class Diary(Callback):
@@ -33,6 +37,9 @@ class Diary(Callback):
     def on_log(self, step, metrics):
         self.entries.append(("log", step))
 
+    def on_skip(self, step, what):
+        self.entries.append(("skip", step, what))
+
     def on_evaluate(self, step, state):
         self.entries.append(("evaluate", step, state))
 
@@ -40,13 +47,15 @@ class Diary(Callback):
         self.entries.append(("save", step, state))
 
 
-def run(num_steps, stop=None, trainer=None, first=0, log=2, evaluate=3, save=4, also=()):
+def run(
+    num_steps, stop=None, trainer=None, first=0, log=2, evaluate=3, save=4, also=(), skips=None
+):
     trainer, diary = trainer or Counting(), Diary()
     trainer.state = first
     schedule = loop.Schedule(num_steps, log, evaluate, save)
     batches = iter(range(first, 100))
     stop = stop or loop.Stop(signals=())
-    last = loop.run(trainer, batches, first, schedule, [diary, *also], stop)
+    last = loop.run(trainer, batches, first, schedule, [diary, *also], stop, skips=skips)
     return last, diary.entries
 
 
@@ -80,7 +89,7 @@ def test_a_signal_between_steps_saves_and_stops(number):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_before_the_first_step_ends_the_job_with_its_own_code(number, monkeypatch, capsys):
-    def train(config, workdir, stop):
+    def train(config, workdir, stop, *options):
         os.kill(os.getpid(), number)
         raise AssertionError("the signal was lost")
 
@@ -117,12 +126,39 @@ def test_a_second_signal_stops_at_once():
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_state_that_is_not_finite_is_never_saved():
-    trainer = Counting({4: float("nan")})
+def test_steps_that_are_not_finite_are_skipped_and_counted():
+    skips = Skips(limit=3)
+    trainer = Counting(dict.fromkeys((2, 4, 5, 7), math.nan))
+    last, entries = run(8, trainer=trainer, skips=skips)
+    assert (last, skips.total, skips.in_row) == (8, 4, 0)
+    skipped = [entry for entry in entries if entry[0] == "skip"]
+    assert skipped == [("skip", step, "the loss is nan") for step in (2, 4, 5, 7)]
+
+
+@pytest.mark.parametrize("save", [1, 4, 100])
+def test_too_many_skipped_steps_in_a_row_stop_the_run(save):
     diary = Diary()
-    with pytest.raises(FloatingPointError, match="loss nan .* at step 4 are not finite"):
-        run(9, trainer=trainer, save=1, also=[diary])
-    assert [entry[1] for entry in diary.entries if entry[0] == "save"] == [1, 2, 3]
+    trainer = Counting(dict.fromkeys((2, 4, 5, 6), math.nan))
+    with pytest.raises(FloatingPointError, match="^steps 4 to 6 were skipped .*at step 6 the loss"):
+        run(9, trainer=trainer, save=save, also=[diary], skips=Skips(limit=3))
+    saved = [entry[1] for entry in diary.entries if entry[0] == "save"]
+    assert saved == [step for step in range(1, 6) if step % save == 0]
+
+
+def test_the_count_of_skipped_steps_goes_on_after_a_resume():
+    skips = Skips(limit=3)
+    run(5, trainer=Counting(dict.fromkeys((2, 4, 5), math.nan)), skips=skips)
+    resumed = Skips(3, json.loads(json.dumps(skips.to_json())))
+    with pytest.raises(FloatingPointError, match="steps 4 to 6 were skipped"):
+        run(9, trainer=Counting({6: math.nan}), first=5, skips=resumed)
+    assert resumed.total == 4
+
+
+def test_what_is_not_finite_is_named():
+    norms = {"grad_norm": math.inf, "grad_norm_shared": math.inf, "grad_norm_lora_loop_2": math.nan}
+    values = {"loss": 1.0, **norms, "grad_norm_norms": 1.0}
+    assert not_finite(values) == "the gradient is inf in shared, lora_loop_2"
+    assert not_finite(values | {"loss": math.inf}) == "the loss is inf"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -9,7 +9,7 @@ import optax
 import pytest
 import scipy.special
 
-from recursive_jax.models import layers
+from recursive_jax.models import flops, layers
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import REMAT_CHOICES, Decoder
 from recursive_jax.models.parameters import abstract_params, head_params
@@ -467,3 +467,93 @@ def test_a_recursive_model_learns():
 def test_impossible_requests(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def trees_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@functools.cache
+def stepper():
+    """A compiled step of the student, without clipping, and its state before the first."""
+    cfg = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, clip_norm=0)
+    objective = Objective(kd=0.0, exit_coefficient=0.1)
+    tx = make_optimizer(cfg, num_steps=9)
+    setup = TrainSetup(Decoder(STUDENT), tx, objective, accumulate=2, ema_decay=0.9)
+    return quick(setup.step), setup.init(jax.tree.map(jnp.array, make_params(STUDENT)))
+
+
+def with_weights(batch, *values):
+    """A batch whose first scored tokens have these weights."""
+    weights = batch.weights.copy()
+    weights[tuple(np.argwhere(weights)[: len(values)].T)] = values
+    return batch.replace(weights=weights)
+
+
+@pytest.mark.parametrize(
+    ("weights", "loss", "where"),
+    [
+        ([np.inf], "inf", ["shared", "lora_loop_3", "norms", "embedding"]),
+        # The loss is large; the gradient's square is above the range of float32.
+        ([1e25, -1e25], "finite", ["shared", "embedding"]),
+    ],
+    ids=["loss", "gradient"],
+)
+def test_a_step_that_is_not_finite_changes_nothing(weights, loss, where):
+    step, state = stepper()
+    state, metrics = step(state, make_batch(1))
+    assert metrics["skipped"] == 0
+    after, metrics = step(state, with_weights(make_batch(2), *weights))
+    assert metrics["skipped"] == 1 and after.step == state.step + 1
+    assert np.isfinite(metrics["loss"]) == (loss == "finite")
+    assert not any(np.isfinite(metrics[f"grad_norm_{group}"]) for group in where)
+    trees_equal(after.saved(), state.saved())
+    # The next step equals that of a run that never saw the bad batch.
+    skipped, clean = step(after, make_batch(3))[0], step(state, make_batch(3))[0]
+    trees_equal(skipped.saved(), clean.saved())
+
+
+def test_gradient_norms_by_group():
+    step, state = stepper()
+    after, metrics = step(state, make_batch(1))
+    moment = after.opt_state[0].mu  # 1 - b1 of the gradient
+    squares = {}
+    for path, g in jax.tree_util.tree_leaves_with_path(moment):
+        name, g = jax.tree_util.keystr(path), np.asarray(g, np.float64) / (1 - 0.9)
+        if "lora" in name:  # [layer, loop, ...]
+            groups = {f"lora_loop_{i + 1}": g[:, i] for i in range(3)}
+        elif name.endswith("['w']"):
+            groups = {"shared": g}
+        else:
+            groups = {"embedding" if name in ("['embedding']", "['head']") else "norms": g}
+        for group, part in groups.items():
+            squares[group] = squares.get(group, 0) + (part**2).sum()
+    prefix = "grad_norm_"
+    got = {k.removeprefix(prefix): x for k, x in metrics.items() if k.startswith(prefix)}
+    assert set(got) == set(squares) and len(got) == 6
+    for group, square in squares.items():
+        np.testing.assert_allclose(got[group], square**0.5, rtol=1e-5, err_msg=group)
+    np.testing.assert_allclose(metrics["grad_norm"], sum(squares.values()) ** 0.5, rtol=1e-5)
+
+
+def test_model_operations_of_a_step():
+    """Against products counted one by one, and in the compiled text of a step for 16 TPU chips."""
+    length, context = 10, 5.5
+    attention = 4 * 4 * 4 * context  # scores and sums of 4 heads of 4
+    block = 2 * (2 * (16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 24) + attention)
+    lora = 2 * 2 * (3 * (16 + 16) + 2 * (16 + 8) + 4 * (24 + 16))
+    head = 2 * 16 * 41
+    got = flops.training_flops(STUDENT, length)
+    assert got == 3 * (3 * (block + lora) + head)
+    assert flops.training_flops(STUDENT, length, loops=2, exits=True, teacher=TEACHER) == (
+        3 * (2 * (block + lora) + 2 * head) + 3 * block + head
+    )
+    gemma = DecoderConfig(
+        "gemma", 256_000, 2048, 16_384, num_heads=8, num_kv_heads=1, head_dim=256, num_layers=18,
+        tied_head=True,
+    )  # fmt: skip
+    ranks = dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), 64)
+    student = gemma.replace(num_layers=9, num_loops=2, lora_ranks=ranks)
+    counted = 32.65e12 + 10.88e12  # student and teacher, 2,048 tokens, attention unmasked
+    whole = 2048 * flops.training_flops(student, 2048, teacher=gemma)
+    assert whole == pytest.approx(counted, rel=0.01)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
-from recursive_jax.console import config_files, output
+from recursive_jax.console import compile_cache, config_files, output
 
 MISTAKES = (ValueError, OSError, FloatingPointError)  # raised for callers' mistakes
 
@@ -19,11 +19,14 @@ def run(main: Callable[[], None]) -> None:
     # Otherwise transformers prints that torch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
+    compile_cache.define(flags.FLAGS)
+
     def guarded(argv):
         if len(argv) > 1:
             output.fail(ValueError(f"unexpected arguments {argv[1:]}; flags start with --"))
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax logs every step of every save
+        compile_cache.use(flags.FLAGS.compilation_cache)
         try:
             main()
         except MISTAKES as error:

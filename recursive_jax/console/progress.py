@@ -1,77 +1,15 @@
-"""Progress of a run: steps of training, prompts of a file, the text of one answer."""
+"""Progress of a job: text that is read, prompts of a file, the text of one answer."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
 
 import jax
 
 from recursive_jax.console.tables import clock
 from recursive_jax.decoding.requests import Completion, Event
-
-Batch = TypeVar("Batch")
-
-
-class StepProgress:
-    """Rate and remaining time of a loop of `total` steps that may start in the middle.
-
-    The first step of a run compiles, so the rate leaves it out. The rate also leaves out
-    evaluations and saves (`pause`); the remaining time includes them.
-    """
-
-    def __init__(self, total: int, start: int = 0):
-        self._total = total
-        self._first = start + 1
-        self._marks: list[tuple[int, float, float]] = []  # step, time, waited until then
-        self._paused = self._waited = 0.0
-
-    def tick(self, step: int) -> None:
-        """Call after step `step` (1-based) has finished."""
-        if step >= self._first:
-            self._marks.append((step, time.perf_counter() - self._paused, self._waited))
-            del self._marks[:-50]
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """A context around work between two steps, such as an evaluation."""
-        began = time.perf_counter()
-        yield
-        self._paused += time.perf_counter() - began
-
-    @property
-    def seconds_per_step(self) -> float:
-        if len(self._marks) < 2:
-            return math.nan
-        (a, start, _), (b, end, _) = self._marks[0], self._marks[-1]
-        return (end - start) / (b - a)
-
-    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; the time that each of them takes counts as waiting for data."""
-        while True:
-            began = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            self._waited += time.perf_counter() - began
-            yield batch
-
-    @property
-    def data_wait(self) -> float:
-        """Share of the latest steps' time that was spent waiting for batches."""
-        if len(self._marks) < 2:
-            return math.nan
-        (_, start, before), (_, end, after) = self._marks[0], self._marks[-1]
-        return (after - before) / max(end - start, 1e-9)
-
-    def eta(self, step: int) -> str:
-        between = self._paused / max(1, step + 1 - self._first)
-        seconds = (self.seconds_per_step + between) * (self._total - step)
-        return "?" if math.isnan(seconds) else clock(seconds)
 
 
 @contextlib.contextmanager

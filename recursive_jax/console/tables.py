@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,12 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(int(round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def flops(n: float) -> str:
+    """Operations with a prefix: 12.3 GFLOP, 1.23 PFLOP."""
+    power = min(max(int(math.log10(max(n, 1.0)) // 3), 0), 6)
+    return f"{n / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P', 'E'][power]}FLOP"
 
 
 def count(n: int | float) -> str:

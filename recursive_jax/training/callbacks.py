@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from recursive_jax.training.clock import RunClock
 from recursive_jax.training.state import TrainState
 
 Quality = dict[str, Any]  # as `evaluation.perplexity` returns it
@@ -14,11 +14,17 @@ Quality = dict[str, Any]  # as `evaluation.perplexity` returns it
 class Callback:
     """Does nothing; a subclass overrides what it needs. Steps count from 1; 0 is the start."""
 
+    def before_step(self, step: int) -> None:
+        """Before a step is dispatched."""
+
     def on_step(self, step: int) -> None:
         """After every step has been dispatched."""
 
+    def on_skip(self, step: int, what: str) -> None:
+        """A step has changed nothing, because a value was not finite; `what`: which, in words."""
+
     def on_log(self, step: int, metrics: dict[str, float]) -> None:
-        """The metrics of a step have been read."""
+        """The metrics of a step have been read. `skipped` counts the skipped steps of the run."""
 
     def on_evaluate(self, step: int, state: TrainState) -> None:
         """Time to evaluate."""
@@ -31,6 +37,25 @@ class Callback:
 
     def close(self) -> None:
         """The run ends, perhaps by an error."""
+
+
+class Tick(Callback):
+    """Tells the clock of every step.
+
+    Args:
+      clock: of the run.
+      trainer: a `trainer.Trainer`.
+      flops: loops of a step -> operations of the step.
+    """
+
+    def __init__(self, clock: RunClock, trainer: Any, flops: Callable[[int], float]):
+        self._clock, self._trainer, self._flops = clock, trainer, flops
+
+    def on_step(self, step):
+        self._clock.tick(step, self._flops(self._trainer.loops), self._trainer.compiled)
+
+    def on_skip(self, step, what):
+        self._clock.skip()
 
 
 class Evaluate(Callback):
@@ -86,25 +111,22 @@ class Record(Callback):
     Args:
       writer: a `metrics.MetricWriter`.
       learning_rate: step, counted from 0 -> rate.
-      tokens_per_second: () -> rate of the latest steps.
-      data_wait: () -> share of their time that was spent waiting for batches.
+      performance: () -> metrics of the latest steps, by the part of their name behind `perf/`.
     """
 
     def __init__(
         self,
         writer: Any,
         learning_rate: Callable[[int], Any],
-        tokens_per_second: Callable[[], float],
-        data_wait: Callable[[], float] = lambda: math.nan,
+        performance: Callable[[], dict[str, float]],
     ):
-        self._writer, self._rate, self._speed = writer, learning_rate, tokens_per_second
-        self._data_wait = data_wait
+        self._writer, self._rate, self._performance = writer, learning_rate, performance
 
     def on_log(self, step, metrics):
         values = {f"train/{name}": value for name, value in metrics.items()}
-        values["train/learning_rate"] = float(self._rate(step - 1))  # the optimizer counts from 0
-        values["perf/tokens_per_second"] = self._speed()
-        values["perf/data_wait"] = self._data_wait()
+        done = step - 1 - metrics.get("skipped", 0)  # by the optimizer, before this step
+        values["train/learning_rate"] = float(self._rate(max(done, 0)))
+        values |= {f"perf/{name}": value for name, value in self._performance().items()}
         self._writer.write(step, values)
 
     def on_quality(self, step, name, quality):

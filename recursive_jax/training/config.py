@@ -124,6 +124,10 @@ class TrainConfig:
       dtype: compute dtype; 'auto' is float32 on CPU, bfloat16 on TPU and GPU.
       remat: activations that are kept for the backward pass, see `decoder.REMAT_CHOICES`.
       unroll_layers: layers per iteration of the scan over layers.
+      max_skipped_steps: a step whose loss or gradient is not finite changes nothing. After so many
+        in a row the run stops.
+      peak_flops: bfloat16 FLOP/s of one device, for MFU; 0: as `chips.PEAK_FLOPS` has it.
+      wandb: project of Weights & Biases that gets the metrics as well; '' = none.
       log_every, eval_every, checkpoint_every: in steps.
       keep_checkpoints: the newest so many are kept.
     """
@@ -142,6 +146,9 @@ class TrainConfig:
     dtype: str = "auto"
     remat: str = "dots"
     unroll_layers: int = 1
+    max_skipped_steps: int = 8
+    peak_flops: float = 0.0
+    wandb: str = ""
     log_every: int = 10
     eval_every: int = 250
     checkpoint_every: int = 500
@@ -150,9 +157,11 @@ class TrainConfig:
     def __post_init__(self):
         check_kinds(self)
         _at_least("", 1, tokens=self.tokens, keep_checkpoints=self.keep_checkpoints)
-        for name in ("log_every", "eval_every", "checkpoint_every"):
+        for name in ("log_every", "eval_every", "checkpoint_every", "max_skipped_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 step, got {getattr(self, name)}")
+        if self.peak_flops < 0:
+            raise ValueError(f"peak_flops must be >= 0, got {self.peak_flops}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if self.loop_curriculum not in CURRICULA:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import os
 import signal
 import threading
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 import jax
 
 from recursive_jax.training.callbacks import Callback
+from recursive_jax.training.skips import Skips, read
 from recursive_jax.training.state import TrainState
 
 
@@ -120,7 +120,8 @@ def run(
     schedule: Schedule,
     callbacks: Sequence[Callback],
     stop: Stop,
-    pause: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    pause: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    skips: Skips | None = None,
 ) -> int:
     """The number of the last step, after steps `first_step + 1 … num_steps` or until `stop`.
 
@@ -131,12 +132,21 @@ def run(
       schedule: when to log, evaluate and save.
       callbacks: called in order.
       stop: asked after every step.
-      pause: a context around evaluations and saves, which are no training time.
+      pause: a context around 'evaluating' and 'saving', which are no training time.
+      skips: counts the steps that change nothing; None: the first one stops the run.
 
     Raises:
       ValueError: the batches end before the last step.
-      FloatingPointError: a loss or gradient is not finite; no such state has been saved.
+      FloatingPointError: too many losses or gradients in a row are not finite. No such step has
+        changed the state.
     """
+    skips = skips or Skips(1)
+
+    def count(step: int, metrics: dict[str, jax.Array]) -> None:
+        if what := skips.count(step, metrics):
+            for callback in callbacks:
+                callback.on_skip(step, what)
+
     unread = None  # metrics of the previous step: read while the next one runs
     step = first_step
     for step in range(first_step + 1, schedule.num_steps + 1):
@@ -146,9 +156,11 @@ def run(
                 f"the text ended after step {step - 1} of {schedule.num_steps}; give more text, or "
                 "set --config.tokens lower. The last checkpoint is from before"
             )
+        for callback in callbacks:
+            callback.before_step(step)
         metrics = trainer.step(batch)
         if unread is not None:
-            finite(unread, step - 1)
+            count(step - 1, unread)
         unread = metrics
         last = step == schedule.num_steps
         stopped = stop.reached(step)
@@ -156,30 +168,20 @@ def run(
         evaluate = last or step % schedule.eval_every == 0
         save = last or stopped or step % schedule.checkpoint_every == 0
         if log or evaluate or save:
-            values, unread = finite(unread, step), None
+            count(step, unread)
+            values, unread = read(unread) | {"skipped": skips.total}, None
         for callback in callbacks:
             callback.on_step(step)
             if log:
                 callback.on_log(step, values)
-        with pause():
-            for callback in callbacks:
-                if evaluate:
+        if evaluate:
+            with pause("evaluating"):
+                for callback in callbacks:
                     callback.on_evaluate(step, trainer.state)
-            for callback in callbacks:
-                if save:
+        if save:
+            with pause("saving"):
+                for callback in callbacks:
                     callback.on_save(step, trainer.state)
         if stopped:
             break
     return step
-
-
-def finite(metrics: dict[str, jax.Array], step: int) -> dict[str, float]:
-    """Metrics as floats; FloatingPointError where loss or gradient norm is not finite."""
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    if not (math.isfinite(values["loss"]) and math.isfinite(values.get("grad_norm", 0.0))):
-        raise FloatingPointError(
-            f"loss {values['loss']} and gradient norm {values.get('grad_norm')} at step {step} are "
-            "not finite. The last checkpoint is from before. Lower optimizer.learning_rate, "
-            "raise optimizer.warmup_steps or use --config.dtype=float32, then run again"
-        )
-    return values

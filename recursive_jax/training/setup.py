@@ -14,7 +14,9 @@ from recursive_jax.models.chunked_head import chunk_length, chunked_sum
 from recursive_jax.models.decoder import Decoder
 from recursive_jax.models.parameters import head_params
 from recursive_jax.training.data import Batch
+from recursive_jax.training.gradients import squares_by_group
 from recursive_jax.training.losses import Objective, token_losses
+from recursive_jax.training.skips import GRADIENT
 from recursive_jax.training.state import TrainState, init_state
 
 Sums = dict[str, jax.Array]
@@ -143,6 +145,9 @@ class TrainSetup:
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """The next state, and metrics: means over the scored tokens.
 
+        A step whose loss or gradient is not finite changes nothing but its number; the metric
+        `skipped` is then 1.
+
         To be jitted with donate_argnums=0: the state is replaced. `loops`, static: run only the
         first so many loops of the block, and take the loss after them; None: all.
         """
@@ -155,10 +160,17 @@ class TrainSetup:
             ema = state.ema
             if ema is not None:
                 ema = optax.incremental_update(params, ema, 1 - self.ema_decay)
-        metrics = self.metrics(sums) | {"grad_norm": optax.global_norm(grads)}
+        metrics = self.metrics(sums)
+        squares = squares_by_group(grads)
+        metrics["grad_norm"] = jnp.sqrt(sum(squares.values()))
+        metrics |= {f"{GRADIENT}{name}": jnp.sqrt(x) for name, x in squares.items()}
         if loops is not None:
             metrics["loops"] = jnp.float32(loops)
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        metrics["skipped"] = 1.0 - finite
+        after = TrainState(state.step, params, opt_state, ema)
+        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+        return after.replace(step=state.step + 1), metrics
 
     def metrics(self, sums: Sums) -> dict[str, jax.Array]:
         """Means per scored token, by the names under which they are logged."""

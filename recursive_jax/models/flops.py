@@ -1,4 +1,4 @@
-"""Arithmetic of a token: two operations for every weight that a row is multiplied with."""
+"""Arithmetic of a token or a step: two operations for every weight that a row meets."""
 
 from __future__ import annotations
 
@@ -62,6 +62,38 @@ class TokenFlops:
         skipped = {"complete": self.loop, "propagate": self.projected, "copy": 0.0}[missing_kv]
         heads = mean if needs_logits else 1.0
         return mean * self.loop + rest * skipped + heads * self.head
+
+
+def training_flops(
+    cfg: DecoderConfig,
+    length: int,
+    loops: int | None = None,
+    exits: bool = False,
+    teacher: DecoderConfig | None = None,
+) -> float:
+    """Model operations of one token in a training step.
+
+        3 · (loops · block + heads · head) + (teacher's loops · block + head)
+
+    Forward is 1, backward 2: a product has two gradients. The teacher runs forward only. `block` is
+    2 · weights (LoRA factors of one loop included) + 4 · heads · head_dim · context per layer, with
+    a mean context of (length + 1) / 2 tokens, or the attention window if that is shorter. `head` is
+    2 · embed_dim · vocabulary. Recomputed activations, the embedding lookup, norms, softmax and the
+    optimizer are left out, as in PaLM's MFU (arXiv 2204.02311, App. B). Packed documents that are
+    shorter than a row attend to less.
+
+    Args:
+      cfg: of the student.
+      length: tokens per row.
+      loops: that the step runs; None: all of them.
+      exits: earlier loops have a loss, so the head runs after every loop.
+      teacher: vanilla model that is distilled.
+    """
+    context = (length + 1) / 2
+    loops = cfg.num_loops if loops is None else loops
+    cost = TokenFlops.of(cfg, context)
+    student = loops * cost.loop + (loops if exits else 1) * cost.head
+    return 3 * student + (full_depth(teacher, context) if teacher is not None else 0.0)
 
 
 def full_depth(cfg: DecoderConfig, context: float) -> float:
