@@ -6,14 +6,13 @@ import contextlib
 import dataclasses
 import functools
 import os
-import pathlib
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 
-from recursive_jax import metrics, sharding
+from recursive_jax import metrics, paths, sharding
 from recursive_jax.console import output
 from recursive_jax.console.progress import StepProgress
 from recursive_jax.console.train_report import Report
@@ -64,6 +63,7 @@ def fit(
     quiet: bool = False,
     origin: str | None = None,
     record: dict[str, Any] | None = None,
+    strict: bool = False,
 ) -> Fit:
     """Train `model` on `corpus`; go on with the run that `workdir` has.
 
@@ -78,6 +78,7 @@ def fit(
       quiet: print nothing.
       origin: of the model, for the start-up table; None: its name.
       record: the config as the summary shows it; None: `config` itself.
+      strict: a damaged newest step is an error. Otherwise the one before it is used.
 
     Raises:
       ValueError: an impossible setting, or a run in `workdir` with another contract.
@@ -86,7 +87,8 @@ def fit(
     began = time.time()
     saved = None
     if workdir is not None and checkpoint.latest_step(workdir) is not None:
-        saved = checkpoint.load_progress(workdir, say=output.say)
+        newest = checkpoint.latest_step(workdir) if strict else None
+        saved = checkpoint.load_progress(workdir, newest, output.say)
         if PROGRESS_KEY not in saved:
             raise ValueError(
                 f"{workdir} holds a model that was saved, not a run that can go on; give another "
@@ -112,7 +114,7 @@ def fit(
     if saved is not None:
         # Not always the step of `saved`: one whose arrays are damaged is set aside.
         arrays, saved, first_step = checkpoint.restore(
-            workdir, trainer.to_restore(), say=output.say
+            workdir, trainer.to_restore(), newest, output.say
         )
         trainer.resume(arrays, first_step)
         batches.set_state(saved["data"])
@@ -168,7 +170,7 @@ def fit(
     summary = summarise(config, model, teacher, history, step, record)
     summary["seconds"] = round(seconds(), 1)
     if workdir is not None and step == config.num_steps and jax.process_index() == 0:
-        file = pathlib.Path(workdir) / SUMMARY
+        file = paths.path_of(workdir) / SUMMARY
         if not (first_step == step and file.exists()):
             checkpoint.write_json(file, summary)
     return Fit(trainer, summary, step < config.num_steps)
@@ -295,8 +297,8 @@ def open_files(
     rate = learning_rate_schedule(config.optimizer, config.num_steps)
     writer = metrics.MetricWriter(workdir, first_step)
     record = Record(writer, rate, lambda: report.tokens_per_second, lambda: report.clock.data_wait)
-    saver = checkpoint.Writer(workdir, keep=config.keep_checkpoints)
-    save = Save(saver, progress)
+    saver = checkpoint.Writer(workdir, config.keep_checkpoints, config.keep_best, config.keep_every)
+    save = Save(saver, progress, [report, record])
     for callback in (record, save):
         files.callback(callback.close)
     return [record, save]

@@ -10,6 +10,7 @@ be set with --config.NAME=VALUE. A run that a signal stops saves its state and e
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import shlex
@@ -20,7 +21,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from recursive_jax import host_facts, hosts, start
+from recursive_jax import host_facts, hosts, paths, start
 from recursive_jax.console import app, host_flags, output, train_report
 from recursive_jax.fit import Fit, fit, make_mesh
 from recursive_jax.model import load
@@ -41,13 +42,25 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "workdir", None, "checkpoints, metrics; resumed when it exists", flag_values=values
     )
+    flags.DEFINE_bool(
+        "strict", False, "stop where a saved step is damaged, instead of using the one before it",
+        flag_values=values,
+    )  # fmt: skip
     host_flags.define(values)
     flags.mark_flags_as_required(["config", "workdir"], values)
 
 
-def train(config: Any, workdir: str | pathlib.Path, stop: loop.Stop | None = None) -> Fit:
-    """Run `config`, a ConfigDict as `configs/common.py` makes it; a run in `workdir` goes on."""
-    workdir = checkpoint.local(workdir)
+def train(
+    config: Any,
+    workdir: str | pathlib.Path,
+    stop: loop.Stop | None = None,
+    strict: bool = False,
+) -> Fit:
+    """Run `config`, a ConfigDict as `configs/common.py` makes it; a run in `workdir` goes on.
+
+    `strict`: a damaged step is an error; otherwise the one before it is used.
+    """
+    workdir = paths.path_of(workdir)
     settings = TrainConfig.from_mapping(config)
     make_mesh(settings)  # refused before anything is read
     if settings.objective.kd and not config.source:
@@ -56,14 +69,14 @@ def train(config: Any, workdir: str | pathlib.Path, stop: loop.Stop | None = Non
     host_facts.agree_on_start(config.to_dict(), source)
     with workdir_lock.hold(workdir, output.say):
         hosts.see_one_directory(workdir)
-        return _train_alone(config, settings, source, workdir, stop)
+        return _train_alone(config, settings, source, workdir, stop, strict)
 
 
-def _train_alone(config, settings, source, workdir, stop) -> Fit:
+def _train_alone(config, settings, source, workdir, stop, strict) -> Fit:
     """`train` once nobody else writes to the workdir."""
     latest = checkpoint.latest_step(workdir)
     hosts.agree({"last step": latest}, f"the last step in {workdir}")
-    begin = start.choose(config, source, workdir)
+    begin = start.choose(config, source, workdir, strict)
     settings.check_fits(begin.cfg)
     corpus = open_corpus(
         settings.data,
@@ -83,12 +96,15 @@ def _train_alone(config, settings, source, workdir, stop) -> Fit:
         stop=stop,
         origin=begin.origin,
         record=json.loads(config.to_json_best_effort()),
+        strict=strict,
     )
 
 
 def advice(workdir: str) -> str:
     """What to do when a host is gone."""
-    latest = checkpoint.latest_step(workdir)
+    latest = None
+    with contextlib.suppress(Exception):  # the workdir may be gone, too
+        latest = checkpoint.latest_step(workdir)
     where = "from the start" if latest is None else f"from step {latest}"
     return f"; run the same command on all hosts to go on {where}"
 
@@ -105,7 +121,7 @@ def main() -> None:
             hosts.ending_together(output.tell_error, lambda: advice(options.workdir)),
             loop.Stop(output.say) as stop,
         ):
-            end = train(options.config, options.workdir, stop)
+            end = train(options.config, options.workdir, stop, options.strict)
     except loop.NotStarted as signal:
         output.say(f"\n{signal}: stopped before the first step; run the same command to start")
         sys.exit(STOPPED)
