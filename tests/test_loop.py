@@ -80,7 +80,7 @@ def test_a_signal_between_steps_saves_and_stops(number):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_before_the_first_step_ends_the_job_with_its_own_code(number, monkeypatch, capsys):
-    def train(config, workdir, stop):
+    def train(config, workdir, stop, strict):
         os.kill(os.getpid(), number)
         raise AssertionError("the signal was lost")
 
