@@ -91,16 +91,19 @@ def run(options: flags.FlagValues) -> None:
     if options.plots:
         evaluation_plots.check(options.plots)
     model = load(options.checkpoint, options.step, strict=options.strict)
-    output.note(evaluation_report.start(model, settings, out) + "\n")
+    remote = None
+    if out is None and paths.is_remote(options.checkpoint):
+        remote = paths.path_of(options.checkpoint) / REPORT
+    output.note(evaluation_report.start(model, settings, out or remote) + "\n")
     source = None if options.source == "none" else options.source
     report = evaluate(model, settings, source, out)
     output.say(evaluation_report.table(report))
     if "exits" in report:
         output.say("\n" + exit_report.table(report["exits"]))
     written = [] if out is None else [out]
-    if out is None and paths.is_remote(options.checkpoint) and jax.process_index() == 0:
-        written.append(paths.path_of(options.checkpoint) / REPORT)
-        paths.write_whole(written[-1], json.dumps(report, indent=1) + "\n")
+    if remote is not None and jax.process_index() == 0:
+        written.append(remote)
+        paths.write_whole(remote, json.dumps(report, indent=1) + "\n")
     if options.plots and jax.process_index() == 0:
         metrics = paths.path_of(options.checkpoint) / "metrics.jsonl"
         written += evaluation_plots.save(options.plots, report, model.certificate, metrics)
