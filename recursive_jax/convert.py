@@ -21,10 +21,10 @@ from ml_collections import config_flags
 
 from recursive_jax import conversion_memory as memory
 from recursive_jax import model as model_lib
+from recursive_jax import paths
 from recursive_jax.console import app, certificate_report, output, spectra, stop
 from recursive_jax.models.config import SHARINGS
 from recursive_jax.start import tie_config
-from recursive_jax.weights import checkpoint
 from recursive_jax.weights import tie_config as tie_options
 from recursive_jax.weights.tie_config import TieConfig, checked_config
 
@@ -87,7 +87,7 @@ def main() -> None:
 def convert(options: flags.FlagValues) -> None:
     """Run the job. A ValueError or OSError is a mistake of the user."""
     spec, how = arguments(options)
-    out = checkpoint.local(options.out)
+    out = paths.path_of(options.out)
     model_lib.check_free(out)
     if options.plot is not None:
         spectra.check(options.plot, how)
@@ -96,13 +96,15 @@ def convert(options: flags.FlagValues) -> None:
     needed = memory.num_bytes(source.cfg, cfg, how)
     output.say(certificate_report.start(source, cfg, how, needed) + "\n")
     began = time.time()
-    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = None if paths.is_remote(out) else out.parent  # large, and /tmp may be in memory
+    if scratch is not None:
+        scratch.mkdir(parents=True, exist_ok=True)
     model = source.convert(
         how,
         text=options.text if options.text_tokens else None,
         text_tokens=options.text_tokens,
         context_length=options.context_length,
-        scratch=out.parent,  # large, and /tmp may be in memory
+        scratch=scratch,
         spectra=options.plot is not None,
     )
     model.certificate["seconds"] = round(time.time() - began, 1)

@@ -9,11 +9,13 @@
 The model is a checkpoint of ours, a Hugging Face directory, a .gguf file, a hub id or 'tiny'. The
 report is written to evaluation.json in a checkpoint of ours, or to --out. While it is made, results
 of requests grow in OUT.part: after Ctrl-C, SIGTERM or a crash the same command goes on from there.
+For a checkpoint in a bucket, only with --out.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import os
 import pathlib
 import sys
@@ -21,6 +23,7 @@ import sys
 import jax
 from absl import flags
 
+from recursive_jax import paths
 from recursive_jax.console import (
     app,
     evaluation_plots,
@@ -45,6 +48,10 @@ def define_flags(values: flags.FlagValues) -> None:
     integer = functools.partial(flags.DEFINE_integer, flag_values=values)
     string("checkpoint", None, "ours, a Hugging Face directory, .gguf, hub id, or 'tiny'")
     integer("step", None, "of a checkpoint with several saved steps; default the newest")
+    flags.DEFINE_bool(
+        "strict", False, "stop where the newest step is damaged, instead of using the one before",
+        flag_values=values,
+    )  # fmt: skip
     string("text", None, "measure perplexity on it: files, directories, tfds:NAME, docstrings[:N]")
     integer("text_tokens", 20_000, "tokens of it, at most")
     string("tasks", None, "lm-eval tasks, separated by commas; all: the paper's seven")
@@ -83,16 +90,22 @@ def run(options: flags.FlagValues) -> None:
         check_writable(out)
     if options.plots:
         evaluation_plots.check(options.plots)
-    model = load(options.checkpoint, options.step)
-    output.note(evaluation_report.start(model, settings, out) + "\n")
+    model = load(options.checkpoint, options.step, strict=options.strict)
+    remote = None
+    if out is None and paths.is_remote(options.checkpoint):
+        remote = paths.path_of(options.checkpoint) / REPORT
+    output.note(evaluation_report.start(model, settings, out or remote) + "\n")
     source = None if options.source == "none" else options.source
     report = evaluate(model, settings, source, out)
     output.say(evaluation_report.table(report))
     if "exits" in report:
         output.say("\n" + exit_report.table(report["exits"]))
     written = [] if out is None else [out]
+    if remote is not None and jax.process_index() == 0:
+        written.append(remote)
+        paths.write_whole(remote, json.dumps(report, indent=1) + "\n")
     if options.plots and jax.process_index() == 0:
-        metrics = pathlib.Path(options.checkpoint) / "metrics.jsonl"
+        metrics = paths.path_of(options.checkpoint) / "metrics.jsonl"
         written += evaluation_plots.save(options.plots, report, model.certificate, metrics)
     if written:
         output.say("\nwrote " + ", ".join(map(str, written)))
@@ -102,6 +115,8 @@ def report_file(options: flags.FlagValues) -> str | None:
     """The file of the report: --out, or one in a checkpoint of ours; None: nowhere."""
     if options.out:
         return options.out
+    if paths.is_remote(options.checkpoint):
+        return None  # no file that grows; `run` writes the report when it is complete
     if checkpoint.is_checkpoint(options.checkpoint):
         return str(pathlib.Path(options.checkpoint) / REPORT)
     return None

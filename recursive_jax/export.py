@@ -39,6 +39,10 @@ def define_flags(values: flags.FlagValues) -> None:
     choice("type", None, exporting.GGUF_TYPES, "of the stored weights of gguf; default f32")
     integer("step", None, "of a checkpoint with several saved steps; default the newest")
     flags.DEFINE_bool(
+        "strict", False, "stop where the newest step is damaged, instead of using the one before",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_bool(
         "ema", None, "the averaged weights of a run, or with --noema the others; default: averaged "
         "where the run keeps them", flag_values=values,
     )  # fmt: skip
@@ -64,7 +68,7 @@ def export(options: flags.FlagValues) -> None:
         raise ValueError(f"--max_shard_gb beside --format={options.format}, which has no shards")
     exporting.check_options(options.format, options.layout, dtype, options.max_shard_gb)
     exporting.check_target(options.out, options.format)  # before anything is read
-    model = model_lib.load(options.checkpoint, options.step, options.ema)
+    model = model_lib.load(options.checkpoint, options.step, options.ema, options.strict)
     plan = exporting.plan(
         model, options.out, options.format, options.layout, dtype, options.max_shard_gb
     )

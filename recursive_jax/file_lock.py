@@ -80,16 +80,28 @@ def _lock(path: pathlib.Path, what: object, flag: str, say: Callable[[str], None
 
 
 def _write_owner(descriptor: int) -> None:
-    since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
     with contextlib.suppress(OSError):  # a full disk: locked all the same
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(owner).encode() + b"\n", 0)
+        os.pwrite(descriptor, json.dumps(this_process()).encode() + b"\n", 0)
+
+
+def this_process() -> dict[str, str | int]:
+    """Host, process number and time, as they are written into a lock file."""
+    since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+    return {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
 
 
 def _owner(path: pathlib.Path) -> str:
     try:
-        owner = json.loads(path.read_text())
+        return owner_in(path.read_text())
+    except OSError:
+        return "another process"
+
+
+def owner_in(text: str) -> str:
+    """The owner that the text of a lock file names, in words."""
+    try:
+        owner = json.loads(text)
         return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return "another process"

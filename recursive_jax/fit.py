@@ -6,14 +6,13 @@ import contextlib
 import dataclasses
 import functools
 import os
-import pathlib
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 
-from recursive_jax import metrics, sharding, wandb_log
+from recursive_jax import metrics, paths, sharding, wandb_log
 from recursive_jax.console import output
 from recursive_jax.console.train_report import Report
 from recursive_jax.evaluation.certificate import certified_kl
@@ -70,6 +69,7 @@ def fit(
     record: dict[str, Any] | None = None,
     began: float | None = None,
     profile: tuple[int, int] | None = None,
+    strict: bool = False,
 ) -> Fit:
     """Train `model` on `corpus`; go on with the run that `workdir` has.
 
@@ -86,6 +86,7 @@ def fit(
       record: the config as the summary shows it; None: `config` itself.
       began: `time.time()` when the caller began; None: now.
       profile: first and last step of a trace in WORKDIR/profile, or None.
+      strict: a damaged newest step is an error. Otherwise the one before it is used.
 
     Raises:
       ValueError: an impossible setting, or a run in `workdir` with another contract.
@@ -95,7 +96,8 @@ def fit(
     wandb_log.check(config.wandb)
     saved = None
     if workdir is not None and checkpoint.latest_step(workdir) is not None:
-        saved = checkpoint.load_progress(workdir, say=output.say)
+        newest = checkpoint.latest_step(workdir) if strict else None
+        saved = checkpoint.load_progress(workdir, newest, output.say)
         if PROGRESS_KEY not in saved:
             raise ValueError(
                 f"{workdir} holds a model that was saved, not a run that can go on; give another "
@@ -121,7 +123,7 @@ def fit(
     if saved is not None:
         # Not always the step of `saved`: one whose arrays are damaged is set aside.
         arrays, saved, first_step = checkpoint.restore(
-            workdir, trainer.to_restore(), say=output.say
+            workdir, trainer.to_restore(), newest, output.say
         )
         trainer.resume(arrays, first_step)
         batches.set_state(saved["data"])
@@ -196,7 +198,7 @@ def fit(
     summary |= {"seconds": round(seconds(), 1), "skipped_steps": skips.total}
     summary |= report.summary()
     if workdir is not None and step == config.num_steps and jax.process_index() == 0:
-        file = pathlib.Path(workdir) / SUMMARY
+        file = paths.path_of(workdir) / SUMMARY
         if not (first_step == step and file.exists()):
             checkpoint.write_json(file, summary)
     return Fit(trainer, summary, step < config.num_steps)
@@ -336,13 +338,14 @@ def open_files(
     config = report.config
     rate = learning_rate_schedule(config.optimizer, config.num_steps)
     writers: list[Any] = [metrics.MetricWriter(workdir, first_step)]
-    files.callback(writers[0].close)
     if config.wandb:
         writers.append(wandb_log.WandbWriter(workdir, config.wandb, record, report.quiet))
-        files.callback(writers[1].close)
-    save = Save(checkpoint.Writer(workdir, keep=config.keep_checkpoints), progress)
-    files.callback(save.close)
-    return [*(Record(writer, rate, report.performance) for writer in writers), save]
+    records = [Record(writer, rate, report.performance) for writer in writers]
+    saver = checkpoint.Writer(workdir, config.keep_checkpoints, config.keep_best, config.keep_every)
+    save = Save(saver, progress, [report, *records])
+    for callback in (*records, save):
+        files.callback(callback.close)
+    return [*records, save]
 
 
 def summarise(config, model, teacher, history, step, record) -> dict[str, Any]:

@@ -44,6 +44,10 @@ def define_flags(values: flags.FlagValues) -> None:
     integer = functools.partial(flags.DEFINE_integer, flag_values=values)
     string("checkpoint", None, "ours, a Hugging Face directory, .gguf, hub id, or 'tiny'")
     integer("step", None, "of a checkpoint with several saved steps; default the newest")
+    flags.DEFINE_bool(
+        "strict", False, "stop where the newest step is damaged, instead of using the one before",
+        flag_values=values,
+    )  # fmt: skip
     string("stats", None, "file: the numbers of the run as JSON, including those of --profile")
     boolean("profile", False, "print the bound: measure the parts of a tick alone, some seconds")
     string("heatmap", None, "file: picture (.png, .svg, .pdf) of tokens coloured by exit loop")
@@ -79,7 +83,7 @@ def run(options: flags.FlagValues) -> None:
     mesh = sharding.make_mesh(options.data, 1, options.tensor)
     one = options.prompts is None
     with Answers(options.out or os.devnull, bool(options.out) and is_first()) as answers:
-        model = load(options.checkpoint, options.step)
+        model = load(options.checkpoint, options.step, strict=options.strict)
         config, origin = engine_flags.complete(options, config, model)
         requests = answering.make_requests(
             model, config, items, answers, options.chat, dtype.name, one

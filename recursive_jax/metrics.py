@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import pathlib
+import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-from recursive_jax import files
+from recursive_jax import files, paths
+
+METRICS = "metrics.jsonl"
 
 
 class MetricWriter:
     """`metrics.jsonl` and TensorBoard events under a directory; only process 0 writes.
 
-    Without tensorboardX there are no events, and one warning says so.
+    Without tensorboardX there are no events, and one warning says so. Objects of a bucket cannot be
+    appended to: there the files are written on this machine, and copied whole by `upload`.
 
     Args:
       directory: made when it does not exist.
@@ -27,11 +32,13 @@ class MetricWriter:
     """
 
     def __init__(self, directory: str | pathlib.Path, last_step: int = 0):
-        self._file = self._board = None
+        self._file = self._board = self._remote = None
         if jax.process_index() == 0:
-            directory = pathlib.Path(directory)
+            directory = paths.path_of(directory)
+            if paths.is_remote(directory):
+                directory = self._mirror(directory)
             directory.mkdir(parents=True, exist_ok=True)
-            file = directory / "metrics.jsonl"
+            file = directory / METRICS
             if file.exists():
                 _keep_until(file, last_step or -1)  # step 0 is done again
             self._file, self._path = open(file, "a", encoding="utf-8"), file
@@ -56,11 +63,34 @@ class MetricWriter:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
+    def _mirror(self, remote: Any) -> pathlib.Path:
+        """A local directory with the metrics of a bucket, which `upload` copies back."""
+        self._remote, self._scratch = remote, tempfile.TemporaryDirectory()
+        local = pathlib.Path(self._scratch.name)
+        with contextlib.suppress(FileNotFoundError):
+            (local / METRICS).write_bytes((remote / METRICS).read_bytes())
+        return local
+
+    def upload(self) -> None:
+        """Copy the files to the bucket; a failure is a warning, and the next call copies all."""
+        if self._remote is None:
+            return
+        if self._board is not None:
+            self._board.flush()
+        try:
+            for name, file in paths.files_below(pathlib.Path(self._scratch.name)):
+                paths.upload(file, self._remote / name)
+        except Exception as error:
+            if not paths.is_fault(error):
+                raise
+            logging.warning("metrics are not in %s: %s", self._remote, paths.reason_of(error))
+
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
         if self._board is not None:
             self._board.close()
+        self.upload()
 
 
 def _open_board(directory: pathlib.Path, purge_step: int) -> Any:

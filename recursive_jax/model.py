@@ -21,7 +21,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from recursive_jax import conversion, files, generation, sharding, text
+from recursive_jax import conversion, files, generation, paths, sharding, text
 from recursive_jax.console.output import note
 from recursive_jax.decoding.config import EngineConfig
 from recursive_jax.decoding.exit_measures import Measure
@@ -166,7 +166,7 @@ class Model(Measures):
         if teacher is not None and not config.objective.kd:
             raise ValueError("a teacher with kd=0 would teach nothing; leave it out, or set kd > 0")
         if workdir is not None:
-            workdir = checkpoint.local(workdir)
+            workdir = paths.path_of(workdir)
         make_setup(self, config, teacher, make_mesh(config))  # refused before any text is read
         sizes = self.cfg.vocab_size, config.seed
         corpus = open_corpus(config.data, self.tokenizer, *sizes, progress=not quiet)
@@ -298,19 +298,26 @@ class Model(Measures):
         Raises:
           ValueError: the directory exists and is not empty.
         """
-        out = checkpoint.local(directory)
+        out = paths.path_of(directory)
         check_free(out)
+        if paths.is_remote(out):  # nothing can be renamed there; Orbax commits the step last
+            self._write(out)
+            return
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as partial:
             made = pathlib.Path(partial) / out.name  # moved to `out` when it is complete
-            self.write_description(made)
-            writer = checkpoint.Writer(made)
-            writer.save(0, self.params, wait=True)
-            writer.close()
-            if self.thresholds is not None and not self.thresholds.stale:
-                step, params = checkpoint.params_checksum(made)
-                dataclasses.replace(self.thresholds, step=step, params=params).save(made)
+            self._write(made)
             files.put_in_place(made, out)
+
+    def _write(self, directory: Any) -> None:
+        """Write a checkpoint into a directory that is new."""
+        self.write_description(directory)
+        writer = checkpoint.Writer(directory)
+        writer.save(0, self.params, wait=True)
+        writer.close()
+        if self.thresholds is not None and not self.thresholds.stale:
+            step, params = checkpoint.params_checksum(directory)
+            dataclasses.replace(self.thresholds, step=step, params=params).save(directory)
 
     def export(
         self,
@@ -347,11 +354,16 @@ class Model(Measures):
         facts = {k: v for k, v in self.facts.items() if k not in ("format", "versions")}
         checkpoint.create(directory, self.cfg, self.tokenizer, **facts)
         if self.certificate is not None:
-            path = pathlib.Path(directory) / checkpoint.CERTIFICATE
+            path = paths.path_of(directory) / checkpoint.CERTIFICATE
             checkpoint.write_json(path, self.certificate)
 
 
-def load(spec: str | os.PathLike, step: int | None = None, ema: bool | None = None) -> Model:
+def load(
+    spec: str | os.PathLike,
+    step: int | None = None,
+    ema: bool | None = None,
+    strict: bool = False,
+) -> Model:
     """The model called `spec`; its weights are not read yet.
 
     Args:
@@ -360,6 +372,8 @@ def load(spec: str | os.PathLike, step: int | None = None, ema: bool | None = No
       step: of a checkpoint; None: the newest now, also if a training saves newer ones later.
       ema: of a checkpoint: its averaged weights, or those that were trained. None: averaged where
         the run keeps them.
+      strict: a damaged newest step of a checkpoint is an error. Otherwise it is set aside with a
+        warning, and the step before it is used.
 
     Raises:
       FileNotFoundError, ValueError: not there, not understood, or damaged; by name.
@@ -367,9 +381,11 @@ def load(spec: str | os.PathLike, step: int | None = None, ema: bool | None = No
     spec = os.fspath(spec)
     if checkpoint.is_checkpoint(spec):
         cfg, facts = checkpoint.load_config(spec, note)
+        if strict and step is None:
+            step = checkpoint.latest_step(spec)
         # raises: no readable step, or no averaged weights
         newest, params = checkpoint.params_checksum(spec, step, note, ema)
-        tokenizer = text.load_tokenizer(pathlib.Path(spec) / "tokenizer")
+        tokenizer = text.load_tokenizer(paths.local_copy(paths.path_of(spec) / "tokenizer"))
         certificate = checkpoint.load_certificate(spec)
         thresholds = Thresholds.load(spec)
         if thresholds is not None:
@@ -383,6 +399,11 @@ def load(spec: str | os.PathLike, step: int | None = None, ema: bool | None = No
             raise ValueError(f"step={step} of {spec}, which is no checkpoint of this package")
         if ema is not None:
             raise ValueError(f"ema={ema} of {spec}, which is no checkpoint of this package")
+        if paths.is_remote(spec):
+            raise FileNotFoundError(
+                f"no checkpoint of this package in {spec}; copy a model of another format to this "
+                "machine and convert it"
+            )
         source = open_source(spec)
         cfg, tokenizer = source.cfg, source.load_tokenizer()
         facts = {"generation_config": source.generation_config, **source.facts}
@@ -396,7 +417,7 @@ def load(spec: str | os.PathLike, step: int | None = None, ema: bool | None = No
     return model
 
 
-def check_free(directory: pathlib.Path) -> None:
+def check_free(directory: Any) -> None:
     """Raise ValueError unless a checkpoint can be written to `directory`."""
     if directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory} is not empty; choose another directory, or remove it")

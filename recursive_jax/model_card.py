@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from recursive_jax import paths
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.weights.stored import CheckpointWeights
 
@@ -184,7 +185,7 @@ def _evaluation(model: Any) -> Mapping[str, Any]:
     """The report of `evaluate` beside a checkpoint; empty without one of these very weights."""
     if not isinstance(model.weights, CheckpointWeights):
         return {}
-    file = pathlib.Path(model.weights.directory) / EVALUATION
+    file = paths.path_of(model.weights.directory) / EVALUATION
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
         same = report["model"]["content"] == model.weights.content()

@@ -1,9 +1,16 @@
-"""Paths of files that may be in a bucket: `gs://…` by etils.epath, all others by pathlib."""
+"""Paths of files that may be in a bucket: `gs://…` by etils.epath, all others by pathlib.
+
+Objects of a bucket appear whole or not at all, and cannot be appended to. Orbax and tensorstore
+write the arrays of a checkpoint there themselves.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import pathlib
+import tempfile
+import threading
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +18,13 @@ from typing import Any
 from recursive_jax import files
 
 BLOCK = 16 << 20  # bytes that a checksum reads at a time
+PATIENCE = 60.0  # seconds for the first answer of a bucket
+# Packages whose exceptions say that a bucket cannot be reached or refuses; not all are OSErrors.
+CLIENTS = ("gcsfs", "google", "aiohttp", "requests", "fsspec", "s3fs", "botocore", "adlfs", "azure")
+PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
+
+_reached: set[str] = set()  # buckets that have answered
+_copies: list[tempfile.TemporaryDirectory] = []  # removed when the program ends
 
 
 def is_remote(spec: str | os.PathLike) -> bool:
@@ -22,18 +36,93 @@ def path_of(spec: str | os.PathLike) -> Any:
     """A `pathlib.Path`, or an `epath.Path` with the same methods for a path with a scheme.
 
     Raises:
-      ValueError: what reads the scheme is not installed, such as gcsfs for gs://.
+      ValueError: an unknown scheme, or a bucket that cannot be used: what reads it is not
+        installed, it is not there, refuses, or does not answer.
     """
     if not is_remote(spec):
         return pathlib.Path(spec).expanduser()
-    try:
-        from etils import epath
+    from etils import epath
 
+    spec = os.fspath(spec)
+    scheme, _, rest = spec.partition("://")
+    bucket = rest.split("/")[0]
+    try:
         path = epath.Path(spec)
-        path.exists()  # looks up what reads this scheme
-    except (ImportError, KeyError) as error:
-        raise ValueError(f"{spec} cannot be opened: {error}") from error
+    except KeyError as error:
+        raise ValueError(
+            f"{spec}: unknown scheme {scheme}://; give a directory, or gs://BUCKET/DIRECTORY"
+        ) from error
+    if not bucket:
+        raise ValueError(f"{spec} names no bucket; expected {scheme}://BUCKET/DIRECTORY")
+    root = f"{scheme}://{bucket}"
+    if root not in _reached:
+        _reach(path, epath.Path(root), scheme)
+        _reached.add(root)
     return path
+
+
+def _reach(path: Any, root: Any, scheme: str) -> None:
+    """Raise a ValueError unless the bucket of `path` can be listed within `PATIENCE` seconds."""
+    _set_up(scheme)
+    found: list[Exception | None] = []
+
+    def ask():
+        try:
+            if not path.exists():
+                next(root.iterdir(), None)
+            found.append(None)
+        except Exception as error:  # each client has its own kinds
+            found.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    error = found[0] if found else TimeoutError(f"no answer within {PATIENCE:.0f} s")
+    if error is None:
+        return
+    if isinstance(error, ImportError | KeyError | NotImplementedError):
+        package = PACKAGES.get(scheme, "what reads it")
+        extra = "pip install 'recursive_jax[gcs]'" if scheme == "gs" else f"pip install {package}"
+        raise ValueError(f"{path} needs {package}, which is not installed: {extra}") from error
+    if isinstance(error, FileNotFoundError):
+        raise ValueError(f"{path}: there is no bucket {root}; create it, or correct it") from error
+    raise ValueError(
+        f"{path} cannot be used: {reason_of(error)}. Check the name of the bucket, the network, "
+        "and that these credentials may list, read and write it"
+    ) from error
+
+
+def _set_up(scheme: str) -> None:
+    """Settings of the clients: no listings of old, and no tracebacks in the log."""
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it raises the error as well
+    try:
+        from fsspec.config import conf
+    except ImportError:  # TensorFlow can read gs:// too
+        return
+    protocol = {"gs": "gcs"}.get(scheme, scheme)
+    conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether an error says that files or a bucket cannot be read or written."""
+    return isinstance(error, OSError) or is_client_fault(error)
+
+
+def is_client_fault(error: BaseException) -> bool:
+    """Whether a bucket's client raised an error: the network, or a refusal."""
+    return type(error).__module__.split(".")[0] in CLIENTS
+
+
+def reason_of(error: BaseException) -> str:
+    """An error in one line of at most 300 characters."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= 300 else f"{words[:299]}…"
+
+
+def resolved(spec: str | os.PathLike) -> Any:
+    """`path_of`; a local path is absolute and free of links."""
+    path = path_of(spec)
+    return path if is_remote(path) else path.resolve()
 
 
 def entries(directory: Any) -> list[str]:
@@ -71,10 +160,28 @@ def put(made: pathlib.Path, path: Any) -> None:
     if not is_remote(path):
         files.put_in_place(made, path)
         return
+    upload(made, path)
+    made.unlink()
+
+
+def upload(made: pathlib.Path, path: Any) -> None:
+    """Copy a local file to an object of a bucket."""
     with open(made, "rb") as source, path.open("wb") as target:
         while block := source.read(BLOCK):
             target.write(block)
-    made.unlink()
+
+
+def local_copy(directory: Any) -> pathlib.Path:
+    """The directory itself, or a copy of a remote one that is there until the program ends."""
+    if not is_remote(directory):
+        return directory
+    _copies.append(tempfile.TemporaryDirectory(prefix="recursive_jax-"))
+    place = pathlib.Path(_copies[-1].name) / directory.name
+    for name, file in files_below(directory):
+        target = place / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    return place
 
 
 def size(path: Any) -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
+from recursive_jax import paths
 from recursive_jax.console.output import note
 from recursive_jax.model import Model, load
 from recursive_jax.models.config import DecoderConfig
@@ -40,7 +40,9 @@ class Start:
     resumes: bool = False
 
 
-def choose(config: Any, source: Model | None, workdir: str | os.PathLike) -> Start:
+def choose(
+    config: Any, source: Model | None, workdir: str | os.PathLike, strict: bool = False
+) -> Start:
     """The model to start from, by the first that exists: workdir, init_from, source, scratch.
 
     Nothing is converted yet, but an impossible recipe is refused.
@@ -49,6 +51,7 @@ def choose(config: Any, source: Model | None, workdir: str | os.PathLike) -> Sta
       config: a ConfigDict as `configs/common.py` makes it.
       source: the opened `config.source`.
       workdir: of the run.
+      strict: as in `load`.
 
     Raises:
       ValueError: nothing to start from, an impossible recipe, or a run of another model.
@@ -56,12 +59,12 @@ def choose(config: Any, source: Model | None, workdir: str | os.PathLike) -> Sta
     recipe = make_recipe(config, source)
     if checkpoint.latest_step(workdir) is not None:
         check_recipe(workdir, recipe)
-        model = load(workdir)
+        model = load(workdir, strict=strict)
         return Start(model.cfg, model.tokenizer, f"resumed from {workdir}", lambda: model, True)
     checkpoint.check_ours(workdir)  # nothing else there is read: it is made anew
     if config.init_from:
         checkpoint.load_config(config.init_from)  # raises where there is no checkpoint
-        model = load(config.init_from)
+        model = load(config.init_from, strict=strict)
         start = Start(model.cfg, model.tokenizer, f"checkpoint {config.init_from}", lambda: model)
     elif source is not None and config.model.reduced_baseline:
         start = reduced_baseline(source, config.model.num_loops, config.seed)
@@ -208,8 +211,8 @@ def _same_model(there: Mapping[str, Any], here: Mapping[str, Any], name: str) ->
     contents = there.get(f"{name}_content"), here.get(f"{name}_content")
     if None not in contents:
         return contents[0] == contents[1]
-    paths = [there.get(name) or "", here.get(name) or ""]
-    return all(paths) and len({str(pathlib.Path(p).expanduser().resolve()) for p in paths}) == 1
+    places = [there.get(name) or "", here.get(name) or ""]
+    return all(places) and len({str(paths.resolved(place)) for place in places}) == 1
 
 
 def _brief(value: Any, other: Any) -> Any:

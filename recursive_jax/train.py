@@ -10,6 +10,7 @@ be set with --config.NAME=VALUE. A run that a signal stops saves its state and e
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import shlex
@@ -21,7 +22,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from recursive_jax import host_endings, host_facts, hosts, start, wandb_log
+from recursive_jax import host_endings, host_facts, hosts, paths, start, wandb_log
 from recursive_jax.console import app, compile_cache, host_flags, output, train_report
 from recursive_jax.fit import Fit, fit, make_mesh
 from recursive_jax.model import load
@@ -48,6 +49,10 @@ def define_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )  # fmt: skip
     compile_cache.define(values)
+    flags.DEFINE_bool(
+        "strict", False, "stop where a saved step is damaged, instead of using the one before it",
+        flag_values=values,
+    )  # fmt: skip
     host_flags.define(values)
     flags.mark_flags_as_required(["config", "workdir"], values)
 
@@ -58,6 +63,7 @@ def train(
     stop: loop.Stop | None = None,
     profile: str | None = None,
     cache: str = compile_cache.AUTO,
+    strict: bool = False,
 ) -> Fit:
     """Run `config`, a ConfigDict as `configs/common.py` makes it; a run in `workdir` goes on.
 
@@ -66,9 +72,10 @@ def train(
       stop: tells when to stop.
       profile: START:STOP, the first and the last step of a trace; None: no trace.
       cache: of compiled programs, as `compile_cache.use` takes it.
+      strict: a damaged step is an error; otherwise the one before it is used.
     """
     began = time.time()
-    workdir = checkpoint.local(workdir)
+    workdir = paths.path_of(workdir)
     settings = TrainConfig.from_mapping(config)
     make_mesh(settings)  # refused before anything is read
     wandb_log.check(settings.wandb)
@@ -81,14 +88,15 @@ def train(
         hosts.see_one_directory(workdir)
         if jax.process_count() > 1:
             compile_cache.use(cache, f"{workdir}/compiled")
-        return _train_alone(config, settings, source, workdir, stop, began=began, profile=traced)
+        options = {"began": began, "profile": traced, "strict": strict}
+        return _train_alone(config, settings, source, workdir, stop, **options)
 
 
 def _train_alone(config, settings, source, workdir, stop, **options) -> Fit:
     """`train` once nobody else writes to the workdir."""
     latest = checkpoint.latest_step(workdir)
     hosts.agree({"last step": latest}, f"the last step in {workdir}")
-    begin = start.choose(config, source, workdir)
+    begin = start.choose(config, source, workdir, strict)
     settings.check_fits(begin.cfg)
     corpus = open_corpus(
         settings.data,
@@ -115,7 +123,9 @@ def _train_alone(config, settings, source, workdir, stop, **options) -> Fit:
 
 def advice(workdir: str) -> str:
     """What to do when a host is gone."""
-    latest = checkpoint.latest_step(workdir)
+    latest = None
+    with contextlib.suppress(Exception):  # the workdir may be gone, too
+        latest = checkpoint.latest_step(workdir)
     where = "from the start" if latest is None else f"from step {latest}"
     return f"; run the same command on all hosts to go on {where}"
 
@@ -133,8 +143,9 @@ def main() -> None:
             loop.Stop(output.say) as stop,
         ):
             end = train(
-                options.config, options.workdir, stop, options.profile, options.compilation_cache
-            )
+                options.config, options.workdir, stop, options.profile, options.compilation_cache,
+                options.strict,
+            )  # fmt: skip
     except loop.NotStarted as signal:
         output.say(f"\n{signal}: stopped before the first step; run the same command to start")
         sys.exit(STOPPED)

@@ -74,6 +74,9 @@ class WandbWriter:
         if self._run is not None:
             self._run.log({"step": step, **values})
 
+    def upload(self) -> None:
+        """Nothing: wandb sends what is written by itself."""
+
     def close(self) -> None:
         if self._run is not None:
             self._run.finish()

@@ -302,7 +302,7 @@ def test_generate_and_stream_agree(source):
         (lambda m: m.train("docstrings", m), "config=Model.*expected a TrainConfig"),
         (lambda m: m.train("docstrings", teacher="tiny"), "teacher='tiny'; expected a Model"),
         (lambda m: m.train("docstrings", teacher=m, kd=0.0), "a teacher with kd=0"),
-        (lambda m: m.train("docstrings", workdir="gs://bucket/run"), "is a URL"),
+        (lambda m: m.train("docstrings", workdir="foo://bucket/run"), "unknown scheme foo"),
         (lambda m: m.convert(num_loops="2"), "num_loops='2'; expected an integer"),
         (lambda m: m.perplexity(["a b c"], batch_size=0), "batch_size=0; expected an integer"),
         (lambda m: m.generate("x", engine={}), "engine={}; expected an EngineConfig"),

@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import time
 
 import jax.numpy as jnp
 import pytest
@@ -220,3 +221,39 @@ def test_a_full_disk_names_the_file(tmp_path):
     with pytest.raises(OSError, match="No space left on device: '.*facts.json'"):
         with files.naming(tmp_path / "facts.json"), open(full, "w") as f:
             f.write("x" * 100_000)
+
+
+# which steps are kept, and a save that fails in the background
+
+
+def test_latest_best_and_every_nth_step_are_kept(tmp_path):
+    losses = {1: 5.0, 2: 1.0, 3: 4.0, 4: 3.0, 5: 2.0, 6: 2.5}
+    writer = checkpoint.Writer(tmp_path, keep=1, best=1, every=4)
+    for step in losses:
+        known = {s: loss for s, loss in losses.items() if s <= step}
+        writer.save(step, {"x": jnp.arange(4.0)}, losses=known, wait=True)
+    writer.close()
+    assert checkpoint.saved_steps(tmp_path) == [2, 4, 6]
+    writer = checkpoint.Writer(tmp_path, keep=1, best=1, every=4)  # a run that goes on
+    writer.save(7, {"x": jnp.arange(4.0)}, losses=losses | {7: 9.0}, wait=True)
+    writer.close()
+    assert checkpoint.saved_steps(tmp_path) == [2, 4, 7]
+
+
+def test_a_save_that_fails_in_the_background_stops_the_next_step(tmp_path):
+    resource = pytest.importorskip("resource")
+    writer = checkpoint.Writer(tmp_path)
+    writer.save(1, {"x": jnp.arange(4.0)}, wait=True)
+    writer.check()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, hard))  # bytes of the largest file
+    try:
+        with pytest.raises(OSError, match="file too large .*step 2 is not saved, step 1 is"):
+            writer.save(2, {"x": jnp.ones(4 << 20)})
+            for _ in range(600):  # as many steps as it takes
+                writer.check()
+                time.sleep(0.05)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    writer.check()
+    writer.close()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
+from recursive_jax import paths
 from recursive_jax.console import compile_cache, config_files, output
 
 MISTAKES = (ValueError, OSError, FloatingPointError)  # raised for callers' mistakes
@@ -29,7 +30,9 @@ def run(main: Callable[[], None]) -> None:
         compile_cache.use(flags.FLAGS.compilation_cache)
         try:
             main()
-        except MISTAKES as error:
+        except Exception as error:
+            if not (isinstance(error, MISTAKES) or paths.is_client_fault(error)):
+                raise
             logging.debug("raised here", exc_info=True)
             output.fail(error)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
 from typing import Any
 
 from absl import flags
 
+from recursive_jax import paths
 from recursive_jax.console import exit_report, output
 from recursive_jax.decoding.answers import check_writable
 from recursive_jax.decoding.config import MISSING_KV
@@ -106,11 +106,12 @@ def calibrate(options: flags.FlagValues) -> None:
             f"{options.checkpoint} is no checkpoint of this package, so it cannot keep thresholds; "
             "make one with python -m recursive_jax.convert"
         )
-    path = pathlib.Path(options.checkpoint) / Thresholds.FILE
-    check_writable(path)
+    path = paths.path_of(options.checkpoint) / Thresholds.FILE
+    if not paths.is_remote(path):
+        check_writable(path)
     measure = make_measure(options.calibrate)
     tokens = options.text_tokens if options["text_tokens"].present else CALIBRATION_TOKENS
-    model = load(options.checkpoint, options.step)
+    model = load(options.checkpoint, options.step, strict=options.strict)
     calibrated = model.calibrate(
         options.text, tokens, options.context_length or CALIBRATION_LENGTH, measure=measure,
         bound=options.bound, confidence=options.confidence, risk=options.risk,

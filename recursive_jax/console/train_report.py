@@ -134,6 +134,10 @@ class Report(Callback):
             f"{quality['tokens']:,} tokens){by_loop}"
         )
 
+    def on_saved(self, step, seconds):
+        if step:
+            self.say(f"  step {step} goes to the checkpoint; the steps waited {seconds:.2f} s")
+
     @property
     def tokens_per_second(self) -> float:
         return self.config.tokens_per_step / self.clock.seconds_per_step

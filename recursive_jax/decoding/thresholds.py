@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import pathlib
 import zlib
 from typing import ClassVar
 
-from recursive_jax import files
+from recursive_jax import paths
 from recursive_jax.decoding.exit_measures import make_measure
 from recursive_jax.decoding.requests import check_number
 
@@ -66,7 +65,8 @@ class Thresholds:
         record = dataclasses.asdict(self)
         del record["stale"]
         record["checksum"] = _checksum(record)
-        files.write_whole(pathlib.Path(directory) / self.FILE, json.dumps(record, indent=1) + "\n")
+        path = paths.path_of(directory) / self.FILE
+        paths.write_whole(path, json.dumps(record, indent=1) + "\n")
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> Thresholds | None:
@@ -75,7 +75,7 @@ class Thresholds:
         Raises:
           ValueError: a file that is not what `save` writes.
         """
-        path = pathlib.Path(directory) / cls.FILE
+        path = paths.path_of(directory) / cls.FILE
         if not path.is_file():
             return None
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -34,6 +35,9 @@ class Callback:
 
     def on_save(self, step: int, state: TrainState) -> None:
         """Time to save. The next step donates the arrays: nothing may read them after return."""
+
+    def on_saved(self, step: int, seconds: float) -> None:
+        """A save has begun; the steps had to wait so long for it."""
 
     def close(self) -> None:
         """The run ends, perhaps by an error."""
@@ -87,19 +91,43 @@ class Evaluate(Callback):
 class Saver(Protocol):
     """A `weights.checkpoint.Writer`."""
 
-    def save(self, step: int, *, progress: dict[str, Any], **arrays: Any) -> None: ...
+    def save(
+        self, step: int, *, progress: dict[str, Any], losses: dict[int, float], **arrays: Any
+    ) -> None: ...
+
+    def check(self) -> None: ...
 
     def close(self) -> None: ...
 
 
 class Save(Callback):
-    """Saves the state, and `progress()`: JSON with everything else that a resumed run needs."""
+    """Saves the state, and `progress()`: JSON with everything else that a resumed run needs.
 
-    def __init__(self, saver: Saver, progress: Callable[[], dict[str, Any]]):
-        self._saver, self._progress = saver, progress
+    A save goes on in the background. If it fails, the next step raises its error.
+
+    Args:
+      saver: writes steps.
+      progress: () -> JSON, with the `history` of evaluations.
+      listeners: get `on_saved`.
+    """
+
+    def __init__(
+        self,
+        saver: Saver,
+        progress: Callable[[], dict[str, Any]],
+        listeners: Sequence[Callback] = (),
+    ):
+        self._saver, self._progress, self._listeners = saver, progress, listeners
+
+    def on_step(self, step):
+        self._saver.check()
 
     def on_save(self, step, state):
-        self._saver.save(step, **state.saved(), progress=self._progress())
+        began, progress = time.perf_counter(), self._progress()
+        losses = {e["step"]: e["nll"] for e in progress["history"] if e["name"] == "valid"}
+        self._saver.save(step, **state.saved(), progress=progress, losses=losses)
+        for listener in self._listeners:
+            listener.on_saved(step, time.perf_counter() - began)
 
     def close(self):  # a pending save is completed even after an error
         self._saver.close()
@@ -134,6 +162,12 @@ class Record(Callback):
         exits = quality.get("perplexity_exits", [])
         values |= {f"{name}/perplexity_exit_{i}": x for i, x in enumerate(exits, 1)}
         self._writer.write(step, values)
+
+    def on_save(self, step, state):
+        self._writer.upload()
+
+    def on_saved(self, step, seconds):
+        self._writer.write(step, {"perf/save_blocked_seconds": seconds})
 
     def close(self):
         self._writer.close()

@@ -130,6 +130,8 @@ class TrainConfig:
       wandb: project of Weights & Biases that gets the metrics as well; '' = none.
       log_every, eval_every, checkpoint_every: in steps.
       keep_checkpoints: the newest so many are kept.
+      keep_best: and so many with the lowest validation loss; a step counts if it was evaluated.
+      keep_every: and those whose step is a multiple of it; 0: none.
     """
 
     data: DataConfig = DataConfig()
@@ -153,10 +155,13 @@ class TrainConfig:
     eval_every: int = 250
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    keep_best: int = 0
+    keep_every: int = 0
 
     def __post_init__(self):
         check_kinds(self)
         _at_least("", 1, tokens=self.tokens, keep_checkpoints=self.keep_checkpoints)
+        _at_least("", 0, keep_best=self.keep_best, keep_every=self.keep_every)
         for name in ("log_every", "eval_every", "checkpoint_every", "max_skipped_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 step, got {getattr(self, name)}")

@@ -20,7 +20,6 @@ import pathlib
 import re
 import shutil
 import tempfile
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from recursive_jax import files
+from recursive_jax import files, paths
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.parameters import abstract_params
 from recursive_jax.weights.integrity import checksums, json_checksum
@@ -75,9 +74,9 @@ CERTIFICATE = "certificate.json"
 TOKENIZER = "tokenizer"
 
 
-def write_json(path: pathlib.Path, data: Any) -> None:
+def write_json(path: Any, data: Any) -> None:
     """Write `data` to a JSON file, whole or not at all. An OSError names `path`."""
-    files.write_whole(path, json.dumps(data, indent=1) + "\n")
+    paths.write_whole(path, json.dumps(data, indent=1) + "\n")
 
 
 def create(
@@ -91,7 +90,7 @@ def create(
     `facts` (source, tying, ...) must be JSON; `load_config` returns them. An older tokenizer is
     replaced without being read.
     """
-    directory = pathlib.Path(directory)
+    directory = paths.path_of(directory)
     if tokenizer is not None:
         _write_tokenizer(directory, tokenizer)
     import flax
@@ -101,17 +100,24 @@ def create(
     versions = {"recursive_jax": __version__, "jax": jax.__version__, "flax": flax.__version__}
     record = {"format": FORMAT, "decoder": cfg.to_json(), "versions": versions, **facts}
     record["files"] = {
-        str(file.relative_to(directory)): zlib.crc32(file.read_bytes())
-        for file in sorted((directory / TOKENIZER).rglob("*"))
-        if file.is_file()
+        f"{TOKENIZER}/{name}": paths.crc32(file)
+        for name, file in paths.files_below(directory / TOKENIZER)
     }
     record = json.loads(json.dumps(record))  # the checksum is of the record as it is read back
     write_json(directory / CONFIG, record | {"checksum": json_checksum(record)})
 
 
-def _write_tokenizer(directory: pathlib.Path, tokenizer: Any) -> None:
-    """Write the tokenizer's files, all or none."""
+def _write_tokenizer(directory: Any, tokenizer: Any) -> None:
+    """Write the tokenizer's files, all or none; in a bucket one after the other."""
     place, prefix = directory / TOKENIZER, f".{TOKENIZER}-"
+    if paths.is_remote(directory):
+        with tempfile.TemporaryDirectory() as scratch:
+            tokenizer.save_pretrained(scratch)
+            for _, old in list(paths.files_below(place)):
+                old.unlink()
+            for name, made in paths.files_below(pathlib.Path(scratch)):
+                paths.upload(made, place / name)
+        return
     with files.naming(place):
         directory.mkdir(parents=True, exist_ok=True)
         for left in directory.glob(f"{prefix}*"):  # by a process that was killed
@@ -132,20 +138,20 @@ def _write_tokenizer(directory: pathlib.Path, tokenizer: Any) -> None:
 
 def local(directory: str | os.PathLike) -> pathlib.Path:
     """The path of a directory on this machine; ValueError for a URL, which pathlib would accept."""
-    if "://" in str(directory):
+    if paths.is_remote(directory):
         raise ValueError(
-            f"{directory} is a URL, and checkpoints are files; mount it (a bucket with gcsfuse) "
-            "and give the path. Several hosts need one that all of them see"
+            f"{directory} is a URL, and other libraries write these files; give a directory, then "
+            "copy it (to gs:// with: gcloud storage cp --recursive)"
         )
     return pathlib.Path(directory).expanduser()
 
 
 def is_checkpoint(directory: str | os.PathLike) -> bool:
     """Whether `directory` was made by `create`. It may have no step yet, or only steps."""
-    directory = pathlib.Path(directory)
-    if not (directory / STEPS).is_dir():
+    path = paths.path_of(directory)
+    if not (path / STEPS).is_dir():
         return False
-    return (directory / CONFIG).is_file() or latest_step(directory) is not None
+    return (path / CONFIG).is_file() or latest_step(directory) is not None
 
 
 def check_ours(directory: str | os.PathLike) -> None:
@@ -153,7 +159,7 @@ def check_ours(directory: str | os.PathLike) -> None:
 
     A config.json that is not JSON is no error, and nothing else is read.
     """
-    path = local(directory) / CONFIG
+    path = paths.path_of(directory) / CONFIG
     try:
         record = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -162,7 +168,7 @@ def check_ours(directory: str | os.PathLike) -> None:
         raise _foreign(path, record)
 
 
-def _foreign(path: pathlib.Path, record: Mapping[str, Any]) -> ValueError:
+def _foreign(path: Any, record: Mapping[str, Any]) -> ValueError:
     return ValueError(
         f"{path} has format {record.get('format')}, this version reads {FORMAT}; "
         "if it is a Hugging Face model, give it as --source to convert"
@@ -182,7 +188,7 @@ def load_config(
       FileNotFoundError: there is no checkpoint.
       ValueError: it is damaged, or another version wrote it.
     """
-    path = local(directory) / CONFIG
+    path = paths.path_of(directory) / CONFIG
     record = None if path.is_file() else _rebuild(path, say)
     try:
         record = record or json.loads(path.read_text())
@@ -199,7 +205,7 @@ def load_config(
             raise ValueError(f"{path} is damaged (checksums differ); {_remedy(path)}")
         for name, checksum in record.pop("files").items():
             file = path.parent / name
-            if not (file.is_file() and zlib.crc32(file.read_bytes()) == checksum):
+            if not (file.is_file() and paths.crc32(file) == checksum):
                 raise ValueError(
                     f"{file} is damaged: it is not the file that was written with this checkpoint "
                     "(checksums differ). Restore it from a copy, or convert again"
@@ -207,7 +213,7 @@ def load_config(
     return cfg, record
 
 
-def _rebuild(path: pathlib.Path, say: Say) -> dict[str, Any]:
+def _rebuild(path: Any, say: Say) -> dict[str, Any]:
     """The record of a missing config.json, from the copy in a saved step; written if possible."""
     directory = path.parent
     there = saved_steps(directory)
@@ -229,7 +235,7 @@ def _rebuild(path: pathlib.Path, say: Say) -> dict[str, Any]:
     return record
 
 
-def _remedy(path: pathlib.Path) -> str:
+def _remedy(path: Any) -> str:
     """What to do about a damaged config.json."""
     step = config_copy(path.parent)[1]
     if step is None:
@@ -276,7 +282,7 @@ def load_step(
 
 def load_certificate(directory: str | os.PathLike) -> dict[str, Any] | None:
     """The certificate of a converted model, None without one."""
-    path = pathlib.Path(directory) / CERTIFICATE
+    path = paths.path_of(directory) / CERTIFICATE
     if not path.is_file():
         return None
     try:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from recursive_jax import hosts
+from recursive_jax import hosts, paths
 
 PIECE_BYTES = 64 << 20  # a checksum reads an array in pieces of this size
 ADVICE = "Remove its directory to use the step saved before it, or convert again"
@@ -90,7 +90,7 @@ def json_checksum(data: Any) -> int:
     return zlib.crc32(json.dumps(data, sort_keys=True).encode())
 
 
-def explain(path: pathlib.Path, error: Exception) -> Exception:
+def explain(path: Any, error: Exception) -> Exception:
     """The error to raise when reading the step at `path` has failed with `error`.
 
     Returns:
@@ -109,6 +109,7 @@ def explain(path: pathlib.Path, error: Exception) -> Exception:
     numbers = {e.errno for e in chain if isinstance(e, OSError)}
     numbers |= {int(n) for n in re.findall(r"os_error_code='(\d+)'", text)}
     blocked = _first_blocked(path)
+    blocked = blocked or next((e for e in chain if paths.is_client_fault(e)), None)
     if blocked or codes & set(OTHER_CODES) or numbers - {None, errno.ENOENT, errno.ENOTDIR}:
         return ValueError(
             f"checkpoint {path} could not be read now ({blocked or reason}). This is no sign of "
@@ -145,6 +146,17 @@ def storage_fault(error: Exception) -> str | None:
         for number, words in names.items():
             if getattr(link, "errno", None) == number or os.strerror(number) in str(link):
                 return words
+    return None
+
+
+def write_fault(error: Exception) -> str | None:
+    """What else the storage says of a failed write, such as a refusal; None for other errors."""
+    for link in _chain(error):
+        if paths.is_fault(link):
+            return paths.reason_of(link)
+        # Tensorstore raises ValueErrors that begin with a status code.
+        if re.match(r"[A-Z_]+: ", str(link)):
+            return _brief(link)
     return None
 
 
@@ -191,8 +203,14 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _first_blocked(path: pathlib.Path) -> OSError | None:
+def _first_blocked(path: Any) -> Exception | None:
     """The error of the first file or directory below `path` that this user cannot open."""
+    if paths.is_remote(path):
+        try:
+            paths.entries(path)  # not every file of a bucket: each is a request
+        except Exception as error:  # each client has its own kinds
+            return error
+        return None
     errors: list[OSError] = []
     for root, _, names in os.walk(path, onerror=errors.append):
         for name in names:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
 
-from recursive_jax import file_lock
+from recursive_jax import file_lock, paths
 from recursive_jax.weights import workdir_lock
 from recursive_jax.weights.integrity import (
     Damaged,
@@ -24,20 +23,30 @@ from recursive_jax.weights.integrity import (
 
 CONFIG = "config.json"
 STEPS = "checkpoints"  # the directory of all steps
+COMMITTED = "commit_success.txt"  # in a bucket Orbax writes it into a step last
 DAMAGED = ".damaged"  # ends the name of a step that is set aside
 Say = Callable[[str], None]
 Result = TypeVar("Result")
 
 
 def saved_steps(directory: str | os.PathLike) -> list[int]:
-    """The complete steps, ascending: directories that Orbax has finalised and that hold files."""
-    root = pathlib.Path(directory) / STEPS
-    if not root.is_dir():
+    """The complete steps, ascending: directories that Orbax has finalised and that hold files.
+
+    Raises:
+      OSError: a bucket does not answer now. Orbax would find no step.
+    """
+    root = paths.path_of(directory) / STEPS
+    names = paths.entries(root)
+    if not names:
         return []
     from orbax.checkpoint import path
 
     found = path.step.standard_name_format().find_all(root)
-    return sorted(step.step for step in found if any(pathlib.Path(step.path).iterdir()))
+    steps = sorted(step.step for step in found if any(step.path.iterdir()))
+    for name in set(names) - set(map(str, steps)) if paths.is_remote(root) else ():
+        if name.isdecimal() and (root / name / COMMITTED).exists():
+            raise OSError(f"{root} could not be read now: step {name} is there and is not listed")
+    return steps
 
 
 def latest_step(directory: str | os.PathLike) -> int | None:
@@ -148,7 +157,7 @@ def config_copy(directory: str | os.PathLike) -> tuple[dict[str, Any] | None, in
 
 
 def _first_whole(
-    directory: str | os.PathLike, step: int | None, read: Callable[[pathlib.Path], Result], say: Say
+    directory: str | os.PathLike, step: int | None, read: Callable[[Any], Result], say: Say
 ) -> tuple[Result, int]:
     """What `read` returns for a step, and the step; arguments and errors as in `restore`."""
     if step is not None:
@@ -159,7 +168,7 @@ def _first_whole(
     damaged: dict[int, Damaged] = {}
     for step in reversed(candidates):
         try:
-            result = read(pathlib.Path(directory).resolve() / STEPS / str(step))
+            result = read(paths.resolved(directory) / STEPS / str(step))
         except Damaged as error:
             if jax.process_count() == 1 and latest_step(directory) not in candidates:
                 # A running training has saved newer steps, and has deleted this one meanwhile.
@@ -180,7 +189,7 @@ def _set_aside(
     def rename():
         if jax.process_index():
             return
-        path = pathlib.Path(directory) / STEPS / str(step)
+        path = paths.path_of(directory) / STEPS / str(step)
         names = (f"{step}{DAMAGED}{n}" for n in ("", *(f"-{i}" for i in range(2, 1000))))
         target = next(t for t in map(path.with_name, names) if not t.exists())
         try:
@@ -190,21 +199,22 @@ def _set_aside(
                 with workdir_lock.hold_alone(directory):
                     path.rename(target)
             what = f"its directory is now {target.name}"
-        except (OSError, file_lock.InUse) as reason:
+        except Exception as reason:
+            if not (paths.is_fault(reason) or isinstance(reason, file_lock.InUse)):
+                raise
             what = f"it cannot be renamed and is skipped ({reason})"
         say(f"warning: {error.what}; {what}. Step {used} is used")
 
     together(rename)  # no process lists the steps before the renaming
 
 
-def _path_of(directory: str | os.PathLike, step: int | None) -> pathlib.Path:
+def _path_of(directory: str | os.PathLike, step: int | None) -> Any:
     """The directory of a step; FileNotFoundError if it is not there."""
-    directory = pathlib.Path(directory)
-    path = directory.resolve() / STEPS / str(step)
+    path = paths.resolved(directory) / STEPS / str(step)
     if step is None or not path.is_dir():
         there = ", ".join(map(str, saved_steps(directory))) if step is not None else ""
         raise FileNotFoundError(
-            f"no saved step {'' if step is None else step} in {directory / STEPS}; "
+            f"no saved step {'' if step is None else step} in {paths.path_of(directory) / STEPS}; "
             + (
                 f"there are {there}"
                 if there
@@ -214,7 +224,7 @@ def _path_of(directory: str | os.PathLike, step: int | None) -> pathlib.Path:
     return path
 
 
-def _metadata(path: pathlib.Path) -> tuple[dict[str, Any], Any]:
+def _metadata(path: Any) -> tuple[dict[str, Any], Any]:
     """What was saved beside the arrays of a step, and Orbax's description of the arrays."""
     from orbax.checkpoint import v1 as ocp
 
@@ -241,7 +251,7 @@ def _metadata(path: pathlib.Path) -> tuple[dict[str, Any], Any]:
 
 
 def _arrays(
-    path: pathlib.Path, metadata: Mapping[str, Any], stored: Any, abstract: Mapping[str, Any]
+    path: Any, metadata: Mapping[str, Any], stored: Any, abstract: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The arrays of a step, verified, then converted to the dtypes of `abstract`."""
     from orbax.checkpoint import v1 as ocp

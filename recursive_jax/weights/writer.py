@@ -3,30 +3,65 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
-import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from recursive_jax import hosts
-from recursive_jax.weights.integrity import checksums, json_checksum, quiet_orbax, storage_fault
+from recursive_jax import hosts, paths
+from recursive_jax.weights import workdir_lock
+from recursive_jax.weights.integrity import (
+    checksums,
+    json_checksum,
+    quiet_orbax,
+    storage_fault,
+    together,
+    write_fault,
+)
 from recursive_jax.weights.steps import CONFIG, STEPS, latest_step
 
 
-class Writer:
-    """Saves steps asynchronously and keeps the latest `keep` of them."""
+@dataclasses.dataclass
+class Best:
+    """Which steps Orbax keeps: the `count` of them whose loss is the lowest.
 
-    def __init__(self, directory: str | os.PathLike, keep: int = 2):
+    `losses`: by step; a step without one is not among them.
+    """
+
+    count: int
+    losses: Mapping[int, float] = dataclasses.field(default_factory=dict)
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [saved.step for saved in checkpoints]
+        best = sorted((s for s in steps if s in self.losses), key=self.losses.__getitem__)
+        return [step in best[: self.count] for step in steps]
+
+
+class Writer:
+    """Saves steps asynchronously, and removes older ones.
+
+    Args:
+      directory: of the checkpoint.
+      keep: the latest so many are kept.
+      best: and so many whose validation loss is the lowest.
+      every: and those whose number is a multiple of it; 0: none.
+    """
+
+    def __init__(self, directory: str | os.PathLike, keep: int = 2, best: int = 0, every: int = 0):
         from orbax.checkpoint import v1 as ocp
 
-        self._directory = pathlib.Path(directory).resolve()
+        self._directory = paths.resolved(directory)
+        self._best = Best(best)
+        policies = ocp.training.preservation_policies
+        kept = [policies.LatestN(keep), self._best]
+        kept += [policies.EveryNSteps(every)] if every else []
         self._manager = ocp.training.Checkpointer(
             str(self._directory / STEPS),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
             lightweight_initialize=True,  # an older step with damaged metadata is no obstacle
         )
@@ -47,6 +82,7 @@ class Writer:
         progress: Mapping[str, Any] | None = None,
         wait: bool = False,
         ema: Any = None,
+        losses: Mapping[int, float] | None = None,
     ) -> None:
         """Write a step; the arrays may be donated when this returns.
 
@@ -56,11 +92,16 @@ class Writer:
           progress: JSON.
           wait: return when the step is on disk.
           ema: averaged params; `load_params` then reads them in place of `params`.
+          losses: validation losses by step, which decide what is best.
 
         Raises:
           OSError: this step, or the one before it, could not be written.
+          ValueError: another run has taken over this directory of a bucket.
         """
         self.wait()
+        if paths.is_remote(self._directory):
+            together(lambda: workdir_lock.check(self._directory), f"the save of step {step}")
+        self._best.losses = dict(losses or {})
         parts = {"params": params, "opt_state": opt_state, "ema": ema}
         arrays = {name: part for name, part in parts.items() if part is not None}
         if jax.default_backend() == "cpu" and not wait:
@@ -85,30 +126,47 @@ class Writer:
         if wait:
             self.wait()
 
+    def check(self) -> None:
+        """Raise OSError if the pending save has failed; does not wait for it."""
+        if self._pending is not None:
+            self._finish(timeout=0)
+
     def wait(self) -> None:
         """Block until the pending save is on disk. Raises OSError if it could not be written."""
+        if self._pending is not None:
+            self._finish(timeout=None)
+
+    def _finish(self, timeout: float | None) -> None:
         pending, self._pending = self._pending, None
-        if pending is None:
-            return
         try:
-            pending.result()
+            pending.result(timeout)
         except Exception as error:  # orbax and tensorstore raise many kinds
+            if timeout is not None and isinstance(error, TimeoutError):
+                self._pending = pending  # not at its end yet
+                return
             with contextlib.suppress(Exception):  # the same error, once more for this thread
                 self._manager.wait()
             raise self._not_saved(error) from error
         finally:
-            self._quiet.close()
+            if self._pending is None:
+                self._quiet.close()
 
     def _not_saved(self, error: Exception) -> Exception:
         """The error to raise for a failed save."""
-        fault = storage_fault(error)
+        full = storage_fault(error)
+        fault = full or write_fault(error)
         if fault is None:
             return error
-        last = latest_step(self._directory)
-        saved = "no step is" if last is None else f"step {last} is"
+        saved = "no step is"
+        try:
+            last = latest_step(self._directory)
+            saved = saved if last is None else f"step {last} is"
+        except Exception:  # each client of a bucket has its own kinds
+            saved = "and the steps cannot be listed"
+        advice = "Make room" if full else "Mend that"
         return OSError(
             f"{fault}: step {self._pending_step} is not saved, {saved} "
-            f"({self._directory / STEPS}). Make room, then run the same command again"
+            f"({self._directory / STEPS}). {advice}, then run the same command again"
         )
 
     def close(self) -> None:
