@@ -88,11 +88,11 @@ def train(
         hosts.see_one_directory(workdir)
         if jax.process_count() > 1:
             compile_cache.use(cache, f"{workdir}/compiled")
-        options = {"began": began, "profile": traced, "strict": strict}
-        return _train_alone(config, settings, source, workdir, stop, **options)
+        options = {"began": began, "profile": traced}
+        return _train_alone(config, settings, source, workdir, stop, strict, **options)
 
 
-def _train_alone(config, settings, source, workdir, stop, **options) -> Fit:
+def _train_alone(config, settings, source, workdir, stop, strict, **options) -> Fit:
     """`train` once nobody else writes to the workdir."""
     latest = checkpoint.latest_step(workdir)
     hosts.agree({"last step": latest}, f"the last step in {workdir}")
@@ -117,6 +117,7 @@ def _train_alone(config, settings, source, workdir, stop, **options) -> Fit:
         stop=stop,
         origin=begin.origin,
         record=json.loads(config.to_json_best_effort()),
+        strict=strict,
         **options,
     )
 
