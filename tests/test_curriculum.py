@@ -51,6 +51,8 @@ def test_a_step_of_few_loops_is_that_of_the_model_cut_to_them(loops, exits):
         results.append((names.flat(state.params), names.flat(state.ema), metrics))
     (whole, whole_ema, metrics), (expected, expected_ema, expected_metrics) = results
     assert metrics.pop("loops") == loops
+    unused = [f"grad_norm_lora_loop_{loop}" for loop in range(loops + 1, CFG.num_loops + 1)]
+    assert [float(metrics.pop(name)) for name in unused] == [0.0] * len(unused)
     assert metrics.keys() == expected_metrics.keys()
     for name, value in expected_metrics.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
