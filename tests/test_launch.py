@@ -35,7 +35,8 @@ def options_of(arguments):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_bash(script):
-    subprocess.run(["bash", "-n", script], check=True)
+    done = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_shellcheck_has_no_complaint():
@@ -50,8 +51,8 @@ def test_shellcheck_has_no_complaint():
 
 
 @pytest.mark.parametrize("file", sorted(LAUNCH.glob("*.py")), ids=lambda path: path.name)
-def test_python_files_parse(file):
-    ast.parse(file.read_text())
+def test_python_files_parse_and_say_what_they_are(file):
+    assert ast.get_docstring(ast.parse(file.read_text()))
 
 
 # The fields of jobset.x-k8s.io/v1alpha2, batch/v1 and core/v1 that a JobSet on GKE TPUs may have:

@@ -53,8 +53,12 @@ def test_a_run_that_ends_within_a_trace_closes_it(tmp_path):
     profile = Profile((1, 9), str(tmp_path), lambda: None, print)
     profile.before_step(1)
     profile.close()
-    Profile((2, 2), str(tmp_path), lambda: None, print).before_step(2)  # one may run at a time
-    jax.profiler.stop_trace()
+    assert len(list(tmp_path.rglob("*.xplane.pb"))) == 1
+    # JAX refuses a second trace while one runs.
+    again = Profile((2, 2), str(tmp_path / "again"), lambda: None, print)
+    again.before_step(2)
+    again.close()
+    assert len(list((tmp_path / "again").rglob("*.xplane.pb"))) == 1
 
 
 @pytest.mark.parametrize("text", ["", "5", "5:", "a:b", "0:3", "4:3", "3:31", "1:2:3", "-1:2"])
