@@ -152,7 +152,7 @@ def measure_exits(
       placed: the model's weights, if they are on the devices already.
 
     Returns:
-      `loops`: every token leaves after the same loop. `exits`: by thresholds. `oracle`: labelled as
+      `loops`: every token leaves after the same loop. `by_threshold`: exits by the measure. `oracle`: labelled as
       such. `rates`: how answers change from loop to loop. All of the same tokens. `shown`: where
       the first of them leave, for a picture.
     """
@@ -179,14 +179,14 @@ def measure_exits(
         "oracle": {
             "is": ORACLE, **row(found.outcome(found.oracle_loops()), True, "complete"),
         },
-        "exits": [],
+        "by_threshold": [],
     }  # fmt: skip
     if isinstance(subject.measure, Oracle):
         return report
     candidates = sweep(found, subject.measure) if thresholds is None else [tuple(thresholds)]
     for n, outcome in enumerate(subject.outcomes(found, candidates)):
         kept = row(outcome, subject.measure.needs_logits, subject.missing_kv)
-        report["exits"].append({"thresholds": list(candidates[n]), **kept})
+        report["by_threshold"].append({"thresholds": list(candidates[n]), **kept})
         if n == len(candidates) // 2:
             report["shown"] = _shown(subject, found, outcome, candidates[n])
     return report

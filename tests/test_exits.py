@@ -301,8 +301,8 @@ def test_the_job_measures_exits_as_the_model_does(place):
         place / "text.txt", 90, 32, measure=TopProbability(0.02), missing_kv="propagate",
         dtype="float32", quiet=True,
     )  # fmt: skip
-    assert found["exits"][0]["depth"] == wanted["exits"][0]["depth"]
-    assert found["tokens"] == 90 and found["exits"][0]["thresholds"] == [0.02]
+    assert found["by_threshold"][0]["depth"] == wanted["by_threshold"][0]["depth"]
+    assert found["tokens"] == 90 and found["by_threshold"][0]["thresholds"] == [0.02]
     for row in (*found["loops"], found["oracle"]):
         assert sum(row["depth"]) == pytest.approx(1)
     assert found["loops"][1]["agreement"] == found["oracle"]["agreement"] == 1.0

@@ -50,7 +50,7 @@ def _perplexity(found: Mapping[str, Any], source: Mapping[str, Any]) -> str:
     rows = []
     errors = windows.get("nll_stderr_exits") or [windows["nll_stderr"]]
     nlls = windows.get("nll_exits") or [windows["nll"]]
-    exits = rolling.get("exits") or [rolling]
+    exits = rolling.get("loops") or [rolling]
     perplexities = windows.get("perplexity_exits") or [windows["perplexity"]]
     values = zip(nlls, errors, perplexities, exits, strict=True)
     for n, (nll, error, perplexity, other) in enumerate(values, 1):
@@ -87,11 +87,11 @@ def _measured(nll, error, perplexity, rolling) -> tuple[str, ...]:
 
 
 def _tasks(found: Mapping[str, Any], source: Mapping[str, Any]) -> str:
-    most = max(len(task.get("exits", [0])) for task in found.values())
+    most = max(len(task.get("loops", [0])) for task in found.values())
     rows = []
     for name, task in found.items():
         metric = task["metric"]
-        exits = [exit_.get(metric) for exit_ in task.get("exits", [])]
+        exits = [exit_.get(metric) for exit_ in task.get("loops", [])]
         earlier = [_percent(exit_) for exit_ in exits[:-1]] or [""] * (most - 1)
         beside = source.get(name)
         rows.append(
@@ -111,7 +111,7 @@ def _mean_row(found, source, most) -> tuple[str, ...]:
 
     cells = []
     for n in range(most):
-        exits = [task.get("exits") for task in found.values()]
+        exits = [task.get("loops") for task in found.values()]
         if all(exits):
             metrics = [task["metric"] for task in found.values()]
             values = [e[n][m]["value"] for e, m in zip(exits, metrics, strict=True)]

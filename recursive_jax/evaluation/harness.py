@@ -221,7 +221,7 @@ def _report(task: Any, by_exit: Sequence[tuple[dict, list[dict]]]) -> dict[str, 
     out = {"items": len({sample["doc_id"] for sample in by_exit[-1][1]}), "metric": name}
     out |= measured[-1][name] | {"metrics": measured[-1]}
     if len(by_exit) > 1:
-        out["exits"] = measured
+        out["loops"] = measured
         if right.size and np.isin(right, (0, 1)).all():
             out["loops"] = loop_report(right > 0)
     return out
