@@ -152,9 +152,9 @@ def measure_exits(
       placed: the model's weights, if they are on the devices already.
 
     Returns:
-      `loops`: every token leaves after the same loop. `by_threshold`: exits by the measure. `oracle`: labelled as
-      such. `rates`: how answers change from loop to loop. All of the same tokens. `shown`: where
-      the first of them leave, for a picture.
+      `loops`: every token leaves after the same loop. `by_threshold`: exits by the measure.
+      `oracle`: labelled as such. `rates`: how answers change from loop to loop. All of the same
+      tokens. `shown`: where the first of them leave, for a picture.
     """
     cfg, found = subject.model.cfg, subject.trace(placed)
     context = subject.windows.tokens.shape[1] / 2

@@ -222,8 +222,8 @@ def test_all_loops_are_measured_in_one_pass(placed, tmp_path):
         assert measured["acc_norm"]["value"] == np.mean(right)
         assert measured["acc_norm"]["stderr"] == pytest.approx(np.std(right, ddof=1) / 2)
     assert task["value"] == task["loops"][-1]["acc_norm"]["value"]
-    gain = task["loops"]["self_correction"][0] - task["loops"]["overthinking"][0]
-    assert task["loops"]["loop_gain"] == [pytest.approx(gain)]
+    gain = task["rates"]["self_correction"][0] - task["rates"]["overthinking"][0]
+    assert task["rates"]["loop_gain"] == [pytest.approx(gain)]
     ppl = found["lambada_openai"]["metrics"]["perplexity"]
     values = []
     for item in evaluated.LAST_WORDS:

@@ -39,8 +39,8 @@ def table(report: Mapping[str, Any]) -> str:
         blocks.append(_perplexity(report["perplexity"], source.get("perplexity") or {}))
     if "tasks" in report:
         blocks.append(_tasks(report["tasks"], source.get("tasks") or {}))
-        if any("loops" in task for task in report["tasks"].values()):
-            blocks.append(_loops(report["tasks"]))
+        if any("rates" in task for task in report["tasks"].values()):
+            blocks.append(_rates(report["tasks"]))
     blocks += _about(report, source)
     return "\n\n".join(blocks)
 
@@ -136,13 +136,13 @@ def _percent(measured: Mapping[str, Any] | None) -> str:
     return f"{100 * value:.1f}" + ("" if error is None else f" ± {100 * error:.1f}") + " %"
 
 
-def _loops(found: Mapping[str, Any]) -> str:
+def _rates(found: Mapping[str, Any]) -> str:
     rows = []
     for name, task in found.items():
-        loops = task.get("loops")
-        if loops is None:
+        rates = task.get("rates")
+        if rates is None:
             continue
-        numbers = (loops[n] for n in ("loop_gain", "self_correction", "overthinking"))
+        numbers = (rates[n] for n in ("loop_gain", "self_correction", "overthinking"))
         for n, values in enumerate(zip(*numbers, strict=True), 1):
             rows.append((name, f"loop {n}", *(f"{100 * value:+.1f} %" for value in values)))
     header = ("task", "since", "loop gain", "self-correction", "overthinking")

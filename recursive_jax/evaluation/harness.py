@@ -213,7 +213,8 @@ def _report(task: Any, by_exit: Sequence[tuple[dict, list[dict]]]) -> dict[str, 
 
     Returns:
       `items`; `metric`: the one the paper reports, its `value` and `stderr`; `metrics`: value and
-      stderr of each. With several exits also `exits` (metrics of each) and `loops` (`loop_report`).
+      stderr of each. With several loops also `loops`, the metrics after each, and `rates`, the
+      `loop_report`.
     """
     measured = [_metrics(task, results, samples) for results, samples in by_exit]
     name = tasks.headline(list(measured[-1]))
@@ -223,7 +224,7 @@ def _report(task: Any, by_exit: Sequence[tuple[dict, list[dict]]]) -> dict[str, 
     if len(by_exit) > 1:
         out["loops"] = measured
         if right.size and np.isin(right, (0, 1)).all():
-            out["loops"] = loop_report(right > 0)
+            out["rates"] = loop_report(right > 0)
     return out
 
 
