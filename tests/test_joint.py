@@ -49,6 +49,7 @@ def error_of(weights, metrics, base, factors):
 
 
 def fit(weights, metrics, rank, **options):
+    options = {"dtype": np.float64} | options
     return joint.fit(weights, metrics, rank, np.random.default_rng(0), **options)
 
 
@@ -74,7 +75,7 @@ def test_rank_zero_is_least_squares(loops):
     for w, m in zip(weights, metrics, strict=True):
         kron = np.kron(full(m.inputs), full(m.outputs))
         left, right = left + kron, right + kron @ np.float64(w).ravel()
-    found = fit(weights, metrics, 0)
+    found = fit(weights, metrics, 0, gain=1e-14)
     np.testing.assert_allclose(
         found.base.ravel(), np.linalg.solve(left, right), rtol=1e-4, atol=1e-4
     )
