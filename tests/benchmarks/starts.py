@@ -4,8 +4,9 @@
         [--loops=2,3] [--ranks=0,64,128] [--starts=svd,split,activations,fisher] \\
         [--calibration_tokens=32768]
 
-A row has perplexity, KL and agreement on 2,048 tokens of two texts, seconds and peak memory. Every
-row is a process of its own. A row that OUT.jsonl has is not run again. The moments are measured
+A row has perplexity, KL and agreement on 2,048 tokens of two texts, seconds and peak memory, and
+the processor time of the whole process, which other jobs do not change much. Every row is a process
+of its own. A row that OUT.jsonl has is not run again. The moments are measured
 once, by the first row that needs them, and cached.
 """
 
@@ -89,6 +90,7 @@ def run(case: dict, out: pathlib.Path) -> None:
         return
     row = {"result": "start", "case": case, **json.loads(row.splitlines()[-1])}
     row["peak_gb"] = round(usage.ru_maxrss / 1e6, 2)
+    row["processor_seconds"] = round(usage.ru_utime + usage.ru_stime, 1)
     with open(out, "a") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row), flush=True)
