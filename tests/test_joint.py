@@ -155,6 +155,17 @@ def test_the_factors_have_the_form_of_an_svd():
         np.testing.assert_allclose(b @ b.T, np.diag(norms**2), atol=1e-4 * norms[0] ** 2)
 
 
+@pytest.mark.parametrize("loops, rank, blocks", [(2, 4, 1), (3, 4, 2), (3, 0, 1)])
+def test_a_search_in_float32_ends_where_one_in_float64_does(loops, rank, blocks):
+    weights, metrics = problem(loops, seed=9, in_dim=24, out_dim=32, in_blocks=blocks)
+    single, double = (fit(weights, metrics, rank, dtype=t) for t in (np.float32, np.float64))
+    assert single.objective[-1] == pytest.approx(double.objective[-1], rel=2e-3)
+    error = error_of(weights, metrics, single.base, single.factors)
+    assert single.objective[-1] == pytest.approx(error, rel=1e-3)
+    for a, b in zip(single.factors, double.factors, strict=True):
+        assert a[0].dtype == b[0].dtype == np.float32
+
+
 @pytest.mark.parametrize("loops, rank", [(2, 2), (3, 2), (2, 0)])
 def test_a_rotation_of_the_inputs_changes_nothing(loops, rank):
     """x' = x Q and W' = Qᵀ W are the same function, so the fit is the same function too."""
