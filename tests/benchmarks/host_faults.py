@@ -108,7 +108,7 @@ class Job:
 
     def row(self, case, **more):
         numbers = sorted(self.ids)
-        texts = {n: self.out(n, "stderr").strip() or self.out(n).strip() for n in numbers}
+        texts = {n: f"{self.out(n, 'stderr')}\n{self.out(n)}".strip() for n in numbers}
         lines = {n: text.splitlines() for n, text in texts.items()}
         errors = {n: [x for x in found if x.startswith("error: ")] for n, found in lines.items()}
         return {
