@@ -148,7 +148,9 @@ def test_flags_that_cannot_work_are_refused(flags, message):
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused(place):
     rows = "--config.data.batch_size=3"
     for process in train(place, [rows], [rows]):
-        assert "data.batch_size=3 does not divide over the 2 devices" in error_of(process)
+        error = error_of(process)
+        assert "data.batch_size=3 does not divide over the 2 devices" in error
+        assert "(1 each on processes 0, 1)" in error
     assert not (place / "run").exists()
 
 
