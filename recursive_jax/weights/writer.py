@@ -178,7 +178,7 @@ class Writer:
         except Exception:  # each client of a bucket has its own kinds
             saved = "and the steps cannot be listed"
         advice = "Make room" if full else "Mend that"
-        return OSError(
+        return paths.StorageFault(
             f"{fault}: step {self._pending_step} is not saved, {saved} "
             f"({self._directory / STEPS}). {advice}, then run the same command again"
         )
