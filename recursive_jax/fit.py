@@ -232,7 +232,8 @@ def make_mesh(config: TrainConfig) -> jax.sharding.Mesh:
         micro = f" / accumulate={config.accumulate}" if config.accumulate > 1 else ""
         raise ValueError(
             f"data.batch_size={config.data.batch_size}{micro} does not divide over the {shards} "
-            "devices of the mesh axes data × fsdp; choose a multiple"
+            f"devices of the mesh axes data × fsdp{sharding.by_host(mesh.devices.flat)}; choose a "
+            "multiple"
         )
     return mesh
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -73,11 +74,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
         raise ValueError(f"mesh {asked}: sizes are positive, and at most one is -1")
     known = math.prod(s for s in sizes if s != -1)
     if len(devices) % known:
-        raise ValueError(f"mesh {asked} does not divide the {len(devices)} devices there are")
+        raise ValueError(
+            f"mesh {asked} does not divide the {len(devices)} devices there are{by_host(devices)}"
+        )
     sizes = [len(devices) // known if s == -1 else s for s in sizes]
     if math.prod(sizes) != len(devices):
         raise ValueError(
-            f"mesh {asked} uses {math.prod(sizes)} of {len(devices)} devices; "
+            f"mesh {asked} uses {math.prod(sizes)} of {len(devices)} devices{by_host(devices)}; "
             "set one of the sizes to -1 to use what is left"
         )
     if len(devices) == len(jax.devices()):
@@ -157,6 +160,21 @@ def state_shardings(abstract_state: Any, param_shardings: Any, mesh: Mesh) -> An
     return jax.tree_util.tree_map_with_path(find, abstract_state)
 
 
+def by_host(devices: Iterable[Any]) -> str:
+    """How many of the devices each host has, such as ' (4 on process 0 of 2 (a), 2 on …)'.
+
+    Empty for one process.
+    """
+    if jax.process_count() == 1:
+        return ""
+    found: dict[int, list[int]] = {}
+    for process, count in sorted(Counter(d.process_index for d in devices).items()):
+        found.setdefault(count, []).append(process)
+    each = {count: " each" if len(who) > 1 else "" for count, who in found.items()}
+    parts = [f"{n}{each[n]} on {hosts.names_of(who)}" for n, who in found.items()]
+    return f" ({', '.join(parts)})"
+
+
 def check_batch_is_local(mesh: Mesh) -> None:
     """ValueError for a mesh on which two processes share rows of the batch.
 
@@ -169,8 +187,8 @@ def check_batch_is_local(mesh: Mesh) -> None:
         sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
         raise ValueError(
             f"mesh {sizes} over {jax.process_count()} processes makes some of them share rows of "
-            f"the batch; mesh.tensor may be at most the devices of a host "
-            f"({jax.local_device_count()}), and data × fsdp a multiple of the processes"
+            f"the batch{by_host(mesh.devices.flat)}; mesh.tensor may be at most the devices of a "
+            f"host ({jax.local_device_count()}), and data × fsdp a multiple of the processes"
         )
 
 

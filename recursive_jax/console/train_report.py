@@ -138,6 +138,9 @@ class Report(Callback):
         if step:
             self.say(f"  step {step} goes to the checkpoint; the steps waited {seconds:.2f} s")
 
+    def on_best(self, step, loss):
+        self.say(f"  step {step} is the best by validation: nll {loss:.4f}; it is kept")
+
     @property
     def tokens_per_second(self) -> float:
         return self.config.tokens_per_step / self.clock.seconds_per_step
