@@ -27,6 +27,9 @@ RULES: tuple[tuple[str, Any], ...] = (
     ("mlp", "tensor"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
+    ("lora_mlp", ("tensor", "fsdp")),
+    ("lora_heads", ("tensor", "fsdp")),
+    ("lora_kv_heads", ("tensor", "fsdp")),
     ("head_dim", None),
     ("vocab", "tensor"),
     ("rank", None),
@@ -94,7 +97,12 @@ def rules_for(mesh: Mesh, cfg) -> tuple[tuple[str, Any], ...]:
         "vocab": cfg.vocab_size,
         "embed": cfg.embed_dim,
     }
-    rules = []
+    wide = {
+        "lora_mlp": ("mlp", cfg.mlp_dim),
+        "lora_heads": ("heads", cfg.num_heads * cfg.head_dim),
+        "lora_kv_heads": ("kv_heads", cfg.num_kv_heads * cfg.head_dim),
+    }
+    rules: dict[str, Any] = {}
     for name, axis in RULES:
         if axis is not None and name in sizes and sizes[name] % mesh.shape[axis]:
             logging.warning(
@@ -105,8 +113,13 @@ def rules_for(mesh: Mesh, cfg) -> tuple[tuple[str, Any], ...]:
                 mesh.shape[axis],
             )
             axis = None
-        rules.append((name, axis))
-    return tuple(rules)
+        if name in wide:  # as the axis of the weight, and further if it divides
+            base, size = wide[name]
+            further = tuple(a for a in axis if a == rules[base] or a != "tensor")
+            divides = size % math.prod(mesh.shape[a] for a in further) == 0
+            axis = further if divides else rules[base]
+        rules[name] = axis
+    return tuple(rules.items())
 
 
 def shardings(logical_axes: Any, mesh: Mesh, rules=RULES) -> Any:
