@@ -50,6 +50,7 @@ def get_config() -> ConfigDict:
     c.data.cache_dir = ""  # tokenised text; '' = the user's cache directory
     c.data.eval_tokens = 20_000  # scored at each evaluation
     c.data.epochs = 1  # most passes over a directory of recursive_jax.tokenize
+    c.data.teacher = ""  # directory of recursive_jax.teach; '' = the teacher runs in each step
 
     c.objective = ConfigDict()  # recursive_jax.training.losses.Objective
     c.objective.ce = 1.0

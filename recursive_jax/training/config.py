@@ -37,6 +37,8 @@ class DataConfig:
       eval_tokens: scored at each evaluation.
       epochs: a run takes at most so many passes over a directory of `recursive_jax.tokenize`. Text
         that is no such directory is repeated as often as needed.
+      teacher: directory of `recursive_jax.teach`: distil from its draws, without the teacher in
+        memory. '': the teacher runs in each step.
     """
 
     train: str = "docstrings"
@@ -47,6 +49,7 @@ class DataConfig:
     cache_dir: str = ""
     eval_tokens: int = 20_000
     epochs: int = 1
+    teacher: str = ""
 
     def __post_init__(self):
         check_kinds(self, "data.")
@@ -181,6 +184,11 @@ class TrainConfig:
             raise ValueError(
                 f"accumulate={self.accumulate} does not divide data.batch_size="
                 f"{self.data.batch_size}; choose a divisor"
+            )
+        if self.data.teacher and not self.objective.kd:
+            raise ValueError(
+                f"data.teacher={self.data.teacher} with objective.kd=0 would teach nothing; leave "
+                "it out, or set objective.kd > 0"
             )
         if self.remat not in REMAT_CHOICES:
             raise ValueError(f"remat={self.remat!r}; expected one of {', '.join(REMAT_CHOICES)}")

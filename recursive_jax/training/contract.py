@@ -25,6 +25,7 @@ class RunContract:
 
     Attributes:
       training_text, held_out_text: hashes of the tokenised text.
+      teacher_draws: fingerprint; '': the teacher runs in each step, or there is none.
       near_start: the settings are those of `TrainConfig.from_near`.
       clipping, own_lora_rate, ema: these change the tree of the saved state.
     """
@@ -41,6 +42,7 @@ class RunContract:
     ema: bool = False
     near_start: bool = False
     loop_curriculum: str = "none"
+    teacher_draws: str = ""
 
     _SAVED_AS = {
         "training_text": "training text",
@@ -50,6 +52,7 @@ class RunContract:
         "ema": "averaged weights",
         "near_start": "near start",
         "loop_curriculum": "loop curriculum",
+        "teacher_draws": "draws of the teacher",
     }
 
     @classmethod
@@ -59,6 +62,7 @@ class RunContract:
         training: np.ndarray | str,
         held_out: np.ndarray,
         near_kl: float | None = None,
+        teacher_draws: str = "",
     ) -> RunContract:
         """The contract of a config and its text.
 
@@ -67,6 +71,7 @@ class RunContract:
           training: hashes of the training documents, uint64 `[D]`, or `Rows.content`.
           held_out: tokens of the held-out windows, int32 `[N, T]`.
           near_kl: of a near start, for which the config is; None: the start is another.
+          teacher_draws: fingerprint of them; '': there are none.
         """
         curriculum = config.loop_curriculum
         if curriculum == "growing":
@@ -84,6 +89,7 @@ class RunContract:
             ema=config.ema_decay > 0,
             near_start=near_kl is not None,
             loop_curriculum=curriculum,
+            teacher_draws=teacher_draws,
         )
 
     @classmethod
