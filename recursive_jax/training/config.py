@@ -8,9 +8,11 @@ from typing import Any
 
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import REMAT_CHOICES
+from recursive_jax.models.parameters import leaves
 from recursive_jax.training.curriculum import CURRICULA, LoopCurriculum
 from recursive_jax.training.losses import Objective
 from recursive_jax.training.optimizer import OptimizerConfig
+from recursive_jax.training.rates import Rates
 from recursive_jax.training.values import check_kinds
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -230,7 +232,8 @@ class TrainConfig:
         )
 
     def check_fits(self, cfg: DecoderConfig) -> None:
-        """Raise ValueError if a model has no loops or exits that these settings need."""
+        """Raise ValueError if a model lacks loops, exits or parameters of these settings."""
+        Rates(self.optimizer.rates).check(leaves(cfg))
         if self.curriculum(cfg.num_loops) is not None:
             cfg.check_cycle("loop_curriculum")
         if self.objective.exits and cfg.num_loops > 1:

@@ -12,6 +12,7 @@ import numpy as np
 
 from recursive_jax.training.config import TrainConfig
 from recursive_jax.training.losses import Objective
+from recursive_jax.training.optimizer import OptimizerConfig
 
 PROGRESS_KEY = "plan"  # in the saved progress; renaming it would break resuming older runs
 
@@ -27,7 +28,7 @@ class RunContract:
       training_text, held_out_text: hashes of the tokenised text.
       teacher_draws: fingerprint; '': the teacher runs in each step, or there is none.
       near_start: the settings are those of `TrainConfig.from_near`.
-      clipping, own_lora_rate, ema: these change the tree of the saved state.
+      clipping, own_lora_rate, ema, optimizer: these change the tree of the saved state.
     """
 
     num_steps: int
@@ -43,6 +44,7 @@ class RunContract:
     near_start: bool = False
     loop_curriculum: str = "none"
     teacher_draws: str = ""
+    optimizer: str = "adamw"
 
     _SAVED_AS = {
         "training_text": "training text",
@@ -90,6 +92,7 @@ class RunContract:
             near_start=near_kl is not None,
             loop_curriculum=curriculum,
             teacher_draws=teacher_draws,
+            optimizer=_state_of(config.optimizer),
         )
 
     @classmethod
@@ -121,6 +124,16 @@ class RunContract:
             f"{workdir} cannot go on where it stopped: {then}; now {now}. "
             f"Put it back, or start a new --workdir with --config.init_from={workdir}"
         )
+
+
+def _state_of(optimizer: OptimizerConfig) -> str:
+    """What determines the arrays of an optimizer besides clipping and the LoRAs' rate."""
+    words = [optimizer.name]
+    if optimizer.mu_dtype != "float32":
+        words.append(f"with moments in {optimizer.mu_dtype}")
+    if optimizer.rates:
+        words.append(f"at rates {optimizer.rates!r}")
+    return " ".join(words)
 
 
 def _hash(array: np.ndarray) -> str:
