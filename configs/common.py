@@ -50,6 +50,7 @@ def get_config() -> ConfigDict:
     c.data.cache_dir = ""  # tokenised text; '' = the user's cache directory
     c.data.eval_tokens = 20_000  # scored at each evaluation
     c.data.epochs = 1  # most passes over a directory of recursive_jax.tokenize
+    c.data.teacher = ""  # directory of recursive_jax.teach; '' = the teacher runs in each step
 
     c.objective = ConfigDict()  # recursive_jax.training.losses.Objective
     c.objective.ce = 1.0
@@ -61,12 +62,19 @@ def get_config() -> ConfigDict:
     c.objective.exit_kd = 0.0
 
     c.optimizer = ConfigDict()  # recursive_jax.training.optimizer.OptimizerConfig
+    c.optimizer.name = "adamw"  # adafactor lion muon
     c.optimizer.learning_rate = 2e-4
+    c.optimizer.schedule = "cosine"  # wsd constant
     c.optimizer.warmup_steps = 200
     c.optimizer.final_fraction = 0.1
+    c.optimizer.decay_share = 0.2  # of the steps, at the end of wsd
+    # factors of the learning rate by path, the first match counts, 0 freezes; such as
+    # 'embedding=0 block/.*/lora_[ab]=2 .*=1'
+    c.optimizer.rates = ""
     c.optimizer.b1 = 0.9
     c.optimizer.b2 = 0.95
     c.optimizer.eps = 1e-8
+    c.optimizer.mu_dtype = "float32"  # of first moments; or bfloat16
     c.optimizer.weight_decay = 0.1
     c.optimizer.decay_on = "weights"  # or matrices: LoRA factors and embeddings as well
     c.optimizer.clip_norm = 1.0

@@ -30,6 +30,7 @@ from recursive_jax.training.clock import RunClock
 from recursive_jax.training.config import TrainConfig
 from recursive_jax.training.contract import PROGRESS_KEY, RunContract
 from recursive_jax.training.corpus import Corpus
+from recursive_jax.training.draw_files import find_manifest
 from recursive_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from recursive_jax.training.profile import Profile
 from recursive_jax.training.setup import TrainSetup
@@ -79,8 +80,8 @@ def fit(
       model: what to start from. A run in `workdir` replaces its weights.
       config: of the run.
       corpus: its text, as `corpus.open_corpus` returns it.
-      teacher: vanilla model to distil from; needed if `config.objective.kd` > 0. Without
-        distillation only its size is in the summary.
+      teacher: vanilla model to distil from; needed if `config.objective.kd` > 0 and the corpus has
+        no draws from it. Otherwise only its size is in the summary.
       workdir: for checkpoints, metrics and the summary; None writes nothing.
       stop: tells when to stop; None runs to the end.
       quiet: print nothing.
@@ -112,7 +113,9 @@ def fit(
     plan = plan_of(config, setup, mesh)
     if jax.process_count() > 1:  # the memory of each host's devices decides
         hosts.agree({"gather": plan.words}, "how weights are gathered (--config.gather)")
-    contract = RunContract.of(config, corpus.rows.content, corpus.windows.tokens, near_kl)
+    contract = RunContract.of(
+        config, corpus.rows.content, corpus.windows.tokens, near_kl, corpus.draws_fingerprint
+    )
     if saved is not None:
         # On all processes, before any of them opens arrays.
         together(lambda: contract.check(saved[PROGRESS_KEY], workdir))
@@ -122,8 +125,9 @@ def fit(
         teacher_params = teacher.weights.load(places, setup.teacher.dtype)
     trainer = Trainer(setup, mesh, teacher_params, config.curriculum(model.cfg.num_loops))
     batches = data.batches(
-        corpus.rows, config.data.batch_size, config.seed, jax.process_index(), jax.process_count()
-    )
+        corpus.rows, config.data.batch_size, config.seed, jax.process_index(), jax.process_count(),
+        corpus.draws and corpus.draws.join,
+    )  # fmt: skip
     first_step, history, spent = 0, [], 0.0
     if saved is not None:
         # Not always the step of `saved`: one whose arrays are damaged is set aside.
@@ -249,9 +253,12 @@ def make_setup(
     """The step of a run; ValueError where teacher and model do not fit together."""
     dtype = sharding.compute_dtype(config.dtype)
     options = dict(dtype=dtype, remat_policy=config.remat, data_shards=sharding.data_shards(mesh))
-    num_ids = None
+    num_ids, draws = None, 0
     config.check_fits(model.cfg)
-    if config.objective.kd:
+    if config.data.teacher:
+        job = find_manifest(config.data.teacher).job
+        num_ids, draws = job.num_ids, job.draws
+    elif config.objective.kd:
         if teacher is None:
             raise ValueError(
                 "objective.kd > 0 needs the model to distil from: set --config.source, or "
@@ -262,11 +269,12 @@ def make_setup(
         Decoder(model.cfg, unroll_layers=config.unroll_layers, **options),
         make_optimizer(config.optimizer, config.num_steps),
         config.objective,
-        Decoder(teacher.cfg, **options) if config.objective.kd else None,
+        Decoder(teacher.cfg, **options) if config.objective.kd and not draws else None,
         num_ids,
         config.accumulate,
         config.ema_decay,
         least_chunk=1 if mesh.devices.flat[0].platform == "cpu" else LEAST_CHUNK,
+        draws=draws,
     )
     plan = plan_of(config, setup, mesh)
     return dataclasses.replace(setup, gather=plan.gather)

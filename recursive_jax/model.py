@@ -151,6 +151,7 @@ class Model(Measures):
           ValueError: an impossible setting; FloatingPointError: the loss is not finite.
         """
         from recursive_jax.fit import fit, make_mesh, make_setup
+        from recursive_jax.teaching import open_draws
         from recursive_jax.training.corpus import open_corpus
         from recursive_jax.training.loop import Stop
 
@@ -170,6 +171,7 @@ class Model(Measures):
         make_setup(self, config, teacher, make_mesh(config))  # refused before any text is read
         sizes = self.cfg.vocab_size, config.seed
         corpus = open_corpus(config.data, self.tokenizer, *sizes, progress=not quiet)
+        corpus = open_draws(config, corpus, self, teacher, progress=not quiet)
         with contextlib.ExitStack() as stack:
             if workdir is not None:
                 stack.enter_context(workdir_lock.hold(workdir, note))

@@ -213,7 +213,8 @@ def data_shards(mesh: Mesh) -> int:
 def state_shardings(abstract_state: Any, param_shardings: Any, mesh: Mesh) -> Any:
     """Shardings of a train state: optimizer moments are sharded like their parameters.
 
-    The path of a moment ends in the path of its parameter. All other leaves are replicated.
+    The path of a moment ends in the path of its parameter. All other leaves are replicated, such as
+    the factors of second moments, which have fewer axes than their parameter.
     """
     by_path = {
         tuple(k.key for k in path): s
@@ -223,7 +224,7 @@ def state_shardings(abstract_state: Any, param_shardings: Any, mesh: Mesh) -> An
     def find(path, leaf):
         keys = tuple(k.key for k in path if hasattr(k, "key"))
         for start in range(len(keys)):
-            if keys[start:] in by_path:
+            if keys[start:] in by_path and leaf.ndim >= len(by_path[keys[start:]].spec):
                 return by_path[keys[start:]]
         return replicated(mesh)
 

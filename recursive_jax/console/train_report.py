@@ -81,6 +81,8 @@ class Report(Callback):
                       f"{tables.count((steps - first_step) * tokens)}, "
                       f"{steps * config.data.batch_size / len(rows):.2f} epochs in all"),
         ]  # fmt: skip
+        if config.data.teacher:
+            table.append(("teacher", f"not in memory: draws in {config.data.teacher}"))
         if self.near_kl is not None:
             labels = (
                 f"cross-entropy × {config.objective.ce:g}" if config.objective.ce else "no labels"

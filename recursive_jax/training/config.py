@@ -8,9 +8,11 @@ from typing import Any
 
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import REMAT_CHOICES
+from recursive_jax.models.parameters import leaves
 from recursive_jax.training.curriculum import CURRICULA, LoopCurriculum
 from recursive_jax.training.losses import Objective
 from recursive_jax.training.optimizer import OptimizerConfig
+from recursive_jax.training.rates import Rates
 from recursive_jax.training.values import check_kinds
 
 GATHER_CHOICES = ("auto", "step", "layer")
@@ -38,6 +40,8 @@ class DataConfig:
       eval_tokens: scored at each evaluation.
       epochs: a run takes at most so many passes over a directory of `recursive_jax.tokenize`. Text
         that is no such directory is repeated as often as needed.
+      teacher: directory of `recursive_jax.teach`: distil from its draws, without the teacher in
+        memory. '': the teacher runs in each step.
     """
 
     train: str = "docstrings"
@@ -48,6 +52,7 @@ class DataConfig:
     cache_dir: str = ""
     eval_tokens: int = 20_000
     epochs: int = 1
+    teacher: str = ""
 
     def __post_init__(self):
         check_kinds(self, "data.")
@@ -190,6 +195,11 @@ class TrainConfig:
                 f"accumulate={self.accumulate} does not divide data.batch_size="
                 f"{self.data.batch_size}; choose a divisor"
             )
+        if self.data.teacher and not self.objective.kd:
+            raise ValueError(
+                f"data.teacher={self.data.teacher} with objective.kd=0 would teach nothing; leave "
+                "it out, or set objective.kd > 0"
+            )
         if self.remat not in REMAT_CHOICES:
             raise ValueError(f"remat={self.remat!r}; expected one of {', '.join(REMAT_CHOICES)}")
         if self.gather not in GATHER_CHOICES:
@@ -232,7 +242,8 @@ class TrainConfig:
         )
 
     def check_fits(self, cfg: DecoderConfig) -> None:
-        """Raise ValueError if a model has no loops or exits that these settings need."""
+        """Raise ValueError if a model lacks loops, exits or parameters of these settings."""
+        Rates(self.optimizer.rates).check(leaves(cfg))
         if self.curriculum(cfg.num_loops) is not None:
             cfg.check_cycle("loop_curriculum")
         if self.objective.exits and cfg.num_loops > 1:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from recursive_jax.models.chunked_head import cross_entropy
+from recursive_jax.training.draws import Draws, drawn_kl
 from recursive_jax.training.values import check_kinds
 
 KD_LOSSES = ("forward_kl", "reverse_kl", "jsd", "tvd")
@@ -119,7 +120,7 @@ def token_losses(
     logits: Sequence[jax.Array],
     targets: jax.Array,
     weights: jax.Array,
-    teacher_logits: jax.Array | None,
+    teacher_logits: jax.Array | Draws | None,
     num_ids: int | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss summed over tokens, and the sums of its parts.
@@ -128,7 +129,7 @@ def token_losses(
       objective: weights of the terms.
       logits: f32 `[B, T, V]` of every exit E in order of depth, the last loop's last.
       targets, weights: `[B, T]`.
-      teacher_logits: `[B, T, V]` or None.
+      teacher_logits: `[B, T, V]`, or draws in their place, or None.
       num_ids: the teacher is compared over the first so many ids only; the others are padding of
         the embedding tables. None: over all.
 
@@ -140,7 +141,10 @@ def token_losses(
     zero = jnp.zeros((), jnp.float32)
     kd, exit_kd = zero, zero
     kd_of = functools.partial(divergence, kind=objective.kd_loss, temperature=objective.temperature)
-    if teacher_logits is not None:
+    if isinstance(teacher_logits, Draws):
+        ours = logits[-1][..., :num_ids]
+        kd = (weights * drawn_kl(ours, teacher_logits, objective.temperature)).sum()
+    elif teacher_logits is not None:
         ours, theirs = logits[-1][..., :num_ids], teacher_logits[..., :num_ids]
         kd = (weights * kd_of(ours, theirs)).sum()
     *early, last = objective.exit_weights(len(logits))

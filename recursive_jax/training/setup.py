@@ -33,7 +33,7 @@ class TrainSetup:
       tx: the optimizer.
       objective: weights of the loss terms.
       teacher: vanilla source whose logits are distilled. It runs in the same step, without
-        gradient. Required if `objective.kd` > 0, else None.
+        gradient. Required if `objective.kd` > 0 and `draws` is 0, else None.
       num_ids: the teacher and the student are compared over the first so many ids, those of their
         tokenizer. None: over all. Needed where their embeddings are padded to different sizes.
       accumulate: micro-batches of a step; divides the batch size.
@@ -42,6 +42,7 @@ class TrainSetup:
       least_chunk: but a chunk has at least so many positions, where there are so many. A product
         with few rows reads the head longer than it multiplies.
       gather: gathers the weights once a step; None: the compiler gathers them where it needs them.
+      draws: of a token from the teacher, which come with the batches in its place; 0: none.
 
     Raises:
       ValueError: teacher and objective contradict each other, or the vocabularies differ.
@@ -57,13 +58,19 @@ class TrainSetup:
     logits_bytes: int = 256 << 20
     least_chunk: int = 1
     gather: Gather | None = None
+    draws: int = 0
 
     def __post_init__(self):
-        if (self.teacher is None) != (self.objective.kd == 0):
+        if (self.teacher is None and not self.draws) != (self.objective.kd == 0):
             raise ValueError(
                 f"objective.kd={self.objective.kd} and teacher="
                 f"{'given' if self.teacher else 'none'}: distillation needs a teacher, and a "
                 "teacher needs objective.kd > 0"
+            )
+        if self.draws and self.objective.kd_loss != "forward_kl":
+            raise ValueError(
+                f"objective.kd_loss={self.objective.kd_loss!r} needs the whole distributions of "
+                "the teacher; from draws (data.teacher) only forward_kl is learnt"
             )
         if self.teacher is not None and self.num_ids is None:
             theirs, ours = self.teacher.cfg.vocab_size, self.model.cfg.vocab_size
@@ -119,11 +126,13 @@ class TrainSetup:
         hidden = model.apply({"params": params}, *_inputs(batch), all_loops=exits, loops=loops)
         hidden = hidden if exits else hidden[None]
         data = {"targets": batch.targets, "weights": batch.weights}
-        if teacher is not None:
+        if self.draws:
+            data["teacher"] = batch.teacher
+        elif teacher is not None:
             data["teacher"] = taught
 
         def chunk_loss(head, hidden, data):
-            teacher_logits = None
+            teacher_logits = data.get("teacher")
             if teacher is not None:
                 teacher_logits = _unembed(teacher, teacher_head, data["teacher"])
             logits = [_unembed(model, head, x) for x in hidden]
@@ -234,7 +243,7 @@ class TrainSetup:
         means = {name: x / count for name, x in sums.items()}
         metrics = {"loss": means["loss"], "tokens": sums["tokens"]}
         metrics |= {"ce": means["ce"][-1], "accuracy": means["correct"][-1]}
-        if self.teacher is not None:
+        if self.objective.kd:
             metrics["kd"] = means["kd"]
         exits = len(means["ce"]) - 1  # of the loops that ran, without the last
         for i in range(exits):
