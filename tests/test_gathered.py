@@ -13,6 +13,7 @@ from recursive_jax.models.decoder import Decoder
 from recursive_jax.models.parameters import abstract_params, head_params, logical_axes
 from recursive_jax.trainer import Trainer, teacher_shardings
 from recursive_jax.training.data import Batch
+from recursive_jax.training.draws import Draws
 from recursive_jax.training.gathered import Gather
 from recursive_jax.training.losses import Objective
 from recursive_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -39,7 +40,7 @@ def params(cfg):
     return jax.tree_util.tree_map_with_path(draw, abstract_params(cfg))
 
 
-def packed_batch():
+def packed_batch(num_draws=0):
     """Two documents a row, uneven numbers of scored tokens, padding in the last row."""
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, 64, (ROWS, LENGTH + 1)).astype(np.int32)
@@ -48,9 +49,14 @@ def packed_batch():
     segments[-1, -5:] = 0
     positions = np.broadcast_to(np.where(column < 6, column, column - 6), segments.shape)
     weights = (rng.random(segments.shape) < np.linspace(0.2, 1, ROWS)[:, None]) * (segments > 0)
+    taught = None
+    if num_draws:
+        ids = rng.integers(0, 64, (ROWS, LENGTH, num_draws)).astype(np.int32)
+        taught = Draws(ids, np.ones(ids.shape, np.uint8), np.ones(segments.shape, np.float32))
     return Batch(
-        tokens[:, :-1], tokens[:, 1:], weights.astype(np.float32), positions.copy(), segments
-    )
+        tokens[:, :-1], tokens[:, 1:], weights.astype(np.float32), positions.copy(), segments,
+        taught,
+    )  # fmt: skip
 
 
 def gather_of(mesh, cfg, teacher=None, **options):
@@ -68,14 +74,16 @@ def gradients(setup, mesh, loops):
     p = sharding.put_global(params(student), places)
     t = teacher and sharding.put_global(params(teacher), teacher_shardings(teacher, mesh))
     with sharding.use(mesh, rules):
-        batch = sharding.put_local_batch(packed_batch(), mesh)
+        batch = sharding.put_local_batch(packed_batch(setup.draws), mesh)
         run = jax.jit(setup.gradient_sum, static_argnames="loops", out_shardings=(places, None))
         return jax.tree.map(np.asarray, run(p, batch, t, loops=loops))
 
 
+DRAWS = 5
 CASES = {  # student, objective, loops
     "all": (STUDENT.replace(prefix_length=3), Objective(exit_coefficient=0.3, exit_kd=0.5), None),
     "dense, fewer loops": (DENSE, Objective(kd=0.0), 2),
+    "draws": (DENSE, Objective(ce=0.5, kd=1.0), None),  # from the teacher, in its place
 }
 
 
@@ -83,11 +91,15 @@ CASES = {  # student, objective, loops
 def plain(case):
     cfg, objective, loops = CASES[case]
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    return gradients(setup_of(cfg, objective), mesh, loops)
+    return gradients(setup_of(cfg, objective, **replaced(case)), mesh, loops)
+
+
+def replaced(case):
+    return {"draws": DRAWS} if case == "draws" else {}
 
 
 def setup_of(cfg, objective, tx=None, **options):
-    teacher = Decoder(TEACHER) if objective.kd else None
+    teacher = Decoder(TEACHER) if objective.kd and not options.get("draws") else None
     # room for the logits of five positions: the loss works in chunks
     return TrainSetup(
         Decoder(cfg, remat_policy="full"), tx, objective, teacher, logits_bytes=5 * 4 * 64 * 4,
@@ -102,14 +114,16 @@ def setup_of(cfg, objective, tx=None, **options):
         ("all", (2, 4, 1), 2, {"reduce_each": True}),
         ("all", (2, 2, 2), 1, {}),
         ("dense, fewer loops", (8, 1, 1), 1, {}),
+        ("draws", (2, 4, 1), 2, {}),
     ],
-    ids=["rings", "reduced by micro-batch", "tensor", "data"],
+    ids=["rings", "reduced by micro-batch", "tensor", "data", "draws"],
 )
 def test_gradients_are_those_of_one_device(case, sizes, accumulate, options):
     cfg, objective, loops = CASES[case]
     mesh = sharding.make_mesh(*sizes)
-    gather = gather_of(mesh, cfg, TEACHER if objective.kd else None, **options)
-    setup = setup_of(cfg, objective, accumulate=accumulate, gather=gather)
+    teacher = TEACHER if objective.kd and not replaced(case) else None
+    gather = gather_of(mesh, cfg, teacher, **options)
+    setup = setup_of(cfg, objective, accumulate=accumulate, gather=gather, **replaced(case))
     (grads, sums), (expected, expected_sums) = gradients(setup, mesh, loops), plain(case)
     assert set(sums) == set(expected_sums)
     for name, value in expected_sums.items():
