@@ -40,8 +40,9 @@ def check(project: str) -> None:
 
 
 def _refused(error: Exception) -> ValueError:
+    reason = str(error).rstrip(".")
     return ValueError(
-        f"wandb: {str(error).rstrip('.')}. Log in with `wandb login`, set WANDB_MODE=offline, or leave out "
+        f"wandb: {reason}. Log in with `wandb login`, set WANDB_MODE=offline, or leave out "
         "--config.wandb"
     )
 
