@@ -95,6 +95,7 @@ def get_config() -> ConfigDict:
     c.seed = 0
     c.dtype = "auto"  # compute: float32 on CPU, bfloat16 on TPU and GPU
     c.remat = "dots"  # none full dots offload_dots save_all_but_merged
+    c.gather = "auto"  # weights spread over devices: once a step if that fits; or step, layer
     c.unroll_layers = 1
     c.max_skipped_steps = 8  # in a row, where loss or gradient is not finite; then the run stops
     c.peak_flops = 0.0  # bfloat16 FLOP/s of one device, for MFU; 0 = by the kind of the device
@@ -108,7 +109,7 @@ def get_config() -> ConfigDict:
 
     c.mesh = ConfigDict()  # devices by axis, one may be -1
     c.mesh.data = -1
-    c.mesh.fsdp = 1
+    c.mesh.fsdp = 0  # 0: on TPUs the chips of a slice, elsewhere 1
     c.mesh.tensor = 1
     c.lock()  # an unknown key is an error
     c.scratch.unlock()

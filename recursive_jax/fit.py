@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from recursive_jax import metrics, paths, sharding, wandb_log
+from recursive_jax import device_memory, hosts, metrics, paths, sharding, wandb_log
 from recursive_jax.console import output
 from recursive_jax.console.train_report import Report
+from recursive_jax.device_memory import Plan
 from recursive_jax.evaluation.certificate import certified_kl
 from recursive_jax.evaluation.perplexity import perplexity
 from recursive_jax.models.decoder import Decoder
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from recursive_jax.model import Model
 
 SUMMARY = "summary.json"
+LEAST_CHUNK = 1024  # positions of a chunk of the loss on accelerators: arithmetic, not memory
 
 
 @dataclasses.dataclass
@@ -108,6 +110,9 @@ def fit(
     config, near_kl = for_start(config, model.certificate, saved and saved[PROGRESS_KEY])
     mesh = make_mesh(config)
     setup = make_setup(model, config, teacher, mesh)
+    plan = plan_of(config, setup, mesh)
+    if jax.process_count() > 1:  # the memory of each host's devices decides
+        hosts.agree({"gather": plan.words}, "how weights are gathered (--config.gather)")
     contract = RunContract.of(
         config, corpus.rows.content, corpus.windows.tokens, near_kl, corpus.draws_fingerprint
     )
@@ -143,7 +148,7 @@ def fit(
     report = Report(config, clock, quiet, near_kl, peak and peak * mesh.size)
     flops = flops_of(config, setup)
     report.start(model, origin or model.name, mesh, setup.model.dtype, corpus.rows, first_step,
-                 flops(model.cfg.num_loops))  # fmt: skip
+                 flops(model.cfg.num_loops), plan.words)  # fmt: skip
 
     def seconds() -> float:
         return spent + time.time() - began
@@ -236,7 +241,8 @@ def make_mesh(config: TrainConfig) -> jax.sharding.Mesh:
         micro = f" / accumulate={config.accumulate}" if config.accumulate > 1 else ""
         raise ValueError(
             f"data.batch_size={config.data.batch_size}{micro} does not divide over the {shards} "
-            "devices of the mesh axes data × fsdp; choose a multiple"
+            f"devices of the mesh axes data × fsdp{sharding.by_host(mesh.devices.flat)}; choose a "
+            "multiple"
         )
     return mesh
 
@@ -259,7 +265,7 @@ def make_setup(
                 "teacher=MODEL in Python"
             )
         num_ids = shared_ids(model, teacher)
-    return TrainSetup(
+    setup = TrainSetup(
         Decoder(model.cfg, unroll_layers=config.unroll_layers, **options),
         make_optimizer(config.optimizer, config.num_steps),
         config.objective,
@@ -267,8 +273,17 @@ def make_setup(
         num_ids,
         config.accumulate,
         config.ema_decay,
+        least_chunk=1 if mesh.devices.flat[0].platform == "cpu" else LEAST_CHUNK,
         draws=draws,
     )
+    plan = plan_of(config, setup, mesh)
+    return dataclasses.replace(setup, gather=plan.gather)
+
+
+def plan_of(config: TrainConfig, setup: TrainSetup, mesh: jax.sharding.Mesh) -> Plan:
+    """How a run gathers its weights."""
+    sizes = config.data.batch_size, config.data.context_length
+    return device_memory.plan(setup, mesh, *sizes, config.gather)
 
 
 def shared_ids(model: Model, teacher: Model) -> int | None:

@@ -147,3 +147,34 @@ def test_the_run_that_began_last_has_the_workdir(bucket):
 def test_a_bucket_that_cannot_be_used_is_named(bucket, spec, words):
     with pytest.raises(ValueError, match=words):
         paths.path_of(spec)
+
+
+def _caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (OSError(28, "No space left on device"), True),
+        (_caused(ValueError("read"), OSError(116, "Stale file handle")), True),
+        (TimeoutError("no answer within 60 s"), True),
+        (paths.StorageFault("step 3 is not saved"), True),
+        (ValueError("UNAVAILABLE: Error opening zarr"), True),
+        (_caused(paths.StorageFault("step 3"), ValueError("PERMISSION_DENIED: 403")), False),
+        (_caused(ValueError("gs://a cannot be used"), OSError("Forbidden: gs://a")), False),
+        (FileNotFoundError(2, "No such file"), False),
+        (PermissionError(13, "Permission denied"), False),
+        (ValueError("data.batch_size=3"), False),
+    ],
+)
+def test_what_may_pass_is_told_from_a_mistake(error, passes):
+    assert paths.may_pass(error) == passes
+
+
+@pytest.mark.parametrize(("code", "passes"), [(403, False), (429, True), (503, True)])
+def test_the_answer_of_a_bucket_tells_whether_it_may_pass(code, passes):
+    retry = pytest.importorskip("gcsfs.retry", reason="gcsfs reads gs://")
+    error = retry.HttpError({"code": code, "message": "an answer"})
+    assert paths.may_pass(_caused(ValueError("gs://a cannot be used"), error)) == passes

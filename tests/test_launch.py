@@ -14,7 +14,7 @@ import pytest
 from absl import flags
 from commands import ROOT
 
-from recursive_jax import train
+from recursive_jax import hosts, train
 
 yaml = pytest.importorskip("yaml")
 LAUNCH = ROOT / "launch"
@@ -154,7 +154,9 @@ def test_the_jobset_asks_for_whole_slices_and_starts_again():
 def test_the_skypilot_task_is_one_that_is_started_again(tmp_path):
     task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
     assert task["resources"]["use_spot"] and task["envs"]["JAX_COORDINATOR_PORT"] == PORT
-    assert task["resources"]["job_recovery"]["max_restarts_on_errors"] > 0
+    recovery = task["resources"]["job_recovery"]
+    assert hosts.AGAIN in recovery["recover_on_exit_codes"]
+    assert 2 not in recovery["recover_on_exit_codes"] and recovery["max_restarts_on_errors"] == 0
     known = {"name", "resources", "num_nodes", "envs", "file_mounts", "setup", "run", "workdir"}
     assert set(task) <= known
     assert task["envs"]["WORKDIR"].startswith(tuple(task["file_mounts"]))

@@ -78,7 +78,8 @@ def test_rules_by_hand():
         "block/pre_attention_norm/scale": P(None, None, None),  # [layer, loop, D]
         "block/attention/q/w": P(None, "fsdp", "tensor"),  # [layer, in, out]
         "block/attention/q/lora_a": P(None, None, "fsdp", None),  # [layer, loop, in, R]
-        "block/attention/q/lora_b": P(None, None, None, "tensor"),  # [layer, loop, R, out]
+        # [layer, loop, R, out]
+        "block/attention/q/lora_b": P(None, None, None, ("tensor", "fsdp")),
         "block/attention/q/b": P(None, None, "tensor"),  # [layer, loop, out]
         "block/attention/k/w": P(None, "fsdp", "tensor"),
         "block/attention/k/b": P(None, None, "tensor"),

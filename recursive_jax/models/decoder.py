@@ -180,7 +180,7 @@ class Decoder(nn.Module):
         """Token embeddings `[..., D]` of tokens `[B]` or `[B, T]`, scaled as the family does."""
         # Rows are gathered on the shard that holds them; otherwise XLA replicates the table.
         table = nn.with_logical_constraint(self.embedding, ("vocab", "embed_activation"))
-        x = jnp.take(table, tokens, axis=0).astype(self.dtype)
+        x = lookup(table, tokens).astype(self.dtype)
         if self.cfg.embed_scale != 1.0:
             x = x * jnp.asarray(self.cfg.embed_scale, self.dtype)
         return _constrained(x, "embed_activation")
@@ -237,6 +237,27 @@ class Decoder(nn.Module):
 
     def _run(self, x, loop, context, cache):
         return self.block((x, cache), loop, context, layer_tables(self.cfg))[0]
+
+
+def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Rows of the table `[V, D]`; its gradient is summed in float32, whatever its dtype.
+
+    A frequent token adds hundreds of gradients to one row: a bfloat16 sum would lose most of them.
+    """
+    shape, dtype = table.shape, table.dtype
+    if dtype == jnp.float32:
+        return jnp.take(table, tokens, axis=0)
+
+    @jax.custom_vjp
+    def rows(table, tokens):
+        return jnp.take(table, tokens, axis=0)
+
+    def pull(tokens, g):
+        total = jnp.zeros(shape, jnp.float32).at[tokens].add(g.astype(jnp.float32))
+        return total.astype(dtype), None
+
+    rows.defvjp(lambda table, tokens: (rows(table, tokens), tokens), pull)
+    return rows(table, tokens)
 
 
 def layer_tables(cfg: DecoderConfig) -> LayerTables:

@@ -15,6 +15,7 @@ from recursive_jax.training.optimizer import OptimizerConfig
 from recursive_jax.training.rates import Rates
 from recursive_jax.training.values import check_kinds
 
+GATHER_CHOICES = ("auto", "step", "layer")
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -67,10 +68,13 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices by mesh axis; one size may be -1, the devices that are left."""
+    """Devices by mesh axis; one size may be -1, the devices that are left.
+
+    `fsdp` 0: on TPUs the chips of a slice, elsewhere 1.
+    """
 
     data: int = -1
-    fsdp: int = 1
+    fsdp: int = 0
     tensor: int = 1
 
     def __post_init__(self):
@@ -128,6 +132,9 @@ class TrainConfig:
       seed: of the order of the text, and of random numbers of loops.
       dtype: compute dtype; 'auto' is float32 on CPU, bfloat16 on TPU and GPU.
       remat: activations that are kept for the backward pass, see `decoder.REMAT_CHOICES`.
+      gather: when weights that are spread over devices are gathered. 'step': once a step, which
+        takes memory for all of them. 'layer': by the compiler, in every layer of every loop and
+        every chunk of the loss. 'auto': once a step if that fits.
       unroll_layers: layers per iteration of the scan over layers.
       max_skipped_steps: a step whose loss or gradient is not finite changes nothing. After so many
         in a row the run stops.
@@ -152,6 +159,7 @@ class TrainConfig:
     seed: int = 0
     dtype: str = "auto"
     remat: str = "dots"
+    gather: str = "auto"
     unroll_layers: int = 1
     max_skipped_steps: int = 8
     peak_flops: float = 0.0
@@ -194,6 +202,8 @@ class TrainConfig:
             )
         if self.remat not in REMAT_CHOICES:
             raise ValueError(f"remat={self.remat!r}; expected one of {', '.join(REMAT_CHOICES)}")
+        if self.gather not in GATHER_CHOICES:
+            raise ValueError(f"gather={self.gather!r}; expected one of {', '.join(GATHER_CHOICES)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r}; expected auto, float32 or bfloat16")
 
