@@ -267,7 +267,11 @@ class TestTraining:
         student, config = make_model(2), job.config.with_changes(ce=0.0)
         student.train(None, config, teacher=job.teacher, workdir=tmp_path / "online",
                                quiet=True)  # fmt: skip
-        config = config.with_changes(**{"data.teacher": str(job.directory)})
+        # moments in other forms, which are saved as well
+        config = config.with_changes(
+            mu_dtype="bfloat16", rates=".*scale=0 .*=1",
+            **{"data.teacher": str(job.directory), "optimizer.name": "muon"},
+        )  # fmt: skip
         whole = student.train(None, config, workdir=tmp_path / "whole", quiet=True)
         kd = [kd_of(tmp_path / name) for name in ("online", "whole")]
         assert abs(kd[1][0] - kd[0][0]) < 0.02 < kd[0][0], "before the first update"
