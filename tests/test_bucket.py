@@ -205,7 +205,8 @@ def test_a_bucket_that_refuses_ends_the_command_in_one_line():
         threading.Thread(target=server.serve_forever, daemon=True).start()
         place = f"http://127.0.0.1:{server.server_port}"
         flags = ["--config=tiny_smoke", "--workdir=gs://bucket/run"]
-        done = commands.run("train", *flags, STORAGE_EMULATOR_HOST=place)
+        env = {"STORAGE_EMULATOR_HOST": place, "GCE_METADATA_ROOT": "127.0.0.1:1"}
+        done = commands.run("train", *flags, **env)
         server.shutdown()
     error = "error: gs://bucket/run cannot be used: Forbidden: .* no permission to list. .*\n"
     assert done.returncode == 2 and re.fullmatch(error, done.stderr), done.stderr
