@@ -69,11 +69,9 @@ def teach(config: Any, out: str, draws: int = 50, shard_rows: int = 1024) -> Non
     """Write the draws for the run of `config`, a ConfigDict as `configs/common.py` makes it."""
     began = time.time()
     settings = TrainConfig.from_mapping(config)
-    if not settings.objective.kd or settings.objective.kd_loss != "forward_kl":
-        raise ValueError(
-            f"objective.kd={settings.objective.kd} with kd_loss={settings.objective.kd_loss!r}: "
-            "draws are for distillation by forward_kl; set objective.kd > 0 and that loss"
-        )
+    settings.objective.check_draws()
+    if not settings.objective.kd:
+        raise ValueError("objective.kd=0: nothing is distilled; set objective.kd > 0")
     if not config.source:
         raise ValueError("draws need the model to take them from: set --config.source")
     source = load(config.source)

@@ -17,12 +17,15 @@ import scipy.special
 
 from configs import common
 from recursive_jax import start, teach, teaching
+from recursive_jax.fit import make_mesh, make_setup
 from recursive_jax.models.decoder import Decoder
+from recursive_jax.trainer import Trainer
 from recursive_jax.training import draw_files, draws
 from recursive_jax.training.config import TrainConfig
 from recursive_jax.training.contract import RunContract
 from recursive_jax.training.corpus import open_corpus
 from recursive_jax.training.losses import Objective, divergence, token_losses
+from recursive_jax.training.setup import TrainSetup
 
 VOCAB, DRAWS = 61, 8  # no square: the last block of ids is not full
 STEPS, LENGTH = 6, 32
@@ -333,8 +336,20 @@ class TestTraining:
     )
     def test_objectives_that_draws_do_not_serve(self, job, changes, message):
         with pytest.raises(ValueError, match=message):
-            config = job.config.with_changes(**{"data.teacher": str(job.directory)} | changes)
-            make_model(2).train(None, config, quiet=True)
+            job.config.with_changes(**{"data.teacher": str(job.directory)} | changes)
+        if "kd_loss" in changes:
+            with pytest.raises(ValueError, match=message):
+                TrainSetup(Decoder(job.teacher.cfg), None, Objective(**changes), draws=8)
+
+    def test_a_step_is_lowered_for_draws(self, job):
+        config = job.config.with_changes(**{"data.teacher": str(job.directory)})
+        mesh = make_mesh(config)
+        setup = make_setup(job.teacher, config, None, mesh)
+        assert setup.teacher is None and (setup.draws, setup.num_ids) == (50, 4096)
+        inputs = jax.tree.leaves(Trainer(setup, mesh).lower(8, LENGTH).in_avals)
+        found = [(x.shape, x.dtype.name) for x in inputs]
+        shape = (8, LENGTH, 50)
+        assert found.count((shape, "int32")) == found.count((shape, "uint8")) == 1
 
     def test_damage_names_the_file(self, job, tmp_path):
         shutil.copytree(job.directory, tmp_path / "o")
@@ -373,7 +388,10 @@ def test_what_cannot_be_taught_is_refused_before_anything_is_read(tmp_path):
     config.objective.kd = 0.0
     with pytest.raises(ValueError, match="set objective.kd > 0"):
         teach.teach(config, tmp_path / "o")
-    config.objective.kd = 1.0
+    config.objective.kd, config.objective.kd_loss = 1.0, "tvd"
+    with pytest.raises(ValueError, match="kd_loss='tvd' needs the whole distributions"):
+        teach.teach(config, tmp_path / "o")
+    config.objective.kd_loss = "forward_kl"
     with pytest.raises(ValueError, match="set --config.source"):
         teach.teach(config, tmp_path / "o")
     assert not list(tmp_path.iterdir())

@@ -195,6 +195,8 @@ class TrainConfig:
                 f"accumulate={self.accumulate} does not divide data.batch_size="
                 f"{self.data.batch_size}; choose a divisor"
             )
+        if self.data.teacher:
+            self.objective.check_draws()
         if self.data.teacher and not self.objective.kd:
             raise ValueError(
                 f"data.teacher={self.data.teacher} with objective.kd=0 would teach nothing; leave "

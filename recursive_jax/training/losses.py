@@ -81,6 +81,14 @@ class Objective:
         """Whether the hidden states of earlier loops are needed."""
         return self.exit_loss == "weighted" or self.exit_coefficient > 0
 
+    def check_draws(self) -> None:
+        """Raise ValueError for a divergence that draws from the teacher cannot estimate."""
+        if self.kd_loss != "forward_kl":
+            raise ValueError(
+                f"objective.kd_loss={self.kd_loss!r} needs the whole distributions of the teacher; "
+                "from draws (data.teacher) only forward_kl is learnt"
+            )
+
     def exit_weights(self, num_exits: int) -> list[float]:
         """The weight α of every exit's loss, by depth; the last loop's is last."""
         if self.exit_loss == "weighted":

@@ -67,11 +67,8 @@ class TrainSetup:
                 f"{'given' if self.teacher else 'none'}: distillation needs a teacher, and a "
                 "teacher needs objective.kd > 0"
             )
-        if self.draws and self.objective.kd_loss != "forward_kl":
-            raise ValueError(
-                f"objective.kd_loss={self.objective.kd_loss!r} needs the whole distributions of "
-                "the teacher; from draws (data.teacher) only forward_kl is learnt"
-            )
+        if self.draws:
+            self.objective.check_draws()
         if self.teacher is not None and self.num_ids is None:
             theirs, ours = self.teacher.cfg.vocab_size, self.model.cfg.vocab_size
             if theirs != ours:
