@@ -1,19 +1,28 @@
 """What a server does with clients' mistakes, with clients that vanish, and with its own faults."""
 
 import concurrent.futures
+import dataclasses
+import functools
+import http.client
 import json
 import logging
 import re
 import time
 
+import jax
+import numpy as np
 import pytest
+from absl import flags
 
 pytest.importorskip("uvicorn", reason="pip install 'recursive_jax[serve]'")
 
 import serving  # noqa: E402
 from serving import call  # noqa: E402
 
+from recursive_jax import serve  # noqa: E402
+from recursive_jax.model import load  # noqa: E402
 from recursive_jax.serving.limits import ServerLimits  # noqa: E402
+from recursive_jax.weights import checkpoint as checkpoint_lib  # noqa: E402
 
 PATH, CHAT = "/v1/completions", "/v1/chat/completions"
 LONG = {"prompt": "Return a new", "max_tokens": 80, "temperature": 0, "ignore_eos": True}
@@ -209,3 +218,69 @@ def test_no_prompt_in_logs_or_metrics(url, caplog):
     call(url, PATH, body(prompt="xylophone " * 100))
     assert "two BOS" in caplog.text
     assert "xylophone" not in caplog.text + call(url, "/metrics")[1]
+
+
+def read_stream(connection):
+    """The text that a stream brings before it ends or breaks, and whether it broke."""
+    try:
+        return connection.getresponse().read(), False
+    except http.client.IncompleteRead as error:
+        return error.partial, True
+
+
+@pytest.mark.parametrize(("seconds", "done"), [(20, True), (0, False)])
+def test_a_server_that_ends_drains_until_its_deadline(slow, seconds, done):
+    with serving.running(slow, drain_seconds=seconds) as url:
+        connection = serving.connect(url)
+        sent = json.dumps(LONG | {"stream": True})
+        connection.request("POST", PATH, sent, {"Content-Type": "application/json"})
+        wait_until(lambda: metric(url, "requests_running") == 1)
+    text, broken = read_stream(connection)
+    assert text.startswith(b"data:") and (b"[DONE]" in text) is done and broken is not done
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Step 0; `write(step, seed)` adds others."""
+    directory = tmp_path_factory.mktemp("served") / "run"
+    serving.model().save(directory)
+    return directory
+
+
+def write(directory, step, values):
+    writer = checkpoint_lib.Writer(directory, keep=9)
+    writer.save(step, values, wait=True)
+    writer.close()
+
+
+def test_weights_are_replaced_while_requests_run(checkpoint, slow):
+    options = flags.FlagValues()
+    serve.define_flags(options)
+    options(["serve", f"--checkpoint={checkpoint}"])
+    old = load(str(checkpoint))
+    config = dataclasses.replace(slow.config, num_stop=4)
+    reload = functools.partial(serve.reload, options, config, serving.placed(), old)
+    first = slow.params
+    with serving.running(slow, load=reload) as url:
+        before = call(url, PATH, LONG)[1]["choices"][0]["text"]
+        write(checkpoint, 1, serving.params(1))
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            exchange = pool.submit(call, url, "/admin/reload", {})
+            texts = []
+            while not exchange.done():
+                answers = [pool.submit(call, url, PATH, LONG) for _ in range(3)]
+                texts += [answer.result()[1]["choices"][0]["text"] for answer in answers]
+        assert exchange.result()[0] == 200 and exchange.result()[1]["step"] == 1
+        status, after = call(url, PATH, LONG)
+        assert after["system_fingerprint"] == "step-1"
+        after = after["choices"][0]["text"]
+        assert before != after and texts[0] == before and set(texts) <= {before, after}
+        damaged = jax.tree.map(lambda x: x * np.float32("nan"), serving.params(2))
+        write(checkpoint, 2, damaged)
+        status, found = call(url, "/admin/reload", {})
+        assert status == 400 and "not finite" in found["error"]["message"]
+        assert call(url, "/admin/reload", {"step": 7})[0] == 400
+        assert call(url, PATH, LONG)[1]["choices"][0]["text"] == after
+        assert call(url, "/admin/reload", {"step": 0})[1]["step"] == 0
+        assert call(url, PATH, LONG)[1]["choices"][0]["text"] == before
+    slow.params = first

@@ -250,6 +250,8 @@ class EventStream(StreamingResponse):
                 await super().__call__(scope, receive, send)
         except TimeoutError:
             logging.warning("a client read too slowly; its connection is closed")
+        except asyncio.CancelledError:
+            logging.warning("the server ends before this answer; its connection is closed")
         finally:
             self._ended()
             await self._events.aclose()
