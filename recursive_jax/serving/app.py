@@ -176,12 +176,16 @@ class App:
     async def _answer(self, request: Request, kind: type, translate: Callable) -> Response:
         deadline = asyncio.get_running_loop().time() + self._limits.max_seconds
         body = await self._body(request, kind)
-        asked = translate(body, self._served, self._limits)
-        self._runner.check_room(len(asked.requests), self._num_slots)
+        # Tokenising a long text would hold up other requests.
+        asked = await asyncio.to_thread(translate, body, self._served, self._limits)
+        give_back = self._runner.take_room(len(asked.requests), self._num_slots)
         reply = Reply(asked, self._served)
         if body.stream:
-            return EventStream(self._stream(reply, deadline), deadline + SLOW_READER)
-        await until(self._run(reply, deadline), gone(request))
+            return EventStream(self._stream(reply, deadline), deadline + SLOW_READER, give_back)
+        try:
+            await until(self._run(reply, deadline), gone(request))
+        finally:
+            give_back()
         return JSONResponse(reply.whole())
 
     async def _run(self, reply: Reply, deadline: float) -> None:
@@ -229,13 +233,16 @@ class App:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events until a deadline of the event loop; then the connection breaks."""
+    """Server-sent events until a deadline of the event loop; then the connection breaks.
+
+    `ended` is called at the end, whatever ends it.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[str], deadline: float):
+    def __init__(self, events: AsyncIterator[str], deadline: float, ended: Callable[[], None]):
         super().__init__(events, headers={"Cache-Control": "no-cache"})
-        self._events, self._deadline = events, deadline
+        self._events, self._deadline, self._ended = events, deadline, ended
 
     async def __call__(self, scope, receive, send) -> None:
         try:
@@ -243,7 +250,10 @@ class EventStream(StreamingResponse):
                 await super().__call__(scope, receive, send)
         except TimeoutError:
             logging.warning("a client read too slowly; its connection is closed")
+        except asyncio.CancelledError:
+            logging.warning("the server ends before this answer; its connection is closed")
         finally:
+            self._ended()
             await self._events.aclose()
 
 
