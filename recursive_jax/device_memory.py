@@ -135,7 +135,7 @@ def activation_bytes(setup: TrainSetup, mesh: Mesh, rows: int, length: int) -> i
     carry = tokens * cfg.embed_dim * wide
     products = tokens * sum(out for _, out in cfg.projections.values()) * wide // tensor
     scores = 0
-    if getattr(model, "attention", "xla") == "xla":  # float32 scores, and weights
+    if model.attention == "xla":  # float32 scores, and weights
         scores = rows * cfg.num_heads * length**2 * (4 + wide) // tensor
     layer = 4 * products + 2 * scores
     kept = {"full": 0, "offload_dots": 0, "dots": products, "none": layer}

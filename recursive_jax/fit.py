@@ -18,6 +18,8 @@ from recursive_jax.console.train_report import Report
 from recursive_jax.device_memory import Plan
 from recursive_jax.evaluation.certificate import certified_kl
 from recursive_jax.evaluation.perplexity import perplexity
+from recursive_jax.models.batch_attention import choose
+from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import Decoder
 from recursive_jax.models.flops import training_flops
 from recursive_jax.models.parameters import abstract_params, parameter_counts
@@ -144,7 +146,8 @@ def fit(
     report = Report(config, clock, quiet, near_kl, peak and peak * mesh.size)
     flops = flops_of(config, setup)
     report.start(model, origin or model.name, mesh, setup.model.dtype, corpus.rows, first_step,
-                 flops(model.cfg.num_loops), plan.words)  # fmt: skip
+                 flops(model.cfg.num_loops), plan.words,
+                 attention_of(model.cfg, config, mesh)[1])  # fmt: skip
 
     def seconds() -> float:
         return spent + time.time() - began
@@ -248,6 +251,11 @@ def make_setup(
     """The step of a run; ValueError where teacher and model do not fit together."""
     dtype = sharding.compute_dtype(config.dtype)
     options = dict(dtype=dtype, remat_policy=config.remat, data_shards=sharding.data_shards(mesh))
+
+    def decoder(cfg, **more):
+        kernel, _ = attention_of(cfg, config, mesh)
+        return Decoder(cfg, attention=kernel, **options, **more)
+
     num_ids = None
     config.check_fits(model.cfg)
     if config.objective.kd:
@@ -258,10 +266,10 @@ def make_setup(
             )
         num_ids = shared_ids(model, teacher)
     setup = TrainSetup(
-        Decoder(model.cfg, unroll_layers=config.unroll_layers, **options),
+        decoder(model.cfg, unroll_layers=config.unroll_layers),
         make_optimizer(config.optimizer, config.num_steps),
         config.objective,
-        Decoder(teacher.cfg, **options) if config.objective.kd else None,
+        decoder(teacher.cfg) if config.objective.kd else None,
         num_ids,
         config.accumulate,
         config.ema_decay,
@@ -269,6 +277,14 @@ def make_setup(
     )
     plan = plan_of(config, setup, mesh)
     return dataclasses.replace(setup, gather=plan.gather)
+
+
+def attention_of(
+    cfg: DecoderConfig, config: TrainConfig, mesh: jax.sharding.Mesh
+) -> tuple[str, str]:
+    """The attention of a model in a run, by name and in words."""
+    dtype, length = sharding.compute_dtype(config.dtype), config.data.context_length
+    return choose(cfg, mesh.devices.flat[0], dtype, length, mesh.shape["tensor"])
 
 
 def plan_of(config: TrainConfig, setup: TrainSetup, mesh: jax.sharding.Mesh) -> Plan:
