@@ -110,8 +110,8 @@ def fit(
     corpus.check_enough(config.num_steps * config.data.batch_size, config.data.epochs)
     config, near_kl = for_start(config, model.certificate, saved and saved[PROGRESS_KEY])
     mesh = make_mesh(config)
-    setup = make_setup(model, config, teacher, mesh)
-    plan = plan_of(config, setup, mesh)
+    plan = plan_step(model, config, teacher, mesh)
+    setup = plan.setup
     if jax.process_count() > 1:  # the memory of each host's devices decides
         hosts.agree({"gather": plan.words}, "how weights are gathered (--config.gather)")
     contract = RunContract.of(config, corpus.rows.content, corpus.windows.tokens, near_kl)
@@ -245,10 +245,14 @@ def make_mesh(config: TrainConfig) -> jax.sharding.Mesh:
     return mesh
 
 
-def make_setup(
+def plan_step(
     model: Model, config: TrainConfig, teacher: Model | None, mesh: jax.sharding.Mesh
-) -> TrainSetup:
-    """The step of a run; ValueError where teacher and model do not fit together."""
+) -> Plan:
+    """The step of a run, and how it gathers weights.
+
+    Raises:
+      ValueError: teacher and model do not fit together.
+    """
     dtype = sharding.compute_dtype(config.dtype)
     options = dict(dtype=dtype, remat_policy=config.remat, data_shards=sharding.data_shards(mesh))
 
@@ -275,8 +279,8 @@ def make_setup(
         config.ema_decay,
         least_chunk=1 if mesh.devices.flat[0].platform == "cpu" else LEAST_CHUNK,
     )
-    plan = plan_of(config, setup, mesh)
-    return dataclasses.replace(setup, gather=plan.gather)
+    sizes = config.data.batch_size, config.data.context_length
+    return device_memory.plan(setup, mesh, *sizes, config.gather)
 
 
 def attention_of(
@@ -285,12 +289,6 @@ def attention_of(
     """The attention of a model in a run, by name and in words."""
     dtype, length = sharding.compute_dtype(config.dtype), config.data.context_length
     return choose(cfg, mesh.devices.flat[0], dtype, length, mesh.shape["tensor"])
-
-
-def plan_of(config: TrainConfig, setup: TrainSetup, mesh: jax.sharding.Mesh) -> Plan:
-    """How a run gathers its weights."""
-    sizes = config.data.batch_size, config.data.context_length
-    return device_memory.plan(setup, mesh, *sizes, config.gather)
 
 
 def shared_ids(model: Model, teacher: Model) -> int | None:

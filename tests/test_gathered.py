@@ -173,7 +173,7 @@ def test_memory_chooses_how_to_gather(monkeypatch):
 
     def chosen(limit, asked="auto"):
         monkeypatch.setattr(device_memory, "device_bytes", lambda device: limit)
-        gather = device_memory.plan(setup, mesh, ROWS, LENGTH, asked).gather
+        gather = device_memory.plan(setup, mesh, ROWS, LENGTH, asked).setup.gather
         return gather and ("micro" if gather.reduce_each else "step")
 
     room = {way: total / device_memory.FILLED + 1 for way, total in totals.items()}
