@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from recursive_jax import text
 from recursive_jax.serving import asked as asked_lib
 from recursive_jax.serving import metrics as metrics_lib
 from recursive_jax.serving.errors import ApiError
+from recursive_jax.serving.event_stream import EventStream, sse
 from recursive_jax.serving.guard import LOOPBACK, Guard, read_body
 from recursive_jax.serving.limits import ServerLimits
 from recursive_jax.serving.metrics import Metrics
@@ -47,6 +47,7 @@ class App:
       ready: whether the first token came out.
       reload: loads the checkpoint's newest step, or the given one, and returns the step; None:
         weights cannot be replaced.
+      page: routes of the page.
     """
 
     def __init__(
@@ -60,10 +61,11 @@ class App:
         reload: Callable[[int | None], Any] | None = None,
         key: str | None = None,
         local: bool = True,
+        page: Sequence[Route] = (),
     ):
         self._served, self._runner, self._limits, self._metrics = served, runner, limits, metrics
         self._num_slots, self._ready, self._reload = num_slots, ready, reload
-        self._key, self._local = key, local
+        self._key, self._local, self._page = key, local, page
         self._reloading = asyncio.Lock()
 
     def asgi(self) -> Callable:
@@ -81,6 +83,7 @@ class App:
             Route("/openapi.json", self.openapi),
             Route("/docs", self.openapi),
             Route("/admin/reload", self.reload, methods=["POST"]),
+            *self._page,
         ]
         handlers = {
             ApiError: _api_error,
@@ -215,46 +218,23 @@ class App:
         sent: dict[int, tuple[int, int, int]] = {}
         try:
             for chunk in reply.begin():
-                yield _sse(chunk)
+                yield sse(chunk)
             async with contextlib.aclosing(self._grow(reply, deadline)) as growing:
                 async for number, _ in growing:
                     choice = reply.choices[number]
-                    yield _sse(reply.chunk(choice, *sent.get(number, (0, 0, 0))))
+                    yield sse(reply.chunk(choice, *sent.get(number, (0, 0, 0))))
                     sent[number] = choice.sizes
             if reply.asked.body.stream_options.include_usage:
-                yield _sse(reply.last())
+                yield sse(reply.last())
             yield "data: [DONE]\n\n"
         except ApiError as error:  # the status is sent: a client sees no [DONE]
-            yield _sse(error.to_json())
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events until a deadline of the event loop; then the connection breaks."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, events: AsyncIterator[str], deadline: float):
-        super().__init__(events, headers={"Cache-Control": "no-cache"})
-        self._events, self._deadline = events, deadline
-
-    async def __call__(self, scope, receive, send) -> None:
-        try:
-            async with asyncio.timeout_at(self._deadline):
-                await super().__call__(scope, receive, send)
-        except TimeoutError:
-            logging.warning("a client read too slowly; its connection is closed")
-        finally:
-            await self._events.aclose()
+            yield sse(error.to_json())
 
 
 async def gone(request: Request) -> None:
     """Return when the client has closed its connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _sse(record: dict[str, Any]) -> str:
-    return f"data: {json.dumps(record, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
 def _api_error(request: Request, error: ApiError) -> Response:
