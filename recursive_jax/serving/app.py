@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -11,14 +12,13 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from recursive_jax import text
 from recursive_jax.serving import asked as asked_lib
 from recursive_jax.serving import metrics as metrics_lib
 from recursive_jax.serving.errors import ApiError
-from recursive_jax.serving.event_stream import EventStream, sse
 from recursive_jax.serving.guard import LOOPBACK, Guard, read_body
 from recursive_jax.serving.limits import ServerLimits
 from recursive_jax.serving.metrics import Metrics
@@ -179,12 +179,16 @@ class App:
     async def _answer(self, request: Request, kind: type, translate: Callable) -> Response:
         deadline = asyncio.get_running_loop().time() + self._limits.max_seconds
         body = await self._body(request, kind)
-        asked = translate(body, self._served, self._limits)
-        self._runner.check_room(len(asked.requests), self._num_slots)
+        # Tokenising a long text would hold up other requests.
+        asked = await asyncio.to_thread(translate, body, self._served, self._limits)
+        give_back = self._runner.take_room(len(asked.requests), self._num_slots)
         reply = Reply(asked, self._served)
         if body.stream:
-            return EventStream(self._stream(reply, deadline), deadline + SLOW_READER)
-        await until(self._run(reply, deadline), gone(request))
+            return EventStream(self._stream(reply, deadline), deadline + SLOW_READER, give_back)
+        try:
+            await until(self._run(reply, deadline), gone(request))
+        finally:
+            give_back()
         return JSONResponse(reply.whole())
 
     async def _run(self, reply: Reply, deadline: float) -> None:
@@ -218,23 +222,52 @@ class App:
         sent: dict[int, tuple[int, int, int]] = {}
         try:
             for chunk in reply.begin():
-                yield sse(chunk)
+                yield _sse(chunk)
             async with contextlib.aclosing(self._grow(reply, deadline)) as growing:
                 async for number, _ in growing:
                     choice = reply.choices[number]
-                    yield sse(reply.chunk(choice, *sent.get(number, (0, 0, 0))))
+                    yield _sse(reply.chunk(choice, *sent.get(number, (0, 0, 0))))
                     sent[number] = choice.sizes
             if reply.asked.body.stream_options.include_usage:
-                yield sse(reply.last())
+                yield _sse(reply.last())
             yield "data: [DONE]\n\n"
         except ApiError as error:  # the status is sent: a client sees no [DONE]
-            yield sse(error.to_json())
+            yield _sse(error.to_json())
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events until a deadline of the event loop; then the connection breaks.
+
+    `ended` is called at the end, whatever ends it.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[str], deadline: float, ended: Callable[[], None]):
+        super().__init__(events, headers={"Cache-Control": "no-cache"})
+        self._events, self._deadline, self._ended = events, deadline, ended
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
+            logging.warning("a client read too slowly; its connection is closed")
+        except asyncio.CancelledError:
+            logging.warning("the server ends before this answer; its connection is closed")
+        finally:
+            self._ended()
+            await self._events.aclose()
 
 
 async def gone(request: Request) -> None:
     """Return when the client has closed its connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def _sse(record: dict[str, Any]) -> str:
+    return f"data: {json.dumps(record, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
 def _api_error(request: Request, error: ApiError) -> Response:

@@ -126,7 +126,10 @@ class EngineThread(threading.Thread):
 
     def run(self) -> None:
         while not self._closed:
-            self._read_inbox(wait=self._session.idle and self._exchange is None)
+            idle = self._session.idle and self._exchange is None
+            if idle:  # the last request may have been cancelled, which is no round
+                self._observe([])
+            self._read_inbox(wait=idle)
             if self._session.idle and self._exchange is not None:
                 exchange, self._exchange = self._exchange, None
                 exchange()
@@ -155,6 +158,9 @@ class EngineThread(threading.Thread):
                 self._take(event.index)
             ticket.deliver(event)
         self._flush()
+        self._observe(ticks)
+
+    def _observe(self, ticks: Sequence[Tick]) -> None:
         scheduler = self._session.scheduler
         running = sum(index is not None for index in scheduler.slots)
         waiting = scheduler.num_waiting + len(self._held)

@@ -78,7 +78,6 @@ class Server:
         tokenizer = copy.deepcopy(self.served.tokenizer)
         thread = EngineThread(engine, tokenizer, (metrics, feed), mailbox.flush)
         thread.submit(Ticket(Request("first", (0,), 1), self._first))
-        thread.start()
         runner = Runner(thread, mailbox, self.score, self.limits, metrics)
 
         async def reload(step: int | None) -> int | None:
@@ -96,8 +95,12 @@ class Server:
             timeout_graceful_shutdown=math.ceil(self.drain_seconds),
         )  # fmt: skip
         self._uvicorn = uvicorn.Server(config)
+        serving = asyncio.create_task(self._uvicorn.serve(sockets=[listener]))
+        while not (self._uvicorn.started or serving.done()):
+            await asyncio.sleep(0.01)
+        thread.start()
         try:
-            await self._uvicorn.serve(sockets=[listener])
+            await serving
         finally:
             thread.close()
             await asyncio.to_thread(thread.join, 10)

@@ -6,17 +6,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import json
 import pathlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from recursive_jax.serving.errors import ApiError
-from recursive_jax.serving.event_stream import EventStream, sse
 from recursive_jax.serving.page.feed import Feed
 
 FILES = {"/": "page.html", "/page.css": "page.css", "/page.js": "page.js"}
@@ -55,16 +54,30 @@ def routes(
         def over() -> bool:
             return closing() or clock() > deadline
 
-        return EventStream(_messages(feed.watch(every, over), facts()), deadline + 2 * SLOWEST)
+        return _Stream(facts(), feed.watch(every, over))
 
     return [*(Route(path, _file(name)) for path, name in FILES.items()), Route("/engine", engine)]
 
 
-async def _messages(news: AsyncGenerator[dict], facts: dict) -> AsyncIterator[str]:
-    yield sse(facts)
-    async with contextlib.aclosing(news):
-        async for record in news:
-            yield sse(record)
+class _Stream(StreamingResponse):
+    """Server-sent events: the facts, then the news, which end with the connection."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, facts: dict[str, Any], news: AsyncGenerator[dict[str, Any]]):
+        async def events() -> AsyncIterator[str]:
+            yield f"data: {json.dumps(facts)}\n\n"
+            async for record in news:
+                yield f"data: {json.dumps(record, separators=(',', ':'))}\n\n"
+
+        super().__init__(events(), headers={"Cache-Control": "no-cache"})
+        self._news = news
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._news.aclose()
 
 
 def _seconds(text: str) -> float:
