@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -230,10 +230,16 @@ def for_start(
     return config.from_near(), kl
 
 
-def make_mesh(config: TrainConfig) -> jax.sharding.Mesh:
-    """The mesh of a run; ValueError where the batch does not divide over it."""
-    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
-    sharding.check_batch_is_local(mesh)
+def make_mesh(config: TrainConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """The mesh of a run; ValueError where the batch does not divide over it.
+
+    Args:
+      config: of the run.
+      devices: that are only described; None: all devices of this run.
+    """
+    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
+    if devices is None:
+        sharding.check_batch_is_local(mesh)
     shards = sharding.data_shards(mesh)
     rows = config.data.batch_size // config.accumulate
     if rows % shards:
@@ -249,13 +255,6 @@ def make_setup(
     model: Model, config: TrainConfig, teacher: Model | None, mesh: jax.sharding.Mesh
 ) -> TrainSetup:
     """The step of a run; ValueError where teacher and model do not fit together."""
-    dtype = sharding.compute_dtype(config.dtype)
-    options = dict(dtype=dtype, remat_policy=config.remat, data_shards=sharding.data_shards(mesh))
-
-    def decoder(cfg, **more):
-        kernel, _ = attention_of(cfg, config, mesh)
-        return Decoder(cfg, attention=kernel, **options, **more)
-
     num_ids = None
     config.check_fits(model.cfg)
     if config.objective.kd:
@@ -265,11 +264,35 @@ def make_setup(
                 "teacher=MODEL in Python"
             )
         num_ids = shared_ids(model, teacher)
+    return setup_of(model.cfg, config, teacher and teacher.cfg, mesh, num_ids)
+
+
+def setup_of(
+    cfg: DecoderConfig,
+    config: TrainConfig,
+    teacher: DecoderConfig | None,
+    mesh: jax.sharding.Mesh,
+    num_ids: int | None = None,
+) -> TrainSetup:
+    """The step of a run, from sizes alone.
+
+    Args:
+      cfg, teacher: of the models; the teacher is used if `config.objective.kd` > 0.
+      config, mesh: of the run.
+      num_ids: as in `TrainSetup`.
+    """
+    dtype = sharding.compute_dtype(config.dtype)
+    options = dict(dtype=dtype, remat_policy=config.remat, data_shards=sharding.data_shards(mesh))
+
+    def decoder(cfg, **more):
+        kernel, _ = attention_of(cfg, config, mesh)
+        return Decoder(cfg, attention=kernel, **options, **more)
+
     setup = TrainSetup(
-        decoder(model.cfg, unroll_layers=config.unroll_layers),
+        decoder(cfg, unroll_layers=config.unroll_layers),
         make_optimizer(config.optimizer, config.num_steps),
         config.objective,
-        decoder(teacher.cfg) if config.objective.kd else None,
+        decoder(teacher) if config.objective.kd else None,
         num_ids,
         config.accumulate,
         config.ema_decay,
