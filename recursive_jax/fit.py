@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -234,10 +234,16 @@ def for_start(
     return config.from_near(), kl
 
 
-def make_mesh(config: TrainConfig) -> jax.sharding.Mesh:
-    """The mesh of a run; ValueError where the batch does not divide over it."""
-    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
-    sharding.check_batch_is_local(mesh)
+def make_mesh(config: TrainConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """The mesh of a run; ValueError where the batch does not divide over it.
+
+    Args:
+      config: of the run.
+      devices: that are only described; None: all devices of this run.
+    """
+    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
+    if devices is None:
+        sharding.check_batch_is_local(mesh)
     shards = sharding.data_shards(mesh)
     rows = config.data.batch_size // config.accumulate
     if rows % shards:
@@ -258,13 +264,6 @@ def plan_step(
     Raises:
       ValueError: teacher and model do not fit together.
     """
-    dtype = sharding.compute_dtype(config.dtype)
-    options = dict(dtype=dtype, remat_policy=config.remat, data_shards=sharding.data_shards(mesh))
-
-    def decoder(cfg, **more):
-        kernel, _ = attention_of(cfg, config, mesh)
-        return Decoder(cfg, attention=kernel, **options, **more)
-
     num_ids, draws = None, 0
     config.check_fits(model.cfg)
     if config.data.teacher:
@@ -277,11 +276,36 @@ def plan_step(
                 "teacher=MODEL in Python"
             )
         num_ids = shared_ids(model, teacher)
+    return plan_of(model.cfg, config, teacher and teacher.cfg, mesh, num_ids, draws)
+
+
+def plan_of(
+    cfg: DecoderConfig,
+    config: TrainConfig,
+    teacher: DecoderConfig | None,
+    mesh: jax.sharding.Mesh,
+    num_ids: int | None = None,
+    draws: int = 0,
+) -> Plan:
+    """As `plan_step`, from sizes alone.
+
+    Args:
+      cfg, teacher: of the models; the teacher is used if `config.objective.kd` > 0.
+      config, mesh: of the run.
+      num_ids, draws: as in `TrainSetup`.
+    """
+    dtype = sharding.compute_dtype(config.dtype)
+    options = dict(dtype=dtype, remat_policy=config.remat, data_shards=sharding.data_shards(mesh))
+
+    def decoder(cfg, **more):
+        kernel, _ = attention_of(cfg, config, mesh)
+        return Decoder(cfg, attention=kernel, **options, **more)
+
     setup = TrainSetup(
-        decoder(model.cfg, unroll_layers=config.unroll_layers),
+        decoder(cfg, unroll_layers=config.unroll_layers),
         make_optimizer(config.optimizer, config.num_steps),
         config.objective,
-        decoder(teacher.cfg) if config.objective.kd and not draws else None,
+        decoder(teacher) if config.objective.kd and not draws else None,
         num_ids,
         config.accumulate,
         config.ema_decay,
