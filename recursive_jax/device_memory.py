@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -17,28 +19,33 @@ from recursive_jax.training.gathered import Gather, split_dim
 from recursive_jax.training.setup import TrainSetup
 
 FILLED = 0.92  # share of a device's memory that is planned; the rest is code and fragments
+WAYS = {
+    "step": "gathered once a step",
+    "micro": "gathered once a step, gradients reduced by micro-batch",
+    "layer": "gathered layer by layer",
+}
 
-# Bytes of memory of one JAX device, by the beginning of its `device_kind`; the longest goes first.
+# GiB of memory of one JAX device, by the beginning of its `device_kind`; the longest goes first.
 # cloud.google.com/tpu/docs, "HBM capacity per chip"; v2, v3 and 7x: half of it.
-HBM_BYTES = {
-    "TPU v2": 8e9,
-    "TPU v3": 16e9,
-    "TPU v4": 32e9,
-    "TPU v5": 95e9,
-    "TPU v5 lite": 16e9,
-    "TPU v5e": 16e9,
-    "TPU v5p": 95e9,
-    "TPU v6 lite": 32e9,
-    "TPU v6e": 32e9,
-    "TPU7x": 96e9,
+HBM_GIB = {
+    "TPU v2": 8,
+    "TPU v3": 16,
+    "TPU v4": 32,
+    "TPU v5": 95,
+    "TPU v5 lite": 16,
+    "TPU v5e": 16,
+    "TPU v5p": 95,
+    "TPU v6 lite": 32,
+    "TPU v6e": 32,
+    "TPU7x": 96,
 }
 
 
 def device_bytes(device: Any) -> int | None:
     """Memory of a device; None where it is not known, as on CPUs."""
-    known = [kind for kind in HBM_BYTES if f"{device.device_kind} ".startswith(f"{kind} ")]
+    known = [kind for kind in HBM_GIB if f"{device.device_kind} ".startswith(f"{kind} ")]
     if known:
-        return int(HBM_BYTES[max(known, key=len)])
+        return HBM_GIB[max(known, key=len)] << 30
     if device.platform == "cpu" or device not in jax.local_devices():
         return None
     return (device.memory_stats() or {}).get("bytes_limit")
@@ -65,12 +72,12 @@ class Plan(NamedTuple):
     """How a step uses weights that are spread over devices.
 
     Attributes:
-      gather: as `TrainSetup.gather`.
-      sizes: bytes on each device by kind, for this way.
+      setup: of the step, with its `gather` and `least_chunk`.
+      sizes: bytes on each device by kind.
       words: the way, and why, for a person.
     """
 
-    gather: Gather | None
+    setup: TrainSetup
     sizes: dict[str, int]
     words: str
 
@@ -135,7 +142,7 @@ def activation_bytes(setup: TrainSetup, mesh: Mesh, rows: int, length: int) -> i
     carry = tokens * cfg.embed_dim * wide
     products = tokens * sum(out for _, out in cfg.projections.values()) * wide // tensor
     scores = 0
-    if getattr(model, "attention", "xla") == "xla":  # float32 scores, and weights
+    if model.attention == "xla":  # float32 scores, and weights
         scores = rows * cfg.num_heads * length**2 * (4 + wide) // tensor
     layer = 4 * products + 2 * scores
     kept = {"full": 0, "offload_dots": 0, "dots": products, "none": layer}
@@ -154,35 +161,40 @@ def layout(cfg: DecoderConfig, mesh: Mesh) -> tuple[Any, Any]:
 def plan(setup: TrainSetup, mesh: Mesh, rows: int, length: int, asked: str = "auto") -> Plan:
     """The way to gather weights: the one asked for, or the fastest that fits.
 
+    Chunks of the loss are halved twice, if need be, before weights are gathered layer by layer.
+
     Args:
-      setup, rows, length: as for `step_bytes`.
+      setup: without `gather`; rows, length: as for `step_bytes`.
       asked: a value of `config.GATHER_CHOICES`.
     """
     limit = device_bytes(mesh.devices.flat[0])
+    ways = ["step", *["micro"] * (setup.accumulate > 1), "layer"]
+    if asked != "auto":
+        ways = ways[:-1] if asked == "step" else ways[-1:]
     if sharding.data_shards(mesh) == 1:
-        return Plan(None, step_bytes(setup, mesh, rows, length, "layer"), "whole, on one device")
-    several = setup.accumulate > 1
-    ways = {"auto": ["step", *["micro"] * several, "layer"], "step": ["step", *["micro"] * several]}
-    ways = ways.get(asked, ["layer"])
-    every = {way: step_bytes(setup, mesh, rows, length, way) for way in ways}
-    fitting = [w for w in ways if limit is None or sum(every[w].values()) <= FILLED * limit]
-    way = (fitting or ways[-1:])[0]
-    words = {
-        "step": "gathered once a step",
-        "micro": "gathered once a step, gradients reduced by micro-batch",
-        "layer": "gathered layer by layer",
-    }[way]
-    total = sum(every[way].values()) / 1e9
-    room = f" of {limit / 1e9:.0f}" if limit else ""
-    words += f"; about {total:.1f}{room} GB a device ({'set' if asked != 'auto' else 'auto'})"
-    if not fitting:
-        words += ": may not fit"
-    return Plan(None if way == "layer" else _gather(setup, mesh, way == "micro"), every[way], words)
+        ways = ["layer"]
+    chunks = [setup.least_chunk // part for part in (1, 2, 4) if setup.least_chunk >= part]
+    for way, chunk in itertools.product(ways, chunks):
+        tried = dataclasses.replace(setup, least_chunk=chunk)
+        sizes = step_bytes(tried, mesh, rows, length, way)
+        total = sum(sizes.values())
+        fits = limit is None or total <= FILLED * limit
+        if fits:
+            break
+    words = "whole, on one device"
+    if sharding.data_shards(mesh) > 1:
+        words = f"{WAYS[way]} ({'set' if asked != 'auto' else 'auto'})"
+        tried = dataclasses.replace(tried, gather=_gather(setup, mesh, way))
+    room = f" of {limit / 1e9:.1f}" if limit else ""
+    words += f"; about {total / 1e9:.1f}{room} GB a device" + ("" if fits else ": may not fit")
+    return Plan(tried, sizes, words)
 
 
-def _gather(setup: TrainSetup, mesh: Mesh, reduce_each: bool) -> Gather:
+def _gather(setup: TrainSetup, mesh: Mesh, way: str) -> Gather | None:
+    if way == "layer":
+        return None
     rules, places = layout(setup.model.cfg, mesh)
     teacher = setup.teacher
     head = None if teacher is None else head_params(layout(teacher.cfg, mesh)[1])
     dtype, rings = setup.model.dtype, sharding.rings(mesh)
-    return Gather(mesh, rules, places, head, dtype, rings, reduce_each)
+    return Gather(mesh, rules, places, head, dtype, rings, way == "micro")

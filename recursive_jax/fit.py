@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,6 +18,8 @@ from recursive_jax.console.train_report import Report
 from recursive_jax.device_memory import Plan
 from recursive_jax.evaluation.certificate import certified_kl
 from recursive_jax.evaluation.perplexity import perplexity
+from recursive_jax.models.batch_attention import choose
+from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import Decoder
 from recursive_jax.models.flops import training_flops
 from recursive_jax.models.parameters import abstract_params, parameter_counts
@@ -109,8 +111,8 @@ def fit(
     corpus.check_enough(config.num_steps * config.data.batch_size, config.data.epochs)
     config, near_kl = for_start(config, model.certificate, saved and saved[PROGRESS_KEY])
     mesh = make_mesh(config)
-    setup = make_setup(model, config, teacher, mesh)
-    plan = plan_of(config, setup, mesh)
+    plan = plan_step(model, config, teacher, mesh)
+    setup = plan.setup
     if jax.process_count() > 1:  # the memory of each host's devices decides
         hosts.agree({"gather": plan.words}, "how weights are gathered (--config.gather)")
     contract = RunContract.of(
@@ -148,7 +150,8 @@ def fit(
     report = Report(config, clock, quiet, near_kl, peak and peak * mesh.size)
     flops = flops_of(config, setup)
     report.start(model, origin or model.name, mesh, setup.model.dtype, corpus.rows, first_step,
-                 flops(model.cfg.num_loops), plan.words)  # fmt: skip
+                 flops(model.cfg.num_loops), plan.words,
+                 attention_of(model.cfg, config, mesh)[1])  # fmt: skip
 
     def seconds() -> float:
         return spent + time.time() - began
@@ -231,10 +234,16 @@ def for_start(
     return config.from_near(), kl
 
 
-def make_mesh(config: TrainConfig) -> jax.sharding.Mesh:
-    """The mesh of a run; ValueError where the batch does not divide over it."""
-    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
-    sharding.check_batch_is_local(mesh)
+def make_mesh(config: TrainConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """The mesh of a run; ValueError where the batch does not divide over it.
+
+    Args:
+      config: of the run.
+      devices: that are only described; None: all devices of this run.
+    """
+    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
+    if devices is None:
+        sharding.check_batch_is_local(mesh)
     shards = sharding.data_shards(mesh)
     rows = config.data.batch_size // config.accumulate
     if rows % shards:
@@ -247,12 +256,14 @@ def make_mesh(config: TrainConfig) -> jax.sharding.Mesh:
     return mesh
 
 
-def make_setup(
+def plan_step(
     model: Model, config: TrainConfig, teacher: Model | None, mesh: jax.sharding.Mesh
-) -> TrainSetup:
-    """The step of a run; ValueError where teacher and model do not fit together."""
-    dtype = sharding.compute_dtype(config.dtype)
-    options = dict(dtype=dtype, remat_policy=config.remat, data_shards=sharding.data_shards(mesh))
+) -> Plan:
+    """The step of a run, and how it gathers weights.
+
+    Raises:
+      ValueError: teacher and model do not fit together.
+    """
     num_ids, draws = None, 0
     config.check_fits(model.cfg)
     if config.data.teacher:
@@ -265,25 +276,52 @@ def make_setup(
                 "teacher=MODEL in Python"
             )
         num_ids = shared_ids(model, teacher)
+    return plan_of(model.cfg, config, teacher and teacher.cfg, mesh, num_ids, draws)
+
+
+def plan_of(
+    cfg: DecoderConfig,
+    config: TrainConfig,
+    teacher: DecoderConfig | None,
+    mesh: jax.sharding.Mesh,
+    num_ids: int | None = None,
+    draws: int = 0,
+) -> Plan:
+    """As `plan_step`, from sizes alone.
+
+    Args:
+      cfg, teacher: of the models; the teacher is used if `config.objective.kd` > 0.
+      config, mesh: of the run.
+      num_ids, draws: as in `TrainSetup`.
+    """
+    dtype = sharding.compute_dtype(config.dtype)
+    options = dict(dtype=dtype, remat_policy=config.remat, data_shards=sharding.data_shards(mesh))
+
+    def decoder(cfg, **more):
+        kernel, _ = attention_of(cfg, config, mesh)
+        return Decoder(cfg, attention=kernel, **options, **more)
+
     setup = TrainSetup(
-        Decoder(model.cfg, unroll_layers=config.unroll_layers, **options),
+        decoder(cfg, unroll_layers=config.unroll_layers),
         make_optimizer(config.optimizer, config.num_steps),
         config.objective,
-        Decoder(teacher.cfg, **options) if config.objective.kd and not draws else None,
+        decoder(teacher) if config.objective.kd and not draws else None,
         num_ids,
         config.accumulate,
         config.ema_decay,
         least_chunk=1 if mesh.devices.flat[0].platform == "cpu" else LEAST_CHUNK,
         draws=draws,
     )
-    plan = plan_of(config, setup, mesh)
-    return dataclasses.replace(setup, gather=plan.gather)
-
-
-def plan_of(config: TrainConfig, setup: TrainSetup, mesh: jax.sharding.Mesh) -> Plan:
-    """How a run gathers its weights."""
     sizes = config.data.batch_size, config.data.context_length
     return device_memory.plan(setup, mesh, *sizes, config.gather)
+
+
+def attention_of(
+    cfg: DecoderConfig, config: TrainConfig, mesh: jax.sharding.Mesh
+) -> tuple[str, str]:
+    """The attention of a model in a run, by name and in words."""
+    dtype, length = sharding.compute_dtype(config.dtype), config.data.context_length
+    return choose(cfg, mesh.devices.flat[0], dtype, length, mesh.shape["tensor"])
 
 
 def shared_ids(model: Model, teacher: Model) -> int | None:

@@ -31,7 +31,7 @@ PASSING = (
     *(errno.ENOTCONN, errno.ETIMEDOUT, errno.ENETUNREACH, errno.EHOSTUNREACH),
 )
 PASSING_CODES = r"(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|RESOURCE_EXHAUSTED|INTERNAL): "
-REFUSALS = r"PERMISSION_DENIED|UNAUTHENTICATED|Forbidden|Unauthorized|[Cc]redentials"
+REFUSALS = r"PERMISSION_DENIED|UNAUTHENTICATED|Forbidden|Unauthorized"
 
 _reached: set[str] = set()  # buckets that have answered
 _copies: list[tempfile.TemporaryDirectory] = []  # removed when the program ends
@@ -137,6 +137,8 @@ def may_pass(error: BaseException) -> bool:
     while error is not None:
         code = getattr(error, "code", getattr(error, "status", None))  # of HTTP
         denied = code in range(400, 500) and code not in (408, 429)
+        kind = type(error)
+        denied |= kind.__module__.startswith("google.auth") and kind.__name__ != "TransportError"
         if denied or isinstance(error, PermissionError) or re.search(REFUSALS, str(error)):
             return False
         passing |= isinstance(error, StorageFault | TimeoutError | ConnectionError)

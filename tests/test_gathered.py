@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from recursive_jax import sharding
+from recursive_jax import device_memory, sharding
 from recursive_jax.analysis.collectives import collectives
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import Decoder
@@ -172,3 +172,36 @@ def test_each_weight_is_gathered_once_and_reduced_once():
         moved(2, 1, gather=False)[k] for k in ("all-gather", "all-reduce")
     )
     assert gathers > leaves and reduced > leaves, "without it, loops move weights"
+
+
+def test_memory_chooses_how_to_gather(monkeypatch):
+    """Once a step while whole weights fit; then with sharded sums; then layer by layer."""
+    mesh = sharding.make_mesh(1, 8, 1)
+    setup = setup_of(STUDENT, Objective(), make_optimizer(OptimizerConfig(), 9), accumulate=2)
+    sizes = {
+        way: device_memory.step_bytes(setup, mesh, ROWS, LENGTH, way)
+        for way in ("step", "micro", "layer")
+    }
+    totals = {way: sum(s.values()) for way, s in sizes.items()}
+    assert totals["step"] > totals["micro"] > totals["layer"]
+
+    def chosen(limit, asked="auto"):
+        monkeypatch.setattr(device_memory, "device_bytes", lambda device: limit)
+        gather = device_memory.plan(setup, mesh, ROWS, LENGTH, asked).setup.gather
+        return gather and ("micro" if gather.reduce_each else "step")
+
+    room = {way: total / device_memory.FILLED + 1 for way, total in totals.items()}
+    assert chosen(None) == chosen(room["step"]) == "step"
+    assert chosen(room["micro"]) == "micro"
+    assert chosen(room["layer"]) is None and chosen(None, "layer") is None
+    assert chosen(1, "step") == "micro"
+    held = trainer_bytes(setup, mesh)
+    assert sizes["step"]["params"] + sizes["step"]["optimizer"] == held
+
+
+def trainer_bytes(setup, mesh):
+    """Bytes of a device's parts of params and optimizer, as arrays have them."""
+    trainer = Trainer(setup, mesh)
+    trainer.start(sharding.put_global(params(setup.model.cfg), trainer.param_shardings))
+    state = trainer.state.params, trainer.state.opt_state
+    return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))

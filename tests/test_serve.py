@@ -1,12 +1,20 @@
 """The server, driven over HTTP by the clients that people have."""
 
+import configparser
+import json
+import pathlib
+import re
+import shlex
+
 import pytest
+from absl import flags
 
 pytest.importorskip("uvicorn", reason="pip install 'recursive_jax[serve]'")
 
 import serving  # noqa: E402
 from serving import call  # noqa: E402
 
+from recursive_jax import serve  # noqa: E402
 from recursive_jax.decoding.prompts import make_request  # noqa: E402
 from recursive_jax.decoding.session import generate  # noqa: E402
 
@@ -28,7 +36,7 @@ def expected(count=12, prompt=None, **options):
 
 
 def own_engine():
-    return serving.engine(num_stop=19)
+    return serving.engine(1)
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +147,81 @@ def test_llm(url, tmp_path, monkeypatch):
     for more in ([], ["--no-stream"]):
         result = CliRunner().invoke(cli.cli, [*arguments, *more])
         assert result.exit_code == 0 and result.output.rstrip("\n") == want.text.rstrip("\n")
+
+
+def test_the_openapi_document_describes_every_route(url):
+    document = call(url, "/docs")[1]
+    for path, methods in document["paths"].items():
+        for method in methods:
+            status, _ = call(url, path, {} if method == "post" else None, method.upper())
+            assert status in (200, 400), path  # 404 and 405 if there were no such route
+    fields = document["components"]["schemas"]["CompletionBody"]["properties"]
+    assert {"prompt", "max_loops", "lossless"} <= set(fields)
+
+
+def test_the_files_of_launch_name_what_there_is(url):
+    yaml = pytest.importorskip("yaml")
+    launch = pathlib.Path(__file__).resolve().parents[1] / "launch"
+    dashboard = (launch / "serve_grafana.json").read_text()
+    assert len(json.loads(dashboard)["panels"]) == 8
+    known = call(url, "/metrics")[1]
+    named = set(re.findall(r"recursive_jax_\w+", dashboard))
+    assert named and all(re.search(rf"(?m)^{name}[ {{]", known) for name in named), named
+    compose = yaml.safe_load((launch / "serve.compose.yaml").read_text())["services"]
+    files = [v.partition(":")[0] for s in compose.values() for v in s.get("volumes", [])]
+    for name in (compose["serve"]["build"]["dockerfile"].partition("/")[2], *files):
+        assert name.startswith("$") or (launch / name).exists()
+    scrape = yaml.safe_load((launch / "serve_prometheus.yaml").read_text())["scrape_configs"]
+    assert scrape[0]["static_configs"][0]["targets"] == ["serve:8000"]
+    unit = configparser.ConfigParser(strict=False)
+    unit.optionxform = str
+    unit.read(launch / "recursive-jax-serve.service")
+    command = shlex.split(unit["Service"]["ExecStart"])
+    image = (launch / "serve.Dockerfile").read_text()
+    entry = json.loads(re.search(r"(?m)^ENTRYPOINT (.*)$", image)[1])
+    arguments = json.loads(re.search(r"(?m)^CMD (.*)$", image)[1])
+    for words in (command, entry + arguments, entry + compose["serve"]["command"]):
+        values = flags.FlagValues()
+        serve.define_flags(values)
+        place = words.index("recursive_jax.serve")
+        assert words[place - 1] == "-m" and values(words[place:])
+
+
+def test_values_that_shape_an_answer(url):
+    """Seeds, several choices, stops, echo and log-probabilities."""
+    sampled = {"prompt": [PROMPT, "a"], "n": 2, "temperature": 1.0, "seed": 5, "max_tokens": 8}
+    found = call(url, "/v1/completions", sampled)[1]["choices"]
+    assert [choice["index"] for choice in found] == [0, 1, 2, 3]
+    for number, choice in enumerate(found):
+        prompt = serving.model().tokenizer.encode([PROMPT, "a"][number // 2])
+        assert choice["text"] == expected(8, prompt, temperature=1.0, seed=5 + number).text
+    whole = expected()
+    stop = whole.text[4:6]
+    body = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+    cut = call(url, "/v1/completions", body | {"stop": stop, "logprobs": 0})[1]
+    assert cut["choices"][0]["text"] == whole.text[: whole.text.index(stop)]
+    assert cut["choices"][0]["finish_reason"] == "stop"
+    count = cut["usage"]["completion_tokens"]
+    listed = cut["choices"][0]["logprobs"]
+    assert listed["token_logprobs"] == pytest.approx(whole.logprobs[:count], abs=1e-4)
+    for options in ({"min_loops": 2}, {"lossless": True}):
+        loops = call(url, "/v1/completions", body | options)[1]["usage"]["exit_loops"]
+        assert loops == {"2": 12}
+    early = call(url, "/v1/completions", body | {"max_loops": 1, "return_exit_loops": True})[1]
+    assert early["choices"][0]["exit_loops"] == [2] + [1] * 11
+    deep = call(url, "/v1/completions", body | {"exit_measure_threshold": 1.0})[1]
+    assert deep["usage"]["mean_loops"] == 2
+    for more in (0, 3):
+        ids = serving.model().tokenizer.encode(PROMPT)
+        echoed = {"prompt": ids, "echo": True, "logprobs": 1, "max_tokens": more, "temperature": 0}
+        (choice,) = call(url, "/v1/completions", echoed)[1]["choices"]
+        assert choice["text"] == PROMPT + expected(3).text * bool(more)
+        logprobs = choice["logprobs"]
+        assert len(logprobs["tokens"]) == len(ids) + more and logprobs["token_logprobs"][0] is None
+        joined = "".join(logprobs["tokens"][1:])
+        assert joined == choice["text"]
+        stream = call(url, "/v1/completions", echoed | {"stream": True})[1]
+        pieces = [
+            json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: {")
+        ]
+        assert "".join(piece["choices"][0]["text"] for piece in pieces) == choice["text"]

@@ -250,3 +250,41 @@ def test_arrays_and_batches_reach_the_mesh_whole():
     placed = sharding.put_local_batch(batch, mesh)
     assert placed.tokens.addressable_shards[0].data.shape == (2, LENGTH)
     jax.tree.map(np.testing.assert_array_equal, placed, batch)
+
+
+class Chip:
+    """A TPU that is only described."""
+
+    platform, core_on_chip, process_index = "tpu", 0, 0
+
+    def __init__(self, x, y, slice_index=0, kind="TPU v5 lite"):
+        self.coords, self.slice_index, self.device_kind = (x, y, 0), slice_index, kind
+        self.id = (slice_index, x, y)
+
+    def __repr__(self):
+        return str(self.id)
+
+
+def slices(count, width=4, height=2):
+    """Chips of some slices, in an order that is not that of the network."""
+    chips = [Chip(x, y, s) for s in range(count) for x in range(width) for y in range(height)]
+    return [chips[i] for i in np.random.default_rng(0).permutation(len(chips))]
+
+
+def test_fsdp_walks_the_rings_of_a_slice():
+    mesh = sharding.make_mesh(fsdp=0, devices=slices(1))
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert [d.coords[:2] for d in mesh.devices.flat] == [(x, y) for x in range(4) for y in range(2)]
+    assert sharding.rings(mesh) == (4, 2)
+    assert sharding.rings(sharding.make_mesh(4, 2, 1, devices=slices(1))) == (2,)
+    assert sharding.rings(sharding.make_mesh(fsdp=8)) == (8,), "CPUs have no places"
+
+
+def test_slices_are_along_data():
+    for sizes in ((-1, 0, 1), (-1, 4, 1), (4, 0, 2)):
+        mesh = sharding.make_mesh(*sizes, devices=slices(2))
+        per_slice = mesh.devices.reshape(2, -1)
+        assert [{d.slice_index for d in part} for part in per_slice] == [{0}, {1}], sizes
+    with pytest.raises(ValueError, match="data must be a multiple of 2 slices"):
+        sharding.make_mesh(1, 16, 1, devices=slices(2))
+    assert dict(sharding.make_mesh(fsdp=0).shape) == {"data": 8, "fsdp": 1, "tensor": 1}

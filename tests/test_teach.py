@@ -17,7 +17,7 @@ import scipy.special
 
 from configs import common
 from recursive_jax import start, teach, teaching
-from recursive_jax.fit import make_mesh, make_setup
+from recursive_jax.fit import make_mesh, plan_step
 from recursive_jax.models.decoder import Decoder
 from recursive_jax.trainer import Trainer
 from recursive_jax.training import draw_files, draws
@@ -347,7 +347,7 @@ class TestTraining:
     def test_a_step_is_lowered_for_draws(self, job):
         config = job.config.with_changes(**{"data.teacher": str(job.directory)})
         mesh = make_mesh(config)
-        setup = make_setup(job.teacher, config, None, mesh)
+        setup = plan_step(job.teacher, config, None, mesh).setup
         assert setup.teacher is None and (setup.draws, setup.num_ids) == (50, 4096)
         inputs = jax.tree.leaves(Trainer(setup, mesh).lower(8, LENGTH).in_avals)
         found = [(x.shape, x.dtype.name) for x in inputs]

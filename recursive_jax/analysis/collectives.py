@@ -95,7 +95,8 @@ def _walk(computations, name, trips, seen, devices) -> Iterator[tuple[object, Co
         elif (kind := op.removesuffix("-start")) in KINDS:
             # TPU's compiler writes a reduce-scatter as a fusion of this name.
             kind = "reduce-scatter" if "reduce-scatter" in name else kind
-            yield _key(line, name, number), _collective(kind, op, result, line, trips, devices)
+            key = (name, number) if kind == "collective-permute" else _key(line, name, number)
+            yield key, _collective(kind, op, result, line, trips, devices)
         elif op not in NO_CALLS:
             for called in CALLS.findall(line):
                 for other in re.findall(r"[\w.\-]+", called):
@@ -127,6 +128,9 @@ def _group(line: str, devices: int) -> int:
         return int(match[1])
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return len(match[1].split(","))
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", match[2]))
     return devices
 
 
@@ -152,7 +156,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
             name = head[2]
             found[name] = []
             entry = name if head[1] else entry
-        elif line.startswith("}"):
+        elif line == "}":  # a kernel's own text may begin with it, too
             name = None
         elif name is not None and " = " in line:
             found[name].append(line.strip())

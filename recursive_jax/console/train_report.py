@@ -47,11 +47,13 @@ class Report(Callback):
         first_step: int,
         flops: float,
         weights: str,
+        attention: str,
     ) -> None:
         """Print the table of what is about to happen.
 
         `model`: a `model.Model`; `origin`: where it comes from; `rows`: a `data.PackedRows`;
-        `flops`: of a step; `weights`: how they are gathered.
+        `flops`: of a step; `weights`: how they are gathered;
+        `attention`: of the student, in words.
         """
         cfg, config, devices = model.cfg, self.config, mesh.devices.flat
         counts = {k: n for k, n in parameter_counts(abstract_params(cfg)).items() if n}
@@ -71,7 +73,8 @@ class Report(Callback):
             ("parameters", "  ".join(f"{k} {tables.count(n)}" for k, n in counts.items())),
             ("devices", f"{mesh.size} × {devices[0].device_kind}, "
                         f"{jax.process_count()} process(es), mesh {shape}"),
-            ("compute", f"{dtype.name}, params and loss float32, remat {config.remat}{average}"),
+            ("compute", f"{dtype.name}, params and loss float32, remat {config.remat}, "
+                        f"attention by {attention}{average}"),
             ("weights", weights),
             ("data", f"{config.data.train}: {tables.count(rows.num_tokens)} tokens, "
                      f"{len(rows):,} rows of {config.data.context_length}"),

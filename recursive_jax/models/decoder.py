@@ -39,12 +39,13 @@ class Layer(nn.Module):
     cfg: DecoderConfig
     dtype: jnp.dtype = jnp.float32
     data_shards: int = 1
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, carry, loop, context: Context, tables: LayerTables):
         cfg = self.cfg
         x, cache = carry
-        attention = Attention(cfg, self.dtype, self.data_shards, name="attention")
+        attention = Attention(cfg, self.dtype, self.data_shards, self.attention, name="attention")
         mlp = Mlp(cfg, self.dtype, self.data_shards, name="mlp")
 
         with jax.named_scope("attention"):
@@ -92,6 +93,8 @@ class Decoder(nn.Module):
       dtype: compute dtype; norms, softmax, rope and logits are float32 in any case.
       remat_policy: one of `REMAT_CHOICES`.
       data_shards: devices the batch is spread over (only LoRA's cheapest form depends on it).
+      attention: of batches without a cache, one of `batch_attention.KERNELS`. Kernels need
+        positions that rise within a segment, and know no `attention.COMMON`.
       unroll_layers: how many layers of the scan are unrolled; trades compile time for speed.
     """
 
@@ -100,6 +103,7 @@ class Decoder(nn.Module):
     remat_policy: str = "none"
     data_shards: int = 1
     unroll_layers: int = 1
+    attention: str = "xla"
 
     def setup(self):
         cfg = self.cfg
@@ -130,7 +134,9 @@ class Decoder(nn.Module):
         )
         methods = {"__call__": scan, "run_all_loops": scan}
         methods["run_reversed"] = scan | {"reverse": True}
-        self.block = nn.scan(layer, methods=methods)(cfg, self.dtype, self.data_shards)
+        self.block = nn.scan(layer, methods=methods)(
+            cfg, self.dtype, self.data_shards, self.attention
+        )
 
     def __call__(
         self,

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -47,6 +47,7 @@ class App:
       ready: whether the first token came out.
       reload: loads the checkpoint's newest step, or the given one, and returns the step; None:
         weights cannot be replaced.
+      page: routes of the page.
     """
 
     def __init__(
@@ -60,10 +61,11 @@ class App:
         reload: Callable[[int | None], Any] | None = None,
         key: str | None = None,
         local: bool = True,
+        page: Sequence[Route] = (),
     ):
         self._served, self._runner, self._limits, self._metrics = served, runner, limits, metrics
         self._num_slots, self._ready, self._reload = num_slots, ready, reload
-        self._key, self._local = key, local
+        self._key, self._local, self._page = key, local, page
         self._reloading = asyncio.Lock()
 
     def asgi(self) -> Callable:
@@ -81,6 +83,7 @@ class App:
             Route("/openapi.json", self.openapi),
             Route("/docs", self.openapi),
             Route("/admin/reload", self.reload, methods=["POST"]),
+            *self._page,
         ]
         handlers = {
             ApiError: _api_error,
@@ -176,12 +179,16 @@ class App:
     async def _answer(self, request: Request, kind: type, translate: Callable) -> Response:
         deadline = asyncio.get_running_loop().time() + self._limits.max_seconds
         body = await self._body(request, kind)
-        asked = translate(body, self._served, self._limits)
-        self._runner.check_room(len(asked.requests), self._num_slots)
+        # Tokenising a long text would hold up other requests.
+        asked = await asyncio.to_thread(translate, body, self._served, self._limits)
+        give_back = self._runner.take_room(len(asked.requests), self._num_slots)
         reply = Reply(asked, self._served)
         if body.stream:
-            return EventStream(self._stream(reply, deadline), deadline + SLOW_READER)
-        await until(self._run(reply, deadline), gone(request))
+            return EventStream(self._stream(reply, deadline), deadline + SLOW_READER, give_back)
+        try:
+            await until(self._run(reply, deadline), gone(request))
+        finally:
+            give_back()
         return JSONResponse(reply.whole())
 
     async def _run(self, reply: Reply, deadline: float) -> None:
@@ -229,13 +236,16 @@ class App:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events until a deadline of the event loop; then the connection breaks."""
+    """Server-sent events until a deadline of the event loop; then the connection breaks.
+
+    `ended` is called at the end, whatever ends it.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[str], deadline: float):
+    def __init__(self, events: AsyncIterator[str], deadline: float, ended: Callable[[], None]):
         super().__init__(events, headers={"Cache-Control": "no-cache"})
-        self._events, self._deadline = events, deadline
+        self._events, self._deadline, self._ended = events, deadline, ended
 
     async def __call__(self, scope, receive, send) -> None:
         try:
@@ -243,7 +253,10 @@ class EventStream(StreamingResponse):
                 await super().__call__(scope, receive, send)
         except TimeoutError:
             logging.warning("a client read too slowly; its connection is closed")
+        except asyncio.CancelledError:
+            logging.warning("the server ends before this answer; its connection is closed")
         finally:
+            self._ended()
             await self._events.aclose()
 
 

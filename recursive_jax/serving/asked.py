@@ -171,7 +171,7 @@ def _ids(prompt: str | list[int], served: Served) -> list[int]:
         ids = text.encode(served.tokenizer, prompt, served.limits.vocab_size)
         prefix = text.bos_prefix(served.tokenizer)
         if prefix and ids[: 2 * len(prefix)] == prefix * 2:
-            logging.warning("a prompt begins with BOS, and the tokenizer adds another one")
+            logging.warning("a prompt begins with two BOS tokens: the tokenizer adds one by itself")
     if not ids:
         raise ValueError("the prompt has no tokens; give it a text")
     return ids

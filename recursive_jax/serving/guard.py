@@ -12,7 +12,7 @@ from recursive_jax.serving.errors import ApiError
 from recursive_jax.serving.metrics import Metrics
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-OPEN = ("/health",)  # without a key
+OPEN = ("/health", "/", "/page.css", "/page.js")  # without a key
 
 
 class Guard:
@@ -62,7 +62,8 @@ class Guard:
 
     def _check_key(self, given: str) -> None:
         kind, _, key = given.partition(" ")
-        same = hmac.compare_digest(key.strip().encode(), self._key.encode())
+        # Headers are read as latin-1, whatever the client wrote.
+        same = hmac.compare_digest(key.strip().encode("latin-1"), self._key.encode())
         if kind.lower() != "bearer" or not same:
             raise ApiError(401, "wrong or missing key; send Authorization: Bearer KEY")
 

@@ -40,6 +40,8 @@ class Metrics:
         self.prompt_tokens = make(counter, "prompt_tokens", "Tokens of prompts")
         self.new_tokens = make(counter, "generation_tokens", "Tokens of answers")
         self.ends = make(counter, "answers", "Answers by their finish reason", "reason")
+        for reason in ("stop", "length", "error"):
+            self.ends.labels(reason)
         self.http = make(counter, "http_responses", "Answers by path and status", "path", "status")
         self.first_token = make(
             histogram, "time_to_first_token_seconds", "From arrival to the first token",

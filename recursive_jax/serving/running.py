@@ -61,10 +61,20 @@ class Runner:
         self._limits, self._metrics = limits, metrics
         self._open = 0  # choices in the engine's thread
 
-    def check_room(self, count: int, num_slots: int) -> None:
-        """Raise ApiError 429 if so many more choices exceed the queue."""
+    def take_room(self, count: int, num_slots: int) -> Callable[[], None]:
+        """Reserve room for so many choices; returns what gives it back, once.
+
+        Raises:
+          ApiError: 429, the queue is full.
+        """
         if self._open + count > self._limits.max_queue + num_slots:
             raise ApiError(429, "too many requests wait; send the request again later")
+        self._open += count
+
+        def give_back() -> None:
+            self._open -= count
+
+        return give_back
 
     async def scores(self, asked: Asked) -> list[Scores]:
         """The scores of all prompts."""
@@ -93,7 +103,6 @@ class Runner:
             tickets.append(Ticket(request, deliver, asked.body.stream))
         for ids in asked.prompts:
             self._metrics.prompt_tokens.inc(len(ids))
-        self._open += len(tickets)
         for ticket in tickets:
             self._thread.submit(ticket)
         left = len(tickets)
@@ -111,7 +120,6 @@ class Runner:
                 left -= event.completion is not None
                 yield number, event
         finally:
-            self._open -= len(tickets)
             for ticket in tickets:
                 self._thread.cancel(ticket)
 
