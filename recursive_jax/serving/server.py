@@ -116,6 +116,8 @@ def bind(host: str, port: int) -> socket.socket:
     """
     with contextlib.ExitStack() as stack:
         try:
+            if not 0 <= port < 1 << 16:  # the system's resolver would take its last 16 bits
+                raise OverflowError("expected a port in 0 … 65535")
             family, kind, _, _, address = socket.getaddrinfo(
                 host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )[0]
