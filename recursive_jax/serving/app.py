@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -47,6 +47,7 @@ class App:
       ready: whether the first token came out.
       reload: loads the checkpoint's newest step, or the given one, and returns the step; None:
         weights cannot be replaced.
+      page: routes of the page.
     """
 
     def __init__(
@@ -60,10 +61,11 @@ class App:
         reload: Callable[[int | None], Any] | None = None,
         key: str | None = None,
         local: bool = True,
+        page: Sequence[Route] = (),
     ):
         self._served, self._runner, self._limits, self._metrics = served, runner, limits, metrics
         self._num_slots, self._ready, self._reload = num_slots, ready, reload
-        self._key, self._local = key, local
+        self._key, self._local, self._page = key, local, page
         self._reloading = asyncio.Lock()
 
     def asgi(self) -> Callable:
@@ -81,6 +83,7 @@ class App:
             Route("/openapi.json", self.openapi),
             Route("/docs", self.openapi),
             Route("/admin/reload", self.reload, methods=["POST"]),
+            *self._page,
         ]
         handlers = {
             ApiError: _api_error,

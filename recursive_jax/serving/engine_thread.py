@@ -57,7 +57,7 @@ class EngineThread(threading.Thread):
     Args:
       engine: compiled; no other thread uses it.
       tokenizer: no other thread uses it.
-      observer: is told of every round.
+      observers: of rounds.
       flush: called after the events of a round were delivered.
     """
 
@@ -65,11 +65,11 @@ class EngineThread(threading.Thread):
         self,
         engine: Engine,
         tokenizer: Any,
-        observer: Observer,
+        observers: Sequence[Observer],
         flush: Callable[[], None],
     ):
         super().__init__(name="engine", daemon=True)
-        self._engine, self._tokenizer, self._observer = engine, tokenizer, observer
+        self._engine, self._tokenizer, self._observers = engine, tokenizer, observers
         self._flush = flush
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._session = Session(engine, tokenizer)
@@ -128,7 +128,10 @@ class EngineThread(threading.Thread):
 
     def run(self) -> None:
         while not self._closed:
-            self._read_inbox(wait=self._session.idle and self._exchange is None)
+            idle = self._session.idle and self._exchange is None
+            if idle:  # the last request may have been cancelled, which is no round
+                self._observe([])
+            self._read_inbox(wait=idle)
             if self._session.idle and self._exchange is not None:
                 exchange, self._exchange = self._exchange, None
                 exchange()
@@ -157,10 +160,14 @@ class EngineThread(threading.Thread):
                 self._take(event.index)
             ticket.deliver(event)
         self._flush()
+        self._observe(ticks)
+
+    def _observe(self, ticks: Sequence[Tick]) -> None:
         scheduler = self._session.scheduler
         running = sum(index is not None for index in scheduler.slots)
         waiting = scheduler.num_waiting + len(self._held)
-        self._observer.round_ended(ticks, waiting, running)
+        for observer in self._observers:
+            observer.round_ended(ticks, waiting, running)
 
     def _recover(self) -> None:
         """Make a new session of the requests that were in no slot."""

@@ -12,7 +12,7 @@ from recursive_jax.serving.errors import ApiError
 from recursive_jax.serving.metrics import Metrics
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-OPEN = ("/health",)  # without a key
+OPEN = ("/health", "/", "/page.css", "/page.js")  # without a key
 
 
 class Guard:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 import socket
 import threading
@@ -15,11 +16,14 @@ import uvicorn
 
 from recursive_jax.decoding.engine import Engine
 from recursive_jax.decoding.requests import Event, Request
+from recursive_jax.serving import page
 from recursive_jax.serving.app import App
 from recursive_jax.serving.engine_thread import EngineThread, Ticket
 from recursive_jax.serving.guard import LOOPBACK
 from recursive_jax.serving.limits import ServerLimits
 from recursive_jax.serving.metrics import Metrics
+from recursive_jax.serving.page.facts import facts
+from recursive_jax.serving.page.feed import Feed
 from recursive_jax.serving.running import Mailbox, Runner
 from recursive_jax.serving.scoring import Scorer
 from recursive_jax.serving.served import Served
@@ -69,8 +73,10 @@ class Server:
         engine = self.engine
         metrics = Metrics(engine.num_slots, engine.num_lanes, engine.num_loops)
         mailbox = Mailbox(asyncio.get_running_loop())
+        feed = Feed(engine.num_slots, engine.num_loops)
         # Two threads do not share a tokenizer.
-        thread = EngineThread(engine, copy.deepcopy(self.served.tokenizer), metrics, mailbox.flush)
+        tokenizer = copy.deepcopy(self.served.tokenizer)
+        thread = EngineThread(engine, tokenizer, (metrics, feed), mailbox.flush)
         thread.submit(Ticket(Request("first", (0,), 1), self._first))
         runner = Runner(thread, mailbox, self.scorer, self.limits, metrics)
 
@@ -85,6 +91,7 @@ class Server:
         app = App(
             self.served, runner, self.limits, metrics, engine.num_slots, ready,
             None if self.load is None else reload, self.key, is_local(listener),
+            page.routes(feed, functools.partial(facts, engine, self.served), self._closing),
         )  # fmt: skip
         config = uvicorn.Config(
             app.asgi(), lifespan="off", access_log=False, log_config=None, server_header=False,
@@ -100,6 +107,9 @@ class Server:
         finally:
             thread.close()
             await asyncio.to_thread(thread.join, 10)
+
+    def _closing(self) -> bool:
+        return self._uvicorn is not None and self._uvicorn.should_exit
 
     def _first(self, event: Event) -> None:
         if event.completion is not None and event.error is None:
