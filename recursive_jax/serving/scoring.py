@@ -5,7 +5,10 @@ Axes: C tokens of a chunk, K most likely tokens, D embed, V vocab.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +19,10 @@ from recursive_jax.models.interface import DecodeModel, Rows
 
 CHUNKS = (32, 128, 512)  # tokens of a pass; a program is compiled for each that is needed
 HEAD_ROWS = 32  # whose logits exist at a time: a head may have 262k columns
+
+
+def _chunk_size(count: int) -> int:
+    return next((c for c in CHUNKS if c >= count), CHUNKS[-1])
 
 
 class Scores(NamedTuple):
@@ -36,28 +43,54 @@ class Scorer:
 
     Args:
       model: of the engine.
+      params: returns the weights, as `DecodeModel.prepare` returns them.
       context_length: tokens of a prompt, at most.
       num_top: most likely tokens of each position.
+      precision: a context in which programs are compiled.
     """
 
-    def __init__(self, model: DecodeModel, context_length: int, num_top: int):
-        self._model, self._length, self._num_top = model, context_length, max(num_top, 1)
+    def __init__(
+        self,
+        model: DecodeModel,
+        params: Callable[[], Any],
+        context_length: int,
+        num_top: int,
+        precision: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+    ):
+        self._model, self._params, self._length = model, params, context_length
+        self._num_top, self._precision = max(num_top, 1), precision
         self._cache: Any = None
-        self._run = jax.jit(self._chunk, donate_argnums=1)
+        self._compiled: dict[int, Any] = {}
+        self._lock = threading.Lock()
 
-    def __call__(self, params: Any, tokens: Sequence[int]) -> Scores:
-        """The scores of a prompt; `params` as `DecodeModel.prepare` returns them."""
+    def prepare(self, count: int) -> None:
+        """Compile what a prompt of so many tokens needs; on any thread."""
+        size = _chunk_size(count)
+        with self._lock:
+            if size in self._compiled:
+                return
+            cache = jax.eval_shape(lambda: self._model.new_cache(1, self._length))
+            ids, number = jax.ShapeDtypeStruct((size,), np.int32), np.int32(0)
+            run = jax.jit(self._chunk, donate_argnums=1)
+            with self._precision():
+                lowered = run.lower(self._params(), cache, ids, ids, number, number)
+                self._compiled[size] = lowered.compile()
+
+    def __call__(self, tokens: Sequence[int]) -> Scores:
+        """The scores of a prompt; on one thread only."""
+        self.prepare(len(tokens))
         ids = np.asarray(tokens, np.int32)
         targets = np.append(ids[1:], 0).astype(np.int32)
-        size = next((c for c in CHUNKS if c >= len(ids)), CHUNKS[-1])
+        size = _chunk_size(len(ids))
         if self._cache is None:
             self._cache = self._model.new_cache(1, self._length)
         parts = []
         for start in range(0, len(ids), size):
             count = min(size, len(ids) - start)
             chunk = [np.pad(x[start : start + count], (0, size - count)) for x in (ids, targets)]
+            where = np.int32(start), np.int32(count)
             cache, self._cache = self._cache, None  # donated
-            self._cache, *found = self._run(params, cache, *chunk, start, count)
+            self._cache, *found = self._compiled[size](self._params(), cache, *chunk, *where)
             parts.append([np.asarray(x)[:count] for x in found])
         logprobs, top, top_logprobs = map(np.concatenate, zip(*parts, strict=True))
         pairs = [
