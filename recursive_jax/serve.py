@@ -122,12 +122,22 @@ def make_server(engine: Engine, model: Model, placed: OnDevices, name: str, limi
         with sharding.matmul_precision(placed.decoder.dtype):
             return scorer(engine.params, ids)
 
+    def compile_by_loop(length: int) -> None:
+        with sharding.matmul_precision(placed.decoder.dtype):
+            scorer.compile_by_loop(engine.params, length)
+
+    def by_loop(ids: list[int]) -> Any:
+        with sharding.matmul_precision(placed.decoder.dtype):
+            return scorer.by_loop(engine.params, ids)
+
     scores = placed.mesh.size == 1
     served = Served(
         name, step_of(model), model.tokenizer, model.stop, engine.limits,
         engine.config.lossless, scores,
     )  # fmt: skip
-    return Server(engine, served, limits, score=score if scores else None)
+    if not scores:
+        return Server(engine, served, limits)
+    return Server(engine, served, limits, score=score, by_loop=(compile_by_loop, by_loop))
 
 
 def step_of(model: Model) -> int | None:

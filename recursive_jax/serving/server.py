@@ -12,6 +12,7 @@ import socket
 import threading
 from collections.abc import Callable
 
+import numpy as np
 import uvicorn
 
 from recursive_jax.decoding.engine import Engine
@@ -41,6 +42,8 @@ class Server:
       limits: of requests.
       key: that clients send; None: no key.
       score: of a prompt's ids, called in the engine's thread; None: prompts are not scored.
+      by_loop: compiles, for so many ids, what returns their log-probabilities after every loop; and
+        that, called in the engine's thread. None: the page shows the loop of tokens only.
       load: step or None -> the step that was loaded, and what puts it into the engine; called in a
         thread of its own. None: weights are not replaced.
       drain_seconds: that running requests have after SIGTERM.
@@ -52,6 +55,7 @@ class Server:
     limits: ServerLimits = dataclasses.field(default_factory=ServerLimits)
     key: str | None = None
     score: Callable[[list[int]], Scores] | None = None
+    by_loop: tuple[Callable[[int], None], Callable[[list[int]], np.ndarray]] | None = None
     load: Callable[[int | None], tuple[int | None, Change]] | None = None
     drain_seconds: float = 30.0
     warmed: Callable[[], None] | None = None
@@ -85,10 +89,18 @@ class Server:
             await asyncio.wrap_future(thread.exchange(change))
             return found
 
+        async def by_loop(ids: list[int]) -> np.ndarray:
+            compile_for, run = self.by_loop
+            await asyncio.to_thread(compile_for, len(ids))
+            return await asyncio.wrap_future(thread.call(functools.partial(run, ids)))
+
         app = App(
             self.served, runner, self.limits, metrics, engine.num_slots, self._ready.is_set,
             None if self.load is None else reload, self.key, is_local(listener),
-            page.routes(feed, functools.partial(facts, engine, self.served), self._closing),
+            page.routes(
+                feed, functools.partial(facts, engine, self.served), self._closing,
+                self.limits.max_body_bytes, None if self.by_loop is None else by_loop,
+            ),
         )  # fmt: skip
         config = uvicorn.Config(
             app.asgi(), lifespan="off", access_log=False, log_config=None, server_header=False,

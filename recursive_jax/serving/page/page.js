@@ -13,7 +13,8 @@ let running = null; // AbortController of the answer that grows
 let watching = null; // AbortController of the feed
 let thresholdMoved = false;
 let talk = []; // messages of the chat so far
-let answers = []; // shown ones: {tokens, box, chosen, prompt}
+let focused = null; // the answer whose token is chosen
+let answers = []; // shown ones: {tokens, box, chosen, prompt, …}
 
 // The server.
 
@@ -232,6 +233,7 @@ async function send() {
       stream: true,
       logprobs: 0,
       return_exit_loops: true,
+      return_token_ids: true,
       ...depth(),
     };
     const stream = await call("v1/completions", body, mine.signal);
@@ -263,6 +265,8 @@ async function send() {
   spoken.add(` ${$("summary").textContent}`);
   spoken.finish();
   running = null;
+  answer.over = true;
+  if (focused === answer) chances(answer);
   $("send").disabled = false;
   $("stop").disabled = true;
 }
@@ -276,7 +280,7 @@ function newAnswer(text) {
   const asked = make("p", text);
   asked.className = "asked";
   $("turns").append(asked, box);
-  const answer = { box, text: [], tokens: [], chosen: -1, prompt: [], began: 0, number: answers.length };
+  const answer = { box, text: [], tokens: [], chosen: -1, prompt: [], ids: [], began: 0, number: answers.length };
   answers.push(answer);
   box.addEventListener("keydown", (event) => {
     const last = answer.tokens.length - 1;
@@ -299,6 +303,7 @@ function newAnswer(text) {
 function grow(answer, choice) {
   answer.text.push(...choice.text); // by code point, as the server counts
   const { text_offset: offsets, token_logprobs: logprobs } = choice.logprobs;
+  answer.ids.push(...choice.token_ids);
   const old = answer.tokens.length;
   offsets.forEach((offset, i) => {
     answer.tokens.push({ offset, loops: choice.exit_loops[i], logprob: logprobs[i], span: null });
@@ -334,11 +339,45 @@ function words(token) {
 function choose(answer, place) {
   for (const other of answers) other.tokens[other.chosen]?.span.setAttribute("aria-selected", "false");
   answer.chosen = place;
+  focused = answer;
   const token = answer.tokens[place];
   token.span.setAttribute("aria-selected", "true");
   answer.box.setAttribute("aria-activedescendant", token.span.id);
   $("token").hidden = false;
   $("token-words").textContent = words(token);
+  chances(answer);
+}
+
+// Show the chosen token's probability after every loop. They are asked for once an answer is over.
+async function chances(answer) {
+  const list = $("token-loops");
+  list.replaceChildren();
+  if (!answer.over || !answer.ids.length) return;
+  answer.chances ??= call("by_loop", {
+    tokens: [...answer.prompt, ...answer.ids], start: answer.prompt.length,
+  }).then((response) => response.json());
+  const place = answer.chosen;
+  let found;
+  try {
+    found = (await answer.chances).probabilities[place];
+  } catch {
+    answer.chances = undefined; // busy, or not served: the loop and one probability are shown
+    return;
+  }
+  if (!found || answer !== focused || place !== answer.chosen) return;
+  list.replaceChildren(
+    ...found.map((chance, i) => {
+      const item = make("li", "");
+      const box = make("span", `${i + 1}`);
+      box.className = "shade";
+      box.style.backgroundColor = shade(i + 1);
+      const bar = make("meter", "");
+      Object.assign(bar, { min: 0, max: 1, value: chance });
+      bar.setAttribute("aria-label", `Probability after ${count(i + 1, "loop")}`);
+      item.append(box, bar, make("span", percent(chance)));
+      return item;
+    }),
+  );
 }
 
 function summarise(answer, end) {
