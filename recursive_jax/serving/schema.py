@@ -163,6 +163,13 @@ class DetokenizeBody(Body):
     tokens: list[Count]
 
 
+class ByLoopBody(Body):
+    """Body of `POST /by_loop`: tokens of a prompt and its answer, and where the answer begins."""
+
+    tokens: list[Count] = Field(min_length=2)
+    start: Positive
+
+
 class ReloadBody(Body):
     """Body of `POST /admin/reload`: the newest step, or this one, of the same checkpoint."""
 

@@ -9,10 +9,9 @@ import asyncio
 import json
 import pathlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -20,7 +19,7 @@ from starlette.routing import Route
 from recursive_jax.serving.errors import ApiError
 from recursive_jax.serving.guard import read_body
 from recursive_jax.serving.page.feed import Feed
-from recursive_jax.serving.schema import Body, Count, parse
+from recursive_jax.serving.schema import ByLoopBody, parse
 
 FILES = {"/": "page.html", "/page.css": "page.css", "/page.js": "page.js"}
 HEADERS = {
@@ -34,13 +33,6 @@ HEADERS = {
 MAX_WATCHERS = 16  # pages that read the feed at the same time
 LONGEST = 3600.0  # seconds of a feed; a page then opens another one
 FASTEST, SLOWEST = 0.1, 10.0  # seconds between two messages
-
-
-class ByLoopBody(Body):
-    """Body of `POST /by_loop`: tokens of a prompt and its answer, and where the answer begins."""
-
-    tokens: Annotated[list[Count], Field(min_length=2)]
-    start: Annotated[int, Field(ge=1)]
 
 
 def routes(

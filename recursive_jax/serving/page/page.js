@@ -280,7 +280,9 @@ function newAnswer(text) {
   const asked = make("p", text);
   asked.className = "asked";
   $("turns").append(asked, box);
-  const answer = { box, text: [], tokens: [], chosen: -1, prompt: [], ids: [], began: 0, number: answers.length };
+  const answer = {
+    box, number: answers.length, text: [], tokens: [], prompt: [], ids: [], chosen: -1, began: 0,
+  };
   answers.push(answer);
   box.addEventListener("keydown", (event) => {
     const last = answer.tokens.length - 1;
@@ -289,7 +291,9 @@ function newAnswer(text) {
     event.preventDefault();
     choose(answer, Math.min(Math.max(answer.chosen + moves[event.key], 0), last));
   });
-  box.addEventListener("focus", () => answer.tokens.length && choose(answer, Math.max(answer.chosen, 0)));
+  box.addEventListener("focus", () => {
+    if (answer.tokens.length) choose(answer, Math.max(answer.chosen, 0));
+  });
   for (const kind of ["pointerover", "click"]) {
     box.addEventListener(kind, (event) => {
       const place = answer.tokens.findIndex((token) => token.span === event.target);
@@ -337,7 +341,9 @@ function words(token) {
 }
 
 function choose(answer, place) {
-  for (const other of answers) other.tokens[other.chosen]?.span.setAttribute("aria-selected", "false");
+  for (const other of answers) {
+    other.tokens[other.chosen]?.span.setAttribute("aria-selected", "false");
+  }
   answer.chosen = place;
   focused = answer;
   const token = answer.tokens[place];
@@ -399,7 +405,8 @@ function legend(answer) {
   const tokens = answer?.tokens ?? [];
   $("legend").replaceChildren(
     ...Array.from({ length: facts.loops }, (_, i) => {
-      const share = tokens.filter((token) => token.loops === i + 1).length / Math.max(tokens.length, 1);
+      const number = tokens.filter((token) => token.loops === i + 1).length;
+      const share = number / Math.max(tokens.length, 1);
       const item = make("li", "");
       const box = make("span", `${i + 1}`);
       box.className = "shade";
