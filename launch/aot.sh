@@ -2,7 +2,7 @@
 # Compiles the training step of a config for TPUs that are not here, and shows the memory it takes
 # on each chip. Needs the extra [tpu], no TPU, and a few minutes.
 #
-#   launch/aot.sh v5e:4x4 16 --config=gemma_rrt:paper --config.source=MODEL --config.mesh.fsdp=-1 …
+#   launch/aot.sh v5e:4x4 16 --config=gemma_rrt:paper --config.source=MODEL --config.remat=full …
 #
 # First the topology (v5e:4x4, v5p:2x2x2, v6e:16x16, …), then the memory of a chip in GB, which the
 # compiler does not know, then arguments of `python -m recursive_jax.train`. The source's weights
@@ -21,7 +21,7 @@ from jax.experimental import topologies
 
 from recursive_jax import sharding, start, train
 from recursive_jax.console import config_files
-from recursive_jax.fit import make_setup
+from recursive_jax.fit import attention_of, plan_step
 from recursive_jax.model import Model, load
 from recursive_jax.trainer import Trainer
 from recursive_jax.training.config import TrainConfig
@@ -41,9 +41,11 @@ begin = start.choose(config, source, values.workdir)
 devices = topologies.get_topology_desc(topology, platform="tpu").devices
 mesh = sharding.make_mesh(**vars(settings.mesh), devices=devices)
 model = Model(begin.cfg, begin.tokenizer, None, begin.origin)
-trainer = Trainer(make_setup(model, settings, source, mesh), mesh)
+plan = plan_step(model, settings, source, mesh)
+print(f"weights: {plan.words}")
+print(f"attention: {attention_of(begin.cfg, settings, mesh)[1]}")
 print(f"compiling {begin.origin} for {len(devices)} chips of {topology} …", flush=True)
-compiled = trainer.lower(settings.data.batch_size, settings.data.context_length).compile()
+compiled = Trainer(plan.setup, mesh).lower(settings.data.batch_size, settings.data.context_length).compile()
 memory = compiled.memory_analysis()
 parts = {
     "arguments": memory.argument_size_in_bytes,

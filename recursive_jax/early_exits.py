@@ -152,9 +152,9 @@ def measure_exits(
       placed: the model's weights, if they are on the devices already.
 
     Returns:
-      `loops`: every token leaves after the same loop. `exits`: by thresholds. `oracle`: labelled as
-      such. `rates`: how answers change from loop to loop. All of the same tokens. `shown`: where
-      the first of them leave, for a picture.
+      `loops`: every token leaves after the same loop. `by_threshold`: exits by the measure.
+      `oracle`: labelled as such. `rates`: how answers change from loop to loop. All of the same
+      tokens. `shown`: where the first of them leave, for a picture.
     """
     cfg, found = subject.model.cfg, subject.trace(placed)
     context = subject.windows.tokens.shape[1] / 2
@@ -179,14 +179,14 @@ def measure_exits(
         "oracle": {
             "is": ORACLE, **row(found.outcome(found.oracle_loops()), True, "complete"),
         },
-        "exits": [],
+        "by_threshold": [],
     }  # fmt: skip
     if isinstance(subject.measure, Oracle):
         return report
     candidates = sweep(found, subject.measure) if thresholds is None else [tuple(thresholds)]
     for n, outcome in enumerate(subject.outcomes(found, candidates)):
         kept = row(outcome, subject.measure.needs_logits, subject.missing_kv)
-        report["exits"].append({"thresholds": list(candidates[n]), **kept})
+        report["by_threshold"].append({"thresholds": list(candidates[n]), **kept})
         if n == len(candidates) // 2:
             report["shown"] = _shown(subject, found, outcome, candidates[n])
     return report
@@ -268,7 +268,8 @@ def calibrate(
     found = subject.trace()
     chosen = np.arange(count) < round(count * PATH_SHARE)  # the windows are in random order
     lowest, highest = measure.range
-    candidates = [tuple(np.clip(c, lowest, highest).tolist()) for c in risk.path(found, chosen)]
+    clipped = (tuple(np.clip(c, lowest, highest).tolist()) for c in risk.path(found, chosen))
+    candidates = list(dict.fromkeys(clipped))
     if subject.missing_kv != "complete":
         candidates = candidates[::WALKED]
     tested = found.take(~chosen)

@@ -81,7 +81,7 @@ def measure(
             out["perplexity"]["rolling"] = {"max_length": length} | found
             if settings.exits:
                 config = generation.with_thresholds(settings.exit_config(), model)
-                name = key("exits", str(config), zlib.crc32(windows.tokens.tobytes()))
+                name = key("early exits", str(config), zlib.crc32(windows.tokens.tobytes()))
                 if name not in records:
                     records.add([(name, _exits(model, windows, config, settings, placed, quiet))])
                 out["exits"] = records[name]

@@ -6,6 +6,7 @@ A child is the job's own program, `python -m recursive_jax.JOB`, without seconds
 import atexit
 import contextlib
 import functools
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -15,6 +16,14 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "launch"))  # local_multiprocess
+
+# How XLA compiles what runs a few times only. The older code generator of jaxlib 0.10 needs half of
+# the time, and a program that is not cut for several threads a fifth less. A later jaxlib has the
+# newer generator only; the tests of Python 3.12 see it.
+QUICK_FLAGS = {}
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    QUICK_FLAGS["xla_cpu_use_fusion_emitters"] = "false"
+    QUICK_FLAGS["xla_cpu_parallel_codegen_split_count"] = "1"
 
 SERVER = """
 import json, os, runpy, sys
@@ -36,6 +45,7 @@ for line in sys.stdin:
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{case['log']}/{name}", os.O_CREAT | os.O_WRONLY), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(case["env"])
     sys.argv = [case["job"], *case["argv"]]
     code = 0
     try:
@@ -52,14 +62,19 @@ for line in sys.stdin:
 """
 
 
-def environment(quick=True):
-    """The environment of a command: one CPU device; by default it compiles quickly, as most tests.
+def with_flags(given, flags):
+    """XLA_FLAGS with `flags`; those that are given stay as they are."""
+    return " ".join([given, *(f"--{k}={v}" for k, v in flags.items() if k not in given)])
 
-    Not `quick`: as users compile, by their code generator and with all optimisations.
-    """
-    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTEST_CURRENT_TEST")}
+
+def environment():
+    """The environment of a command: one CPU device, and it compiles quickly, as most tests."""
+    env = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
     env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    return env | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"} if quick else env
+    return env | {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+        "XLA_FLAGS": with_flags("", QUICK_FLAGS),
+    }
 
 
 @functools.cache
@@ -73,16 +88,16 @@ def server():
     return process
 
 
-def run(job, *arguments):
-    """The CompletedProcess of `python -m recursive_jax.JOB ARGUMENTS`."""
-    return run_together(job, [arguments])[0]
+def run(job, *arguments, **env):
+    """The CompletedProcess of `python -m recursive_jax.JOB ARGUMENTS`; `env`: more environment."""
+    return run_together(job, [arguments], **env)[0]
 
 
-def run_together(job, commands):
+def run_together(job, commands, **env):
     """The CompletedProcesses of one job with several lists of arguments, all at the same time."""
     with contextlib.ExitStack() as stack:
         cases = [
-            {"job": job, "argv": [str(a) for a in arguments],
+            {"job": job, "argv": [str(a) for a in arguments], "env": env,
              "log": stack.enter_context(tempfile.TemporaryDirectory())}
             for arguments in commands
         ]  # fmt: skip

@@ -1,22 +1,17 @@
 """Eight CPU devices for mesh tests, f32 throughout, and no silent rank promotion."""
 
 import atexit
-import importlib.metadata
 import importlib.util
 import os
 import pathlib
 import shutil
 import tempfile
 
+from commands import QUICK_FLAGS, with_flags
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-FLAGS = {"xla_force_host_platform_device_count": "8"}
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # Its older code generator compiles these programs in half of the time. A later jaxlib has the
-    # newer one only, and commands that a test starts are compiled by the one that users have.
-    FLAGS["xla_cpu_use_fusion_emitters"] = "false"
-given = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = " ".join(
-    [given, *(f"--{name}={value}" for name, value in FLAGS.items() if name not in given)]
+os.environ["XLA_FLAGS"] = with_flags(
+    os.environ.get("XLA_FLAGS", ""), {"xla_force_host_platform_device_count": "8"} | QUICK_FLAGS
 )
 
 # A program is compiled once in a run, whichever tests and commands of tests need it. Not once for
@@ -41,7 +36,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 FULLY_COMPILED = ("generate", "engine_tpu", "tpu_attention", "engine_real", "full_size")
 # Files that take longest, in this order: with several workers they begin first.
 SLOWEST = ("engine", "train", "model", "engine_mesh", "generate", "decoder", "step", "convert")
-SLOWEST += ("engine_tpu", "engine_real", "timing", "hf_consistency", "full_size", "damage")
+SLOWEST += ("notebook", "moments", "engine_tpu", "engine_real", "hf_consistency", "full_size")
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import subprocess
-import sys
 
 import commands
 import jax
@@ -70,12 +68,9 @@ def test_command_line_writes_a_checkpoint_and_an_honest_certificate(
 ):
     out = tmp_path / "ckpt"
     flags = [f"--source={source_dir}", f"--out={out}", "--lora_rank=8", f"--text={text_file}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "recursive_jax.convert", *flags]
-        + ["--text_tokens=300", "--context_length=64"]
-        + [f"--calibrate={text_file}", "--calibration_tokens=200", f"--plot={tmp_path}/ranks.svg"],
-        env=commands.environment(), capture_output=True, text=True,
-    )  # fmt: skip
+    flags += ["--text_tokens=300", "--context_length=64", f"--plot={tmp_path}/ranks.svg"]
+    flags += [f"--calibrate={text_file}", "--calibration_tokens=200"]
+    done = commands.run("convert", *flags)
     assert done.returncode == 0, done.stderr
     stated = re.search(r"^memory +at most ([0-9.]+) GB$", done.stdout, re.MULTILINE)
     assert 0.9 < float(stated[1]) < 3, "said before anything is read"

@@ -79,13 +79,13 @@ def test_both_perplexities_are_named_and_measured_after_every_loop(place, done):
     assert TEXT.startswith(text) and 90 < len(encoder.encode(text)) <= 100
     pairs = rolling.windows(encoder.encode(text), encoder.prefix, 32)
     totals = np.sum([reference(model, *pair)[0] for pair in pairs], axis=0)
-    for total, exit_ in zip(totals, found["exits"], strict=True):
+    for total, exit_ in zip(totals, found["loops"], strict=True):
         assert exit_["word_perplexity"] == pytest.approx(
             math.exp(-total / len(text.split())), rel=1e-4
         )
         assert exit_["byte_perplexity"] == pytest.approx(math.exp(-total / len(text)), rel=1e-4)
         assert exit_["nll"] == pytest.approx(-total / found["tokens"], rel=1e-5)
-    assert found["word_perplexity"] == found["exits"][-1]["word_perplexity"]
+    assert found["word_perplexity"] == found["loops"][-1]["word_perplexity"]
 
 
 def test_the_report_is_whole_and_names_what_was_measured(place, done):
@@ -93,7 +93,7 @@ def test_the_report_is_whole_and_names_what_was_measured(place, done):
     assert report["model"]["num_loops"] == 2 and report["model"]["step"] == 0
     assert report["settings"]["text_tokens"] == 100
     assert set(report["tasks"]) == {"arc_easy", "winogrande", "lambada_openai"}
-    assert all(len(task["exits"]) == 2 for task in report["tasks"].values())
+    assert all(len(task["loops"]) == 2 for task in report["tasks"].values())
     for words in ("after loop 1", "after loop 2", "arc_easy", "mean", "self-correction"):
         assert words in output.stdout
     assert "source" not in report and "source" not in output.stdout
@@ -285,7 +285,7 @@ def test_tasks_of_the_source_stand_beside_those_of_the_model():
     better = task | {"value": 0.75}
     source = {"from": "measured", "tasks": {"piqa": better}, "check": {"agrees": None}}
     source["check"]["reason"] = "no certificate"
-    report = {"tasks": {"piqa": task | {"exits": exits}}, "source": source}
+    report = {"tasks": {"piqa": task | {"loops": exits}}, "source": source}
     lines = evaluation_report.table(report).splitlines()
     assert lines[0].split() == ["task", "items", "metric", "loop", "1", "loop", "2", "source"]
     values = re.findall(r"[\d.]+ ± [\d.]+ %", lines[2])

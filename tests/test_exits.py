@@ -301,8 +301,8 @@ def test_the_job_measures_exits_as_the_model_does(place):
         place / "text.txt", 90, 32, measure=TopProbability(0.02), missing_kv="propagate",
         dtype="float32", quiet=True,
     )  # fmt: skip
-    assert found["exits"][0]["depth"] == wanted["exits"][0]["depth"]
-    assert found["tokens"] == 90 and found["exits"][0]["thresholds"] == [0.02]
+    assert found["by_threshold"][0]["depth"] == wanted["by_threshold"][0]["depth"]
+    assert found["tokens"] == 90 and found["by_threshold"][0]["thresholds"] == [0.02]
     for row in (*found["loops"], found["oracle"]):
         assert sum(row["depth"]) == pytest.approx(1)
     assert found["loops"][1]["agreement"] == found["oracle"]["agreement"] == 1.0
@@ -325,6 +325,8 @@ def test_calibrated_thresholds_are_stored_with_the_weights_they_are_for(place):
     )
     assert thresholds.promise in done.stdout and "--exit_measure=calibrated" in done.stdout
     assert thresholds.record["p_value"] <= 0.1 and thresholds.record["windows"] > 80
+    tried = [tuple(candidate["thresholds"]) for candidate in thresholds.record["tried"]]
+    assert len(set(tried)) == len(tried) > 1, "each is tried once"
     other = dataclasses.replace(load(place / "model"), weights=make_model().weights)
     with pytest.raises(ValueError, match="missing_kv=complete, not with copy; calibrate again"):
         other.exits(place / "text.txt", 90, 32, missing_kv="copy", quiet=True)

@@ -8,8 +8,6 @@ import pathlib
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -196,11 +194,7 @@ def test_jsonl_through_the_command_line_and_on_a_mesh(tiny, tmp_path):
     out = tmp_path / "out.jsonl"
     arguments = dict(checkpoint=tiny, prompts=source, max_new_tokens=8, num_slots=2)
     given = [f"--{k}={v}" for k, v in arguments.items()]
-    done = subprocess.run(
-        [sys.executable, "-m", "recursive_jax.generate", *given, f"--out={out}"],
-        cwd=commands.ROOT, env=commands.environment(quick=False), capture_output=True, text=True,
-        timeout=500,
-    )  # fmt: skip
+    done = commands.run("generate", *given, f"--out={out}")
     assert done.returncode == 0, done.stderr
     answers = read_jsonl(out)
     assert [a["id"] for a in answers] == ["long", 2, 3, "chat", 5, "no room", "only BOS", 8]

@@ -209,7 +209,7 @@ def test_all_loops_are_measured_in_one_pass(placed, tmp_path):
     assert len(records) == 2 + 4 + 8
     assert [found[name]["metric"] for name in loaded] == ["acc", "acc", "acc_norm"]
     task = found["arc_easy"]
-    for loop, measured in enumerate(task["exits"]):
+    for loop, measured in enumerate(task["loops"]):
         right = []
         for item in evaluated.CHOICES:
             context = encode(f"{item['query']}\nAnswer:")
@@ -221,9 +221,9 @@ def test_all_loops_are_measured_in_one_pass(placed, tmp_path):
             right.append(int(np.argmax(sums)) == item["gold"])
         assert measured["acc_norm"]["value"] == np.mean(right)
         assert measured["acc_norm"]["stderr"] == pytest.approx(np.std(right, ddof=1) / 2)
-    assert task["value"] == task["exits"][-1]["acc_norm"]["value"]
-    gain = task["loops"]["self_correction"][0] - task["loops"]["overthinking"][0]
-    assert task["loops"]["loop_gain"] == [pytest.approx(gain)]
+    assert task["value"] == task["loops"][-1]["acc_norm"]["value"]
+    gain = task["rates"]["self_correction"][0] - task["rates"]["overthinking"][0]
+    assert task["rates"]["loop_gain"] == [pytest.approx(gain)]
     ppl = found["lambada_openai"]["metrics"]["perplexity"]
     values = []
     for item in evaluated.LAST_WORDS:

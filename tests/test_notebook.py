@@ -3,6 +3,7 @@
 import os
 import pathlib
 
+import commands
 import pytest
 from evaluated import write_tasks
 
@@ -31,10 +32,11 @@ def test_every_cell_runs(notebook, tmp_path, monkeypatch):
         pytest.importorskip(package)
     root = NOTEBOOK.parents[1]
     paths = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    for name, value in (TINY | {"RJ_TASK_DIR": str(write_tasks(tmp_path / "tasks")),
-                                "TMPDIR": str(tmp_path), "PYTHONPATH": paths}).items():  # fmt: skip
+    settings = TINY | {"RJ_TASK_DIR": str(write_tasks(tmp_path / "tasks"))}
+    for name, value in (
+        commands.environment() | settings | {"TMPDIR": str(tmp_path), "PYTHONPATH": paths}
+    ).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.delenv("XLA_FLAGS", raising=False)  # one device
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute(cwd=tmp_path)
     printed = "".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])

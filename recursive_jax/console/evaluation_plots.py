@@ -34,7 +34,7 @@ def save(
     """
     source = report.get("source") or {}
     drawn: dict[str, tuple[Callable[..., None], tuple]] = {}
-    tasks = {n: t for n, t in report.get("tasks", {}).items() if len(t.get("exits", [])) > 1}
+    tasks = {n: t for n, t in report.get("tasks", {}).items() if len(t.get("loops", [])) > 1}
     if tasks:
         drawn["quality"] = _quality, (tasks, source.get("tasks") or {})
     if len(report.get("perplexity", {}).get("windows", {}).get("nll_exits", [])) > 1:
@@ -104,7 +104,7 @@ def _quality(axes, tasks, source) -> None:
     """Accuracy of every task over loops, with standard errors; a dotted line: the source."""
     for name, task in tasks.items():
         metric = task["metric"]
-        exits = [exit_[metric] for exit_ in task["exits"]]
+        exits = [exit_[metric] for exit_ in task["loops"]]
         at = range(1, len(exits) + 1)
         errors = [exit_["stderr"] or 0.0 for exit_ in exits]
         bars = axes.errorbar(at, [e["value"] for e in exits], errors, fmt="o-", label=name)
@@ -118,7 +118,7 @@ def _quality(axes, tasks, source) -> None:
 def _perplexity(axes, found, source) -> None:
     values = found["windows"]["perplexity_exits"]
     axes.plot(range(1, len(values) + 1), values, "o-", label="windows, per token")
-    exits = found["rolling"].get("exits")
+    exits = found["rolling"].get("loops")
     if exits:
         rolling = [exit_["perplexity"] for exit_ in exits]
         axes.plot(range(1, len(rolling) + 1), rolling, "s--", label="rolling, per token")

@@ -39,8 +39,8 @@ def table(report: Mapping[str, Any]) -> str:
         blocks.append(_perplexity(report["perplexity"], source.get("perplexity") or {}))
     if "tasks" in report:
         blocks.append(_tasks(report["tasks"], source.get("tasks") or {}))
-        if any("loops" in task for task in report["tasks"].values()):
-            blocks.append(_loops(report["tasks"]))
+        if any("rates" in task for task in report["tasks"].values()):
+            blocks.append(_rates(report["tasks"]))
     blocks += _about(report, source)
     return "\n\n".join(blocks)
 
@@ -50,7 +50,7 @@ def _perplexity(found: Mapping[str, Any], source: Mapping[str, Any]) -> str:
     rows = []
     errors = windows.get("nll_stderr_exits") or [windows["nll_stderr"]]
     nlls = windows.get("nll_exits") or [windows["nll"]]
-    exits = rolling.get("exits") or [rolling]
+    exits = rolling.get("loops") or [rolling]
     perplexities = windows.get("perplexity_exits") or [windows["perplexity"]]
     values = zip(nlls, errors, perplexities, exits, strict=True)
     for n, (nll, error, perplexity, other) in enumerate(values, 1):
@@ -87,11 +87,11 @@ def _measured(nll, error, perplexity, rolling) -> tuple[str, ...]:
 
 
 def _tasks(found: Mapping[str, Any], source: Mapping[str, Any]) -> str:
-    most = max(len(task.get("exits", [0])) for task in found.values())
+    most = max(len(task.get("loops", [0])) for task in found.values())
     rows = []
     for name, task in found.items():
         metric = task["metric"]
-        exits = [exit_.get(metric) for exit_ in task.get("exits", [])]
+        exits = [exit_.get(metric) for exit_ in task.get("loops", [])]
         earlier = [_percent(exit_) for exit_ in exits[:-1]] or [""] * (most - 1)
         beside = source.get(name)
         rows.append(
@@ -111,7 +111,7 @@ def _mean_row(found, source, most) -> tuple[str, ...]:
 
     cells = []
     for n in range(most):
-        exits = [task.get("exits") for task in found.values()]
+        exits = [task.get("loops") for task in found.values()]
         if all(exits):
             metrics = [task["metric"] for task in found.values()]
             values = [e[n][m]["value"] for e, m in zip(exits, metrics, strict=True)]
@@ -136,13 +136,13 @@ def _percent(measured: Mapping[str, Any] | None) -> str:
     return f"{100 * value:.1f}" + ("" if error is None else f" ± {100 * error:.1f}") + " %"
 
 
-def _loops(found: Mapping[str, Any]) -> str:
+def _rates(found: Mapping[str, Any]) -> str:
     rows = []
     for name, task in found.items():
-        loops = task.get("loops")
-        if loops is None:
+        rates = task.get("rates")
+        if rates is None:
             continue
-        numbers = (loops[n] for n in ("loop_gain", "self_correction", "overthinking"))
+        numbers = (rates[n] for n in ("loop_gain", "self_correction", "overthinking"))
         for n, values in enumerate(zip(*numbers, strict=True), 1):
             rows.append((name, f"loop {n}", *(f"{100 * value:+.1f} %" for value in values)))
     header = ("task", "since", "loop gain", "self-correction", "overthinking")

@@ -15,7 +15,7 @@ def table(exits: Mapping[str, Any]) -> str:
     """The tables of `early_exits.measure_exits`: every loop, thresholds, the oracle, the rates."""
     rates = exits["rates"]
     rows = [(f"all after loop {n}", *_cells(row)) for n, row in enumerate(exits["loops"], 1)]
-    for row in exits["exits"]:
+    for row in exits["by_threshold"]:
         values = ", ".join(f"{value:.4g}" for value in row["thresholds"])
         rows.append((f"{exits['measure']} > {values}", *_cells(row)))
     rows.append(("oracle, teacher-forced", *_cells(exits["oracle"])))

@@ -213,7 +213,8 @@ def _report(task: Any, by_exit: Sequence[tuple[dict, list[dict]]]) -> dict[str, 
 
     Returns:
       `items`; `metric`: the one the paper reports, its `value` and `stderr`; `metrics`: value and
-      stderr of each. With several exits also `exits` (metrics of each) and `loops` (`loop_report`).
+      stderr of each. With several loops also `loops`, the metrics after each, and `rates`, the
+      `loop_report`.
     """
     measured = [_metrics(task, results, samples) for results, samples in by_exit]
     name = tasks.headline(list(measured[-1]))
@@ -221,9 +222,9 @@ def _report(task: Any, by_exit: Sequence[tuple[dict, list[dict]]]) -> dict[str, 
     out = {"items": len({sample["doc_id"] for sample in by_exit[-1][1]}), "metric": name}
     out |= measured[-1][name] | {"metrics": measured[-1]}
     if len(by_exit) > 1:
-        out["exits"] = measured
+        out["loops"] = measured
         if right.size and np.isin(right, (0, 1)).all():
-            out["loops"] = loop_report(right > 0)
+            out["rates"] = loop_report(right > 0)
     return out
 
 

@@ -68,7 +68,7 @@ def summarise(documents: Sequence[str], counts: Sequence[int], scores: Sequence[
 
     errors = [ratio_error(column, np.array(counts)) for column in nll.T]
     exits = [measures(float(t), e) for t, e in zip(totals, errors, strict=True)]
-    return out | exits[-1] | ({"exits": exits} if len(exits) > 1 else {})
+    return out | exits[-1] | ({"loops": exits} if len(exits) > 1 else {})
 
 
 def ratio_error(sums: np.ndarray, counts: np.ndarray) -> float | None:

@@ -88,6 +88,18 @@ class Choice:
             self.token_ids = list(event.completion.tokens)
             del self.tokens[self._echoed + len(self.exit_loops) :]
 
+    @property
+    def ids(self) -> list[int]:
+        """Token ids of the prompt and of the answer, which has log-probabilities."""
+        answer = [token.id for token in self.tokens[self._echoed :]]
+        return [*self._asked.prompt_of(self.index), *answer]
+
+    def rescore(self, scores: Scores) -> None:
+        """Take the log-probabilities of the answer from scores of `ids`."""
+        start = len(self._asked.prompt_of(self.index)) - 1
+        for place, token in enumerate(self.tokens[self._echoed :], start):
+            token.logprob, token.top = scores.logprobs[place], scores.top[place][: self._asked.top]
+
     def _append(self, token: int, logprob: float | None, top) -> None:
         piece = self._reader.add([token])
         self.tokens.append(Token(token, piece, self._offset, logprob, top))

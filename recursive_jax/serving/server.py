@@ -12,7 +12,6 @@ import socket
 import threading
 from collections.abc import Callable
 
-import numpy as np
 import uvicorn
 
 from recursive_jax.decoding.engine import Engine
@@ -26,7 +25,7 @@ from recursive_jax.serving.metrics import Metrics
 from recursive_jax.serving.page.facts import facts
 from recursive_jax.serving.page.feed import Feed
 from recursive_jax.serving.running import Mailbox, Runner
-from recursive_jax.serving.scoring import Scores
+from recursive_jax.serving.scoring import LoopScorer, Scorer
 from recursive_jax.serving.served import Served
 
 Change = Callable[[Engine], None]
@@ -41,9 +40,8 @@ class Server:
       served: the model, as clients see it.
       limits: of requests.
       key: that clients send; None: no key.
-      score: of a prompt's ids, called in the engine's thread; None: prompts are not scored.
-      by_loop: compiles, for so many ids, what returns their log-probabilities after every loop; and
-        that, called in the engine's thread. None: the page shows the loop of tokens only.
+      scorer: of prompts; None: prompts are not scored.
+      loop_scorer: likewise, after every loop.
       load: step or None -> the step that was loaded, and what puts it into the engine; called in a
         thread of its own. None: weights are not replaced.
       drain_seconds: that running requests have after SIGTERM.
@@ -54,8 +52,8 @@ class Server:
     served: Served
     limits: ServerLimits = dataclasses.field(default_factory=ServerLimits)
     key: str | None = None
-    score: Callable[[list[int]], Scores] | None = None
-    by_loop: tuple[Callable[[int], None], Callable[[list[int]], np.ndarray]] | None = None
+    scorer: Scorer | None = None
+    loop_scorer: LoopScorer | None = None
     load: Callable[[int | None], tuple[int | None, Change]] | None = None
     drain_seconds: float = 30.0
     warmed: Callable[[], None] | None = None
@@ -82,24 +80,24 @@ class Server:
         tokenizer = copy.deepcopy(self.served.tokenizer)
         thread = EngineThread(engine, tokenizer, (metrics, feed), mailbox.flush)
         thread.submit(Ticket(Request("first", (0,), 1), self._first))
-        runner = Runner(thread, mailbox, self.score, self.limits, metrics)
+        runner = Runner(thread, mailbox, self.scorer, self.limits, metrics)
+
+        by_loop = self.loop_scorer and functools.partial(runner.run_scorer, self.loop_scorer)
+
+        def ready() -> bool:
+            return self._ready.is_set() and thread.is_alive()
 
         async def reload(step: int | None) -> int | None:
             found, change = await asyncio.to_thread(self.load, step)
             await asyncio.wrap_future(thread.exchange(change))
             return found
 
-        async def by_loop(ids: list[int]) -> np.ndarray:
-            compile_for, run = self.by_loop
-            await asyncio.to_thread(compile_for, len(ids))
-            return await asyncio.wrap_future(thread.call(functools.partial(run, ids)))
-
         app = App(
-            self.served, runner, self.limits, metrics, engine.num_slots, self._ready.is_set,
+            self.served, runner, self.limits, metrics, engine.num_slots, ready,
             None if self.load is None else reload, self.key, is_local(listener),
             page.routes(
                 feed, functools.partial(facts, engine, self.served), self._closing,
-                self.limits.max_body_bytes, None if self.by_loop is None else by_loop,
+                self.limits.max_body_bytes, by_loop,
             ),
         )  # fmt: skip
         config = uvicorn.Config(
@@ -135,6 +133,8 @@ def bind(host: str, port: int) -> socket.socket:
     """
     with contextlib.ExitStack() as stack:
         try:
+            if not 0 <= port < 1 << 16:  # the system's resolver would take its last 16 bits
+                raise OverflowError("expected a port in 0 … 65535")
             family, kind, _, _, address = socket.getaddrinfo(
                 host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )[0]
