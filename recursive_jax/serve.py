@@ -112,22 +112,21 @@ def run(options: flags.FlagValues) -> None:
 
 def make_server(engine: Engine, model: Model, placed: OnDevices, name: str, limits: Any) -> Any:
     """The server of an engine."""
-    from recursive_jax.serving.scoring import Scorer
+    from recursive_jax.serving.scoring import LoopScorer, Scorer
     from recursive_jax.serving.served import Served
     from recursive_jax.serving.server import Server
 
     precision = functools.partial(sharding.matmul_precision, placed.decoder.dtype)
-    scorer = None
+    scorer = loop_scorer = None
     if placed.mesh.size == 1:
         length = engine.config.context_length
-        scorer = Scorer(
-            placed.decoder, lambda: engine.params, length, limits.max_logprobs, precision
-        )
+        parts = placed.decoder, lambda: engine.params, length, precision
+        scorer, loop_scorer = Scorer(*parts, num_top=limits.max_logprobs), LoopScorer(*parts)
     served = Served(
         name, step_of(model), model.tokenizer, model.stop, engine.limits,
         engine.config.lossless, scorer is not None,
     )  # fmt: skip
-    return Server(engine, served, limits, scorer=scorer)
+    return Server(engine, served, limits, scorer=scorer, loop_scorer=loop_scorer)
 
 
 def step_of(model: Model) -> int | None:

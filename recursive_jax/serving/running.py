@@ -14,7 +14,7 @@ from recursive_jax.serving.engine_thread import EngineThread, Ticket
 from recursive_jax.serving.errors import ApiError
 from recursive_jax.serving.limits import ServerLimits
 from recursive_jax.serving.metrics import Metrics
-from recursive_jax.serving.scoring import Scorer, Scores
+from recursive_jax.serving.scoring import PromptPass, Scorer, Scores
 from recursive_jax.serving.served import Served
 
 Item = tuple[int, Event]  # number of the choice, and what is new
@@ -78,10 +78,13 @@ class Runner:
         return give_back
 
     async def score(self, ids: list[int]) -> Scores:
-        """The scores of a prompt. Compiling for it does not hold up the engine."""
-        await asyncio.to_thread(self._scorer.prepare, len(ids))
-        score = functools.partial(self._scorer, ids)
-        return await asyncio.wrap_future(self._thread.call(score))
+        """The scores of a prompt."""
+        return await self.run_scorer(self._scorer, ids)
+
+    async def run_scorer(self, scorer: PromptPass, ids: list[int]) -> Any:
+        """What a scorer returns for a prompt. Compiling for it does not hold up the engine."""
+        await asyncio.to_thread(scorer.prepare, len(ids))
+        return await asyncio.wrap_future(self._thread.call(functools.partial(scorer, ids)))
 
     async def events(self, asked: Asked, deadline: float) -> AsyncIterator[Item]:
         """Events of all choices. The requests end with the iterator.

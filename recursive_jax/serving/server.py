@@ -25,7 +25,7 @@ from recursive_jax.serving.metrics import Metrics
 from recursive_jax.serving.page.facts import facts
 from recursive_jax.serving.page.feed import Feed
 from recursive_jax.serving.running import Mailbox, Runner
-from recursive_jax.serving.scoring import Scorer
+from recursive_jax.serving.scoring import LoopScorer, Scorer
 from recursive_jax.serving.served import Served
 
 Change = Callable[[Engine], None]
@@ -41,6 +41,7 @@ class Server:
       limits: of requests.
       key: that clients send; None: no key.
       scorer: of prompts; None: prompts are not scored.
+      loop_scorer: likewise, after every loop.
       load: step or None -> the step that was loaded, and what puts it into the engine; called in a
         thread of its own. None: weights are not replaced.
       drain_seconds: that running requests have after SIGTERM.
@@ -52,6 +53,7 @@ class Server:
     limits: ServerLimits = dataclasses.field(default_factory=ServerLimits)
     key: str | None = None
     scorer: Scorer | None = None
+    loop_scorer: LoopScorer | None = None
     load: Callable[[int | None], tuple[int | None, Change]] | None = None
     drain_seconds: float = 30.0
     warmed: Callable[[], None] | None = None
@@ -80,6 +82,8 @@ class Server:
         thread.submit(Ticket(Request("first", (0,), 1), self._first))
         runner = Runner(thread, mailbox, self.scorer, self.limits, metrics)
 
+        by_loop = self.loop_scorer and functools.partial(runner.run_scorer, self.loop_scorer)
+
         def ready() -> bool:
             return self._ready.is_set() and thread.is_alive()
 
@@ -91,7 +95,10 @@ class Server:
         app = App(
             self.served, runner, self.limits, metrics, engine.num_slots, ready,
             None if self.load is None else reload, self.key, is_local(listener),
-            page.routes(feed, functools.partial(facts, engine, self.served), self._closing),
+            page.routes(
+                feed, functools.partial(facts, engine, self.served), self._closing,
+                self.limits.max_body_bytes, by_loop,
+            ),
         )  # fmt: skip
         config = uvicorn.Config(
             app.asgi(), lifespan="off", access_log=False, log_config=None, server_header=False,
