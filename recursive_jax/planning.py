@@ -113,7 +113,7 @@ def predict(models: PlannedModels, config: TrainConfig, devices: Sequence[Any]) 
     plan = fit.plan_of(models.student, config, models.source, mesh, least)
     setup = plan.setup
     flops = fit.flops_of(config, setup)(models.student.num_loops)
-    gathers, transfers = traffic(setup, mesh, config, plan)
+    gathers, transfers = traffic(setup, mesh, config)
     kind = devices[0].device_kind
     peak = config.peak_flops or peak_flops(kind)
     return Prediction(
@@ -124,9 +124,7 @@ def predict(models: PlannedModels, config: TrainConfig, devices: Sequence[Any]) 
     )  # fmt: skip
 
 
-def traffic(
-    setup: TrainSetup, mesh: Mesh, config: TrainConfig, plan: device_memory.Plan
-) -> tuple[int, list[Transfer]]:
+def traffic(setup: TrainSetup, mesh: Mesh, config: TrainConfig) -> tuple[int, list[Transfer]]:
     """How often the block is gathered in a step, and the collectives of a step."""
     cfg, wide = setup.model.cfg, np.dtype(setup.model.dtype).itemsize
     fsdp, data, tensor = (mesh.shape[name] for name in ("fsdp", "data", "tensor"))
@@ -146,8 +144,8 @@ def traffic(
         if size:
             found.append(Transfer(what, kind, times, times * size, overlaps))
 
-    if plan.gather is not None:
-        reduced = micro if plan.gather.reduce_each else 1
+    if setup.gather is not None:
+        reduced = micro if setup.gather.reduce_each else 1
         gathers = 1 if block else 0
         add("block", "all-gather", 1, block)
         add("embedding and head", "all-gather", 1, head)
@@ -172,7 +170,7 @@ def traffic(
         outer = device_memory.whole(head_params(theirs), head_params(t_places), wide)
         add("teacher's layers", "all-gather", micro, layers, True)
         add("teacher's embedding", "all-gather", micro, max(outer, default=0) * part)
-        if plan.gather is None:
+        if setup.gather is None:
             add("teacher's head, by chunk", "all-gather", chunks, sum(outer) * part)
         else:
             add("teacher's head", "all-gather", 1, sum(outer) * part)
