@@ -112,22 +112,21 @@ def run(options: flags.FlagValues) -> None:
 
 def make_server(engine: Engine, model: Model, placed: OnDevices, name: str, limits: Any) -> Any:
     """The server of an engine."""
-    from recursive_jax.serving.scoring import Scorer
+    from recursive_jax.serving.scoring import LoopScorer, Scorer
     from recursive_jax.serving.served import Served
     from recursive_jax.serving.server import Server
 
-    scorer = Scorer(placed.decoder, engine.config.context_length, limits.max_logprobs)
-
-    def score(ids: list[int]) -> Any:
-        with sharding.matmul_precision(placed.decoder.dtype):
-            return scorer(engine.params, ids)
-
-    scores = placed.mesh.size == 1
+    precision = functools.partial(sharding.matmul_precision, placed.decoder.dtype)
+    scorer = loop_scorer = None
+    if placed.mesh.size == 1:
+        length = engine.config.context_length
+        parts = placed.decoder, lambda: engine.params, length, precision
+        scorer, loop_scorer = Scorer(*parts, num_top=limits.max_logprobs), LoopScorer(*parts)
     served = Served(
         name, step_of(model), model.tokenizer, model.stop, engine.limits,
-        engine.config.lossless, scores,
+        engine.config.lossless, scorer is not None,
     )  # fmt: skip
-    return Server(engine, served, limits, score=score if scores else None)
+    return Server(engine, served, limits, scorer=scorer, loop_scorer=loop_scorer)
 
 
 def step_of(model: Model) -> int | None:

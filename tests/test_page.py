@@ -11,6 +11,7 @@ import shutil
 import threading
 import time
 
+import numpy as np
 import pytest
 
 pytest.importorskip("uvicorn", reason="pip install 'recursive_jax[serve]'")
@@ -123,6 +124,27 @@ def test_feed_counts_only_for_watchers():
     assert news == {"ticks": 2, "busy": 6, "exits": [0, 2], "grid": [0, 0, 0, 2], "waiting": 0}
 
 
+@pytest.mark.parametrize("depth", [{"max_loops": 1}, {"lossless": True}])
+def test_probabilities_by_loop_are_those_of_the_answer(url, depth):
+    """Those that the engine computes, token by token, when it leaves after that loop."""
+    prompt = call(url, "/tokenize", {"prompt": PROMPT})[1]["tokens"]
+    asked = {"prompt": prompt, "max_tokens": 9, "temperature": 0, "logprobs": 0, **depth}
+    asked |= {"return_token_ids": True, "return_exit_loops": True, "ignore_eos": True}
+    choice = call(url, "/v1/completions", asked)[1]["choices"][0]
+    body = {"tokens": prompt + choice["token_ids"], "start": len(prompt)}
+    status, answer = call(url, "/by_loop", body)
+    assert status == 200 and [len(row) for row in answer["probabilities"]] == [2] * 9
+    rows = zip(answer["probabilities"], choice["exit_loops"], strict=True)
+    found = [row[loops - 1] for row, loops in rows]
+    assert found == pytest.approx(np.exp(choice["logprobs"]["token_logprobs"]), abs=2e-4)
+    assert choice["exit_loops"] == [2] + [depth.get("max_loops", 2)] * 8
+
+
+def test_probabilities_by_loop_of_wrong_ids(url):
+    for tokens, start in (([1, 5000], 1), ([1] * 97, 1), ([1], 1), ([1, 2], 0), ([1, -2], 1)):
+        assert call(url, "/by_loop", {"tokens": tokens, "start": start})[0] == 400
+
+
 def test_page_is_open_and_its_feed_needs_the_key():
     with serving.running(serving.engine(), key="secret") as url:
         assert call(url, "/")[0] == call(url, "/page.js")[0] == 200
@@ -217,6 +239,11 @@ def test_tokens_by_keyboard(page, url):
     assert page.get_attribute(".tokens", "aria-activedescendant") == last.get_attribute("id")
     assert last.get_attribute("aria-label") == page.inner_text("#token-words")
     assert re.search(r"left after loop [12] of 2, probability \d+ %", page.inner_text("#token"))
+    meters = page.locator("#token-loops meter")
+    meters.nth(1).wait_for()
+    loops = int(last.get_attribute("data-loop"))
+    chance = float(meters.nth(loops - 1).get_attribute("value"))
+    assert page.inner_text("#token-words").endswith(f"probability {round(100 * chance)} %")
     page.keyboard.press("ArrowLeft")
     assert last.get_attribute("aria-selected") == "false"
     assert "loops on average" in page.text_content("#spoken")  # a screen reader has read it

@@ -213,7 +213,8 @@ def test_values_that_shape_an_answer(url):
     assert deep["usage"]["mean_loops"] == 2
     for more in (0, 3):
         ids = serving.model().tokenizer.encode(PROMPT)
-        echoed = {"prompt": ids, "echo": True, "logprobs": 1, "max_tokens": more, "temperature": 0}
+        echoed = {"prompt": ids, "echo": True, "logprobs": 1, "max_tokens": more}
+        echoed |= {"temperature": 0} if more else {}
         (choice,) = call(url, "/v1/completions", echoed)[1]["choices"]
         assert choice["text"] == PROMPT + expected(3).text * bool(more)
         logprobs = choice["logprobs"]
@@ -225,3 +226,24 @@ def test_values_that_shape_an_answer(url):
             json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: {")
         ]
         assert "".join(piece["choices"][0]["text"] for piece in pieces) == choice["text"]
+
+
+def test_the_most_likely_tokens_beside_sampled_ones(url):
+    """A second pass over the answer finds them; its log-probabilities are those of the engine."""
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5, "seed": 3}
+    body |= {"logprobs": True, "top_logprobs": 3}
+    for refused in (body, body | {"lossless": True, "stream": True}):
+        status, found = call(url, "/v1/chat/completions", refused)
+        assert status == 400 and found["error"]["message"].startswith("logprobs: ")
+    found = call(url, "/v1/chat/completions", body | {"lossless": True})[1]["choices"][0]
+    prompt = serving.model().tokenizer.encode("user: Hi\n")
+    want = expected(5, prompt, temperature=1.0, seed=3, min_loops=2)
+    assert found["message"]["content"] == want.text
+    content = found["logprobs"]["content"]
+    assert [token["logprob"] for token in content] == pytest.approx(want.logprobs, abs=1e-4)
+    for token in content:
+        tops = [top["logprob"] for top in token["top_logprobs"]]
+        assert len(tops) == 3 and tops == sorted(tops, reverse=True)
+        assert token["logprob"] <= tops[0]
+        listed = token["token"] in [top["token"] for top in token["top_logprobs"]]
+        assert listed is (token["logprob"] >= tops[-1])

@@ -21,6 +21,7 @@ from serving import call  # noqa: E402
 
 from recursive_jax import serve  # noqa: E402
 from recursive_jax.model import load  # noqa: E402
+from recursive_jax.serving import server as server_lib  # noqa: E402
 from recursive_jax.serving.limits import ServerLimits  # noqa: E402
 from recursive_jax.weights import checkpoint as checkpoint_lib  # noqa: E402
 
@@ -284,3 +285,12 @@ def test_weights_are_replaced_while_requests_run(checkpoint, slow):
         assert call(url, "/admin/reload", {"step": 0})[1]["step"] == 0
         assert call(url, PATH, LONG)[1]["choices"][0]["text"] == before
     slow.params = first
+
+
+def test_an_address_that_is_taken_or_wrong():
+    with server_lib.bind("127.0.0.1", 0) as first:
+        first.listen()
+        port = first.getsockname()[1]
+        for host, number in (("127.0.0.1", port), ("no such host", 0), ("127.0.0.1", 99999)):
+            with pytest.raises(ValueError, match=f"--host={host} --port={number}: .*choose"):
+                server_lib.bind(host, number)

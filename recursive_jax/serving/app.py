@@ -194,12 +194,17 @@ class App:
     async def _run(self, reply: Reply, deadline: float) -> None:
         async for _ in self._grow(reply, deadline):
             pass
+        if reply.asked.rescored:
+            for choice in reply.choices:
+                choice.rescore(await self._runner.score(choice.ids))
 
     async def _grow(self, reply: Reply, deadline: float) -> AsyncIterator[tuple[int, Any]]:
         """Let the choices grow; yields `(choice, event)`, first None for an echoed prompt."""
         asked = reply.asked
         if asked.echo:
-            scores = None if asked.top is None else await self._runner.scores(asked)
+            scores = None
+            if asked.top is not None:
+                scores = [await self._runner.score(ids) for ids in asked.prompts]
             done = 0
             for number, choice in enumerate(reply.choices):
                 mine = scores and scores[number // asked.body.n]

@@ -29,6 +29,7 @@ class Asked:
       top: most likely tokens to list beside each token; None: no log-probabilities.
       echo: choices begin with the prompt.
       generates: False: only prompts are echoed.
+      rescored: the most likely tokens beside new ones come from a pass over the whole answer.
     """
 
     body: Generation
@@ -37,6 +38,7 @@ class Asked:
     top: int | None = None
     echo: bool = False
     generates: bool = True
+    rescored: bool = False
 
     def prompt_of(self, choice: int) -> list[int]:
         return self.prompts[choice // self.body.n]
@@ -184,13 +186,9 @@ def _asked(
     if (top or 0) > limits.max_logprobs:
         name = "top_logprobs" if isinstance(body, ChatBody) else "logprobs"
         raise ApiError(400, f"{name}: expected {limits.max_logprobs} at most", name)
-    if top and not _knows_top(body, top):
-        raise ApiError(
-            400,
-            "the most likely tokens beside a new one are known for temperature 0 without "
-            "penalties, and one of them at most; ask for 0 of them",
-            "logprobs",
-        )
+    rescored = bool(top) and any(longest) and not _knows_top(body, top)
+    if rescored:
+        _check_rescored(body, served)
     seed = secrets.randbits(32) if body.seed is None else body.seed
     requests = []
     for ids, most in zip(prompts, longest, strict=True):
@@ -210,13 +208,31 @@ def _asked(
                 if most:
                     served.limits.check(request)
             requests.append(request)
-    return Asked(body, prompts, requests, top)
+    return Asked(body, prompts, requests, top, rescored=rescored)
 
 
 def _knows_top(body: Generation, top: int) -> bool:
     """Whether the engine knows the `top` most likely tokens: the one that it chooses."""
     penalties = body.presence_penalty, body.frequency_penalty, body.repetition_penalty - 1
     return top <= 1 and body.temperature == 0 and not any(penalties)
+
+
+def _check_rescored(body: Generation, served: Served) -> None:
+    """Raise ApiError if the answer cannot be scored once it is there."""
+    deep = body.lossless or served.lossless or not served.limits.can_exit
+    deep = deep or body.min_loops == served.limits.num_loops
+    reason = None
+    if body.stream:
+        reason = "not in a stream"
+    elif not served.scores:
+        reason = "not on several devices"
+    elif not deep:
+        reason = "not for tokens that leave early; set lossless to true"
+    if reason is not None:
+        raise ApiError(
+            400, f"logprobs: the most likely tokens are listed {reason}, or ask for 0 of them",
+            "logprobs",
+        )  # fmt: skip
 
 
 def _stop_ids(body: Generation, served: Served) -> tuple[int, ...]:

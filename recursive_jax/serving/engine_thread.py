@@ -106,8 +106,10 @@ class EngineThread(threading.Thread):
         future: concurrent.futures.Future = concurrent.futures.Future()
 
         def run():
-            change(self._engine)
-            future.set_result(None)
+            try:
+                future.set_result(change(self._engine))
+            except Exception as error:
+                future.set_exception(error)
 
         def hold():
             self._exchange = run

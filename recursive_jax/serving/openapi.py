@@ -7,6 +7,7 @@ from typing import Any
 
 from recursive_jax.serving.schema import (
     Body,
+    ByLoopBody,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
@@ -19,6 +20,7 @@ POSTS: dict[str, tuple[type[Body], str]] = {
     "/v1/chat/completions": (ChatBody, "Answer a conversation."),
     "/tokenize": (TokenizeBody, "Token ids of a prompt, or of a conversation."),
     "/detokenize": (DetokenizeBody, "The text of token ids."),
+    "/by_loop": (ByLoopBody, "Probabilities of an answer's tokens after every loop."),
     "/admin/reload": (ReloadBody, "Replace the weights by another step of the checkpoint."),
 }
 GETS = {

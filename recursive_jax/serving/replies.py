@@ -46,7 +46,7 @@ class Choice:
 
     def __init__(self, index: int, asked: Asked, served: Served):
         self.index, self.finish_reason = index, None
-        self.text, self.exit_loops = "", []
+        self.text, self.exit_loops, self.token_ids = "", [], []
         self.tokens: list[Token] = []
         self._asked, self._served = asked, served
         self._reader: text.Detokenizer | None = None
@@ -76,6 +76,7 @@ class Choice:
         self.finish_reason = event.finish_reason
         self.text += event.piece
         self.exit_loops += event.exit_loops
+        self.token_ids += event.tokens
         if self._asked.top is not None:
             if self._reader is None:
                 prompt = self._asked.prompt_of(self.index)
@@ -84,7 +85,20 @@ class Choice:
                 self._append(token, logprob, [(token, logprob)][: self._asked.top])
         if event.completion is not None:  # a stop string may have cut tokens of earlier events
             self.exit_loops = list(event.completion.exit_loops)
+            self.token_ids = list(event.completion.tokens)
             del self.tokens[self._echoed + len(self.exit_loops) :]
+
+    @property
+    def ids(self) -> list[int]:
+        """Token ids of the prompt and of the answer, which has log-probabilities."""
+        answer = [token.id for token in self.tokens[self._echoed :]]
+        return [*self._asked.prompt_of(self.index), *answer]
+
+    def rescore(self, scores: Scores) -> None:
+        """Take the log-probabilities of the answer from scores of `ids`."""
+        start = len(self._asked.prompt_of(self.index)) - 1
+        for place, token in enumerate(self.tokens[self._echoed :], start):
+            token.logprob, token.top = scores.logprobs[place], scores.top[place][: self._asked.top]
 
     def _append(self, token: int, logprob: float | None, top) -> None:
         piece = self._reader.add([token])
@@ -140,7 +154,7 @@ class Reply:
         new = {"index": choice.index, "finish_reason": choice.finish_reason}
         piece = choice.text[letters:]
         new |= {"delta": {"content": piece}} if self.chat else {"text": piece}
-        details = self._details(choice, choice.tokens[tokens:], choice.exit_loops[loops:])
+        details = self._details(choice, tokens, loops)
         return self._chunk([new | details])
 
     def last(self) -> dict[str, Any]:
@@ -171,16 +185,18 @@ class Reply:
             whole["message"] = {"role": "assistant", "content": choice.text}
         else:
             whole["text"] = choice.text
-        return whole | self._details(choice, choice.tokens, choice.exit_loops)
+        return whole | self._details(choice)
 
-    def _details(self, choice: Choice, tokens: Sequence[Token], exits) -> dict[str, Any]:
-        """Log-probabilities and exit loops, where they are asked for."""
+    def _details(self, choice: Choice, tokens: int = 0, new: int = 0) -> dict[str, Any]:
+        """What is asked for of each token, after so many tokens and new tokens."""
         details: dict[str, Any] = {"logprobs": None}
         if self.asked.top is not None:
             make = _chat_logprobs if self.chat else _logprobs
-            details["logprobs"] = make(choice, tokens, self.asked.top)
+            details["logprobs"] = make(choice, choice.tokens[tokens:], self.asked.top)
         if self.asked.body.return_exit_loops:
-            details["exit_loops"] = list(exits)
+            details["exit_loops"] = choice.exit_loops[new:]
+        if self.asked.body.return_token_ids:
+            details["token_ids"] = choice.token_ids[new:]
         return details
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -13,7 +14,7 @@ from recursive_jax.serving.engine_thread import EngineThread, Ticket
 from recursive_jax.serving.errors import ApiError
 from recursive_jax.serving.limits import ServerLimits
 from recursive_jax.serving.metrics import Metrics
-from recursive_jax.serving.scoring import Scores
+from recursive_jax.serving.scoring import PromptPass, Scorer, Scores
 from recursive_jax.serving.served import Served
 
 Item = tuple[int, Event]  # number of the choice, and what is new
@@ -46,18 +47,18 @@ class Runner:
     Args:
       thread: of the engine.
       mailbox: for events.
-      score: of a prompt's ids, in the engine's thread; None: prompts cannot be scored.
+      scorer: of prompts; None: prompts cannot be scored.
     """
 
     def __init__(
         self,
         thread: EngineThread,
         mailbox: Mailbox,
-        score: Callable[[list[int]], Scores] | None,
+        scorer: Scorer | None,
         limits: ServerLimits,
         metrics: Metrics,
     ):
-        self._thread, self._mailbox, self._score = thread, mailbox, score
+        self._thread, self._mailbox, self._scorer = thread, mailbox, scorer
         self._limits, self._metrics = limits, metrics
         self._open = 0  # choices in the engine's thread
 
@@ -76,12 +77,14 @@ class Runner:
 
         return give_back
 
-    async def scores(self, asked: Asked) -> list[Scores]:
-        """The scores of all prompts."""
-        return [
-            await asyncio.wrap_future(self._thread.call(lambda ids=ids: self._score(ids)))
-            for ids in asked.prompts
-        ]
+    async def score(self, ids: list[int]) -> Scores:
+        """The scores of a prompt."""
+        return await self.run_scorer(self._scorer, ids)
+
+    async def run_scorer(self, scorer: PromptPass, ids: list[int]) -> Any:
+        """What a scorer returns for a prompt. Compiling for it does not hold up the engine."""
+        await asyncio.to_thread(scorer.prepare, len(ids))
+        return await asyncio.wrap_future(self._thread.call(functools.partial(scorer, ids)))
 
     async def events(self, asked: Asked, deadline: float) -> AsyncIterator[Item]:
         """Events of all choices. The requests end with the iterator.

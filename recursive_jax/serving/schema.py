@@ -61,7 +61,7 @@ class Generation(Body):
     """The fields that completions and chat share.
 
     OpenAI's names and defaults. `top_k`, `min_p`, `repetition_penalty` and `ignore_eos` are those
-    of other servers. The last five are about depth.
+    of other servers. The last ones are about depth.
     """
 
     model: str | None = None
@@ -87,6 +87,7 @@ class Generation(Body):
     max_loops: Positive | None = Field(None, description="loops that a token runs at most")
     lossless: bool | None = Field(None, description="true: the tokens are those of full depth")
     return_exit_loops: bool = Field(False, description="choices have `exit_loops`, one per token")
+    return_token_ids: bool = Field(False, description="choices have `token_ids` of new tokens")
 
     @property
     def stops(self) -> list[str]:
@@ -160,6 +161,13 @@ class DetokenizeBody(Body):
 
     model: str | None = None
     tokens: list[Count]
+
+
+class ByLoopBody(Body):
+    """Body of `POST /by_loop`: tokens of a prompt and its answer, and where the answer begins."""
+
+    tokens: list[Count] = Field(min_length=2)
+    start: Positive
 
 
 class ReloadBody(Body):

@@ -25,7 +25,7 @@ from recursive_jax.serving.metrics import Metrics
 from recursive_jax.serving.page.facts import facts
 from recursive_jax.serving.page.feed import Feed
 from recursive_jax.serving.running import Mailbox, Runner
-from recursive_jax.serving.scoring import Scores
+from recursive_jax.serving.scoring import LoopScorer, Scorer
 from recursive_jax.serving.served import Served
 
 Change = Callable[[Engine], None]
@@ -40,7 +40,8 @@ class Server:
       served: the model, as clients see it.
       limits: of requests.
       key: that clients send; None: no key.
-      score: of a prompt's ids, called in the engine's thread; None: prompts are not scored.
+      scorer: of prompts; None: prompts are not scored.
+      loop_scorer: likewise, after every loop.
       load: step or None -> the step that was loaded, and what puts it into the engine; called in a
         thread of its own. None: weights are not replaced.
       drain_seconds: that running requests have after SIGTERM.
@@ -51,7 +52,8 @@ class Server:
     served: Served
     limits: ServerLimits = dataclasses.field(default_factory=ServerLimits)
     key: str | None = None
-    score: Callable[[list[int]], Scores] | None = None
+    scorer: Scorer | None = None
+    loop_scorer: LoopScorer | None = None
     load: Callable[[int | None], tuple[int | None, Change]] | None = None
     drain_seconds: float = 30.0
     warmed: Callable[[], None] | None = None
@@ -78,7 +80,12 @@ class Server:
         tokenizer = copy.deepcopy(self.served.tokenizer)
         thread = EngineThread(engine, tokenizer, (metrics, feed), mailbox.flush)
         thread.submit(Ticket(Request("first", (0,), 1), self._first))
-        runner = Runner(thread, mailbox, self.score, self.limits, metrics)
+        runner = Runner(thread, mailbox, self.scorer, self.limits, metrics)
+
+        by_loop = self.loop_scorer and functools.partial(runner.run_scorer, self.loop_scorer)
+
+        def ready() -> bool:
+            return self._ready.is_set() and thread.is_alive()
 
         async def reload(step: int | None) -> int | None:
             found, change = await asyncio.to_thread(self.load, step)
@@ -86,9 +93,12 @@ class Server:
             return found
 
         app = App(
-            self.served, runner, self.limits, metrics, engine.num_slots, self._ready.is_set,
+            self.served, runner, self.limits, metrics, engine.num_slots, ready,
             None if self.load is None else reload, self.key, is_local(listener),
-            page.routes(feed, functools.partial(facts, engine, self.served), self._closing),
+            page.routes(
+                feed, functools.partial(facts, engine, self.served), self._closing,
+                self.limits.max_body_bytes, by_loop,
+            ),
         )  # fmt: skip
         config = uvicorn.Config(
             app.asgi(), lifespan="off", access_log=False, log_config=None, server_header=False,
@@ -123,6 +133,8 @@ def bind(host: str, port: int) -> socket.socket:
     """
     with contextlib.ExitStack() as stack:
         try:
+            if not 0 <= port < 1 << 16:  # the system's resolver would take its last 16 bits
+                raise OverflowError("expected a port in 0 … 65535")
             family, kind, _, _, address = socket.getaddrinfo(
                 host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )[0]

@@ -8,15 +8,18 @@ from __future__ import annotations
 import asyncio
 import json
 import pathlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import numpy as np
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from recursive_jax.serving.errors import ApiError
+from recursive_jax.serving.guard import read_body
 from recursive_jax.serving.page.feed import Feed
+from recursive_jax.serving.schema import ByLoopBody, parse
 
 FILES = {"/": "page.html", "/page.css": "page.css", "/page.js": "page.js"}
 HEADERS = {
@@ -33,7 +36,11 @@ FASTEST, SLOWEST = 0.1, 10.0  # seconds between two messages
 
 
 def routes(
-    feed: Feed, facts: Callable[[], dict[str, Any]], closing: Callable[[], bool]
+    feed: Feed,
+    facts: Callable[[], dict[str, Any]],
+    closing: Callable[[], bool],
+    max_body_bytes: int,
+    by_loop: Callable[[list[int]], Awaitable[np.ndarray]] | None,
 ) -> list[Route]:
     """The routes of the page.
 
@@ -41,7 +48,27 @@ def routes(
       feed: of the engine.
       facts: what the page must know of the server; the first message of `GET /engine`.
       closing: whether the server ends; feeds then end too.
+      by_loop: ids -> log-probabilities of ids 1, 2, … after every loop; None: not served.
     """
+    busy = asyncio.Lock()
+
+    async def probabilities(request: Request) -> Response:
+        """Probabilities of an answer's tokens after each loop, at full depth."""
+        body = parse(ByLoopBody, await read_body(request, max_body_bytes))
+        known = facts()
+        if by_loop is None:
+            raise ApiError(400, "probabilities by loop are not served on several devices")
+        if len(body.tokens) > known["context"] or max(body.tokens) >= known["vocabulary"]:
+            raise ApiError(
+                400,
+                f"tokens: expected {known['context']} ids at most, 0 … {known['vocabulary'] - 1}",
+                "tokens",
+            )
+        if busy.locked():
+            raise ApiError(429, "the engine scores another answer; send the request again later")
+        async with busy:
+            found = np.exp(await by_loop(body.tokens))[body.start - 1 :]
+        return JSONResponse({"probabilities": np.nan_to_num(found).round(4).tolist()})
 
     async def engine(request: Request) -> Response:
         """Server-sent events about the engine, every `?every=` seconds."""
@@ -56,7 +83,9 @@ def routes(
 
         return _Stream(facts(), feed.watch(every, over))
 
-    return [*(Route(path, _file(name)) for path, name in FILES.items()), Route("/engine", engine)]
+    files = [Route(path, _file(name)) for path, name in FILES.items()]
+    by_loop_route = Route("/by_loop", probabilities, methods=["POST"])
+    return [*files, Route("/engine", engine), by_loop_route]
 
 
 class _Stream(StreamingResponse):

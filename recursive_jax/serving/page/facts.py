@@ -25,6 +25,7 @@ def facts(engine: Engine, served: Served) -> dict[str, Any]:
         "lanes": engine.num_lanes,
         "loops": engine.num_loops,
         "context": served.context_length,
+        "vocabulary": served.limits.vocab_size,
         "can_exit": served.limits.can_exit,
         "measure": measure,
         "lossless": served.lossless,

@@ -13,7 +13,8 @@ let running = null; // AbortController of the answer that grows
 let watching = null; // AbortController of the feed
 let thresholdMoved = false;
 let talk = []; // messages of the chat so far
-let answers = []; // shown ones: {tokens, box, chosen, prompt}
+let focused = null; // the answer whose token is chosen
+let answers = []; // shown ones: {tokens, box, chosen, prompt, …}
 
 // The server.
 
@@ -232,6 +233,7 @@ async function send() {
       stream: true,
       logprobs: 0,
       return_exit_loops: true,
+      return_token_ids: true,
       ...depth(),
     };
     const stream = await call("v1/completions", body, mine.signal);
@@ -263,6 +265,8 @@ async function send() {
   spoken.add(` ${$("summary").textContent}`);
   spoken.finish();
   running = null;
+  answer.over = true;
+  if (focused === answer) chances(answer);
   $("send").disabled = false;
   $("stop").disabled = true;
 }
@@ -276,7 +280,9 @@ function newAnswer(text) {
   const asked = make("p", text);
   asked.className = "asked";
   $("turns").append(asked, box);
-  const answer = { box, text: [], tokens: [], chosen: -1, prompt: [], began: 0, number: answers.length };
+  const answer = {
+    box, number: answers.length, text: [], tokens: [], prompt: [], ids: [], chosen: -1, began: 0,
+  };
   answers.push(answer);
   box.addEventListener("keydown", (event) => {
     const last = answer.tokens.length - 1;
@@ -285,7 +291,9 @@ function newAnswer(text) {
     event.preventDefault();
     choose(answer, Math.min(Math.max(answer.chosen + moves[event.key], 0), last));
   });
-  box.addEventListener("focus", () => answer.tokens.length && choose(answer, Math.max(answer.chosen, 0)));
+  box.addEventListener("focus", () => {
+    if (answer.tokens.length) choose(answer, Math.max(answer.chosen, 0));
+  });
   for (const kind of ["pointerover", "click"]) {
     box.addEventListener(kind, (event) => {
       const place = answer.tokens.findIndex((token) => token.span === event.target);
@@ -299,6 +307,7 @@ function newAnswer(text) {
 function grow(answer, choice) {
   answer.text.push(...choice.text); // by code point, as the server counts
   const { text_offset: offsets, token_logprobs: logprobs } = choice.logprobs;
+  answer.ids.push(...choice.token_ids);
   const old = answer.tokens.length;
   offsets.forEach((offset, i) => {
     answer.tokens.push({ offset, loops: choice.exit_loops[i], logprob: logprobs[i], span: null });
@@ -332,13 +341,49 @@ function words(token) {
 }
 
 function choose(answer, place) {
-  for (const other of answers) other.tokens[other.chosen]?.span.setAttribute("aria-selected", "false");
+  for (const other of answers) {
+    other.tokens[other.chosen]?.span.setAttribute("aria-selected", "false");
+  }
   answer.chosen = place;
+  focused = answer;
   const token = answer.tokens[place];
   token.span.setAttribute("aria-selected", "true");
   answer.box.setAttribute("aria-activedescendant", token.span.id);
   $("token").hidden = false;
   $("token-words").textContent = words(token);
+  chances(answer);
+}
+
+// Show the chosen token's probability after every loop. They are asked for once an answer is over.
+async function chances(answer) {
+  const list = $("token-loops");
+  list.replaceChildren();
+  if (!answer.over || !answer.ids.length) return;
+  answer.chances ??= call("by_loop", {
+    tokens: [...answer.prompt, ...answer.ids], start: answer.prompt.length,
+  }).then((response) => response.json());
+  const place = answer.chosen;
+  let found;
+  try {
+    found = (await answer.chances).probabilities[place];
+  } catch {
+    answer.chances = undefined; // busy, or not served: the loop and one probability are shown
+    return;
+  }
+  if (!found || answer !== focused || place !== answer.chosen) return;
+  list.replaceChildren(
+    ...found.map((chance, i) => {
+      const item = make("li", "");
+      const box = make("span", `${i + 1}`);
+      box.className = "shade";
+      box.style.backgroundColor = shade(i + 1);
+      const bar = make("meter", "");
+      Object.assign(bar, { min: 0, max: 1, value: chance });
+      bar.setAttribute("aria-label", `Probability after ${count(i + 1, "loop")}`);
+      item.append(box, bar, make("span", percent(chance)));
+      return item;
+    }),
+  );
 }
 
 function summarise(answer, end) {
@@ -360,7 +405,8 @@ function legend(answer) {
   const tokens = answer?.tokens ?? [];
   $("legend").replaceChildren(
     ...Array.from({ length: facts.loops }, (_, i) => {
-      const share = tokens.filter((token) => token.loops === i + 1).length / Math.max(tokens.length, 1);
+      const number = tokens.filter((token) => token.loops === i + 1).length;
+      const share = number / Math.max(tokens.length, 1);
       const item = make("li", "");
       const box = make("span", `${i + 1}`);
       box.className = "shade";
