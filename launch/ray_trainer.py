@@ -3,7 +3,8 @@
     ray job submit -- python launch/ray_trainer.py --workers=4 --topology=4x4 \
         --accelerator=TPU-V6E --config=gemma_rrt:paper --workdir=/mnt/run …
 
-Other arguments go to `python -m recursive_jax.train`. Ray connects the JAX processes.
+Other arguments go to `python -m recursive_jax.train`. Ray connects the JAX processes. It starts the
+workers again when one of them fails, but not after a mistake in the command, which all of them see.
 """
 
 from __future__ import annotations
@@ -14,18 +15,41 @@ from typing import Any
 
 
 def worker(settings: dict[str, Any]) -> None:
-    """The training run of one host."""
+    """The training run of one host; a mistake is reported, other errors are raised."""
+    import ray.train
+    from absl import flags
+
+    from recursive_jax import paths
+    from recursive_jax.console import app
+
+    try:
+        _run(settings["argv"])
+    except (flags.Error, *app.MISTAKES) as error:
+        if paths.may_pass(error):
+            raise
+        ray.train.report({"error": str(error)})
+
+
+def _run(argv: list[str]) -> None:
     from absl import flags
 
     from recursive_jax import train
-    from recursive_jax.console import config_files, host_flags
+    from recursive_jax.console import compile_cache, config_files, host_flags
 
     values = flags.FlagValues()
     train.define_flags(values)
-    sys.argv = config_files.resolve(["train", *settings["argv"]])  # config_flags reads it there
+    sys.argv = config_files.resolve(["train", *argv])  # config_flags reads it there
     values(sys.argv)
     host_flags.connect(values)
-    if train.train(values.config, values.workdir).stopped:
+    compile_cache.use(values.compilation_cache)
+    end = train.train(
+        values.config,
+        values.workdir,
+        profile=values.profile,
+        cache=values.compilation_cache,
+        strict=values.strict,
+    )
+    if end.stopped:
         raise RuntimeError("stopped and saved; Ray starts the workers again")  # it counts failures
 
 
@@ -51,7 +75,9 @@ def main() -> None:
         ),
         run_config=RunConfig(failure_config=FailureConfig(max_failures=100)),
     )
-    trainer.fit()
+    if error := (trainer.fit().metrics or {}).get("error"):
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

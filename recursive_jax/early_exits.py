@@ -268,7 +268,8 @@ def calibrate(
     found = subject.trace()
     chosen = np.arange(count) < round(count * PATH_SHARE)  # the windows are in random order
     lowest, highest = measure.range
-    candidates = [tuple(np.clip(c, lowest, highest).tolist()) for c in risk.path(found, chosen)]
+    clipped = (tuple(np.clip(c, lowest, highest).tolist()) for c in risk.path(found, chosen))
+    candidates = list(dict.fromkeys(clipped))
     if subject.missing_kv != "complete":
         candidates = candidates[::WALKED]
     tested = found.take(~chosen)

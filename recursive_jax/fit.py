@@ -7,16 +7,19 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 
-from recursive_jax import metrics, paths, sharding, wandb_log
+from recursive_jax import device_memory, hosts, metrics, paths, sharding, wandb_log
 from recursive_jax.console import output
 from recursive_jax.console.train_report import Report
+from recursive_jax.device_memory import Plan
 from recursive_jax.evaluation.certificate import certified_kl
 from recursive_jax.evaluation.perplexity import perplexity
+from recursive_jax.models.batch_attention import choose
+from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import Decoder
 from recursive_jax.models.flops import training_flops
 from recursive_jax.models.parameters import abstract_params, parameter_counts
@@ -29,6 +32,7 @@ from recursive_jax.training.clock import RunClock
 from recursive_jax.training.config import TrainConfig
 from recursive_jax.training.contract import PROGRESS_KEY, RunContract
 from recursive_jax.training.corpus import Corpus
+from recursive_jax.training.draw_files import find_manifest
 from recursive_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from recursive_jax.training.profile import Profile
 from recursive_jax.training.setup import TrainSetup
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
     from recursive_jax.model import Model
 
 SUMMARY = "summary.json"
+LEAST_CHUNK = 1024  # positions of a chunk of the loss on accelerators: arithmetic, not memory
 
 
 @dataclasses.dataclass
@@ -77,8 +82,8 @@ def fit(
       model: what to start from. A run in `workdir` replaces its weights.
       config: of the run.
       corpus: its text, as `corpus.open_corpus` returns it.
-      teacher: vanilla model to distil from; needed if `config.objective.kd` > 0. Without
-        distillation only its size is in the summary.
+      teacher: vanilla model to distil from; needed if `config.objective.kd` > 0 and the corpus has
+        no draws from it. Otherwise only its size is in the summary.
       workdir: for checkpoints, metrics and the summary; None writes nothing.
       stop: tells when to stop; None runs to the end.
       quiet: print nothing.
@@ -106,8 +111,13 @@ def fit(
     corpus.check_enough(config.num_steps * config.data.batch_size, config.data.epochs)
     config, near_kl = for_start(config, model.certificate, saved and saved[PROGRESS_KEY])
     mesh = make_mesh(config)
-    setup = make_setup(model, config, teacher, mesh)
-    contract = RunContract.of(config, corpus.rows.content, corpus.windows.tokens, near_kl)
+    plan = plan_step(model, config, teacher, mesh)
+    setup = plan.setup
+    if jax.process_count() > 1:  # the memory of each host's devices decides
+        hosts.agree({"gather": plan.words}, "how weights are gathered (--config.gather)")
+    contract = RunContract.of(
+        config, corpus.rows.content, corpus.windows.tokens, near_kl, corpus.draws_fingerprint
+    )
     if saved is not None:
         # On all processes, before any of them opens arrays.
         together(lambda: contract.check(saved[PROGRESS_KEY], workdir))
@@ -117,8 +127,9 @@ def fit(
         teacher_params = teacher.weights.load(places, setup.teacher.dtype)
     trainer = Trainer(setup, mesh, teacher_params, config.curriculum(model.cfg.num_loops))
     batches = data.batches(
-        corpus.rows, config.data.batch_size, config.seed, jax.process_index(), jax.process_count()
-    )
+        corpus.rows, config.data.batch_size, config.seed, jax.process_index(), jax.process_count(),
+        corpus.draws and corpus.draws.join,
+    )  # fmt: skip
     first_step, history, spent = 0, [], 0.0
     if saved is not None:
         # Not always the step of `saved`: one whose arrays are damaged is set aside.
@@ -139,7 +150,8 @@ def fit(
     report = Report(config, clock, quiet, near_kl, peak and peak * mesh.size)
     flops = flops_of(config, setup)
     report.start(model, origin or model.name, mesh, setup.model.dtype, corpus.rows, first_step,
-                 flops(model.cfg.num_loops))  # fmt: skip
+                 flops(model.cfg.num_loops), plan.words,
+                 attention_of(model.cfg, config, mesh)[1])  # fmt: skip
 
     def seconds() -> float:
         return spent + time.time() - began
@@ -222,45 +234,94 @@ def for_start(
     return config.from_near(), kl
 
 
-def make_mesh(config: TrainConfig) -> jax.sharding.Mesh:
-    """The mesh of a run; ValueError where the batch does not divide over it."""
-    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
-    sharding.check_batch_is_local(mesh)
+def make_mesh(config: TrainConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """The mesh of a run; ValueError where the batch does not divide over it.
+
+    Args:
+      config: of the run.
+      devices: that are only described; None: all devices of this run.
+    """
+    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
+    if devices is None:
+        sharding.check_batch_is_local(mesh)
     shards = sharding.data_shards(mesh)
     rows = config.data.batch_size // config.accumulate
     if rows % shards:
         micro = f" / accumulate={config.accumulate}" if config.accumulate > 1 else ""
         raise ValueError(
             f"data.batch_size={config.data.batch_size}{micro} does not divide over the {shards} "
-            "devices of the mesh axes data × fsdp; choose a multiple"
+            f"devices of the mesh axes data × fsdp{sharding.by_host(mesh.devices.flat)}; choose a "
+            "multiple"
         )
     return mesh
 
 
-def make_setup(
+def plan_step(
     model: Model, config: TrainConfig, teacher: Model | None, mesh: jax.sharding.Mesh
-) -> TrainSetup:
-    """The step of a run; ValueError where teacher and model do not fit together."""
-    dtype = sharding.compute_dtype(config.dtype)
-    options = dict(dtype=dtype, remat_policy=config.remat, data_shards=sharding.data_shards(mesh))
-    num_ids = None
+) -> Plan:
+    """The step of a run, and how it gathers weights.
+
+    Raises:
+      ValueError: teacher and model do not fit together.
+    """
+    num_ids, draws = None, 0
     config.check_fits(model.cfg)
-    if config.objective.kd:
+    if config.data.teacher:
+        job = find_manifest(config.data.teacher).job
+        num_ids, draws = job.num_ids, job.draws
+    elif config.objective.kd:
         if teacher is None:
             raise ValueError(
                 "objective.kd > 0 needs the model to distil from: set --config.source, or "
                 "teacher=MODEL in Python"
             )
         num_ids = shared_ids(model, teacher)
-    return TrainSetup(
-        Decoder(model.cfg, unroll_layers=config.unroll_layers, **options),
+    return plan_of(model.cfg, config, teacher and teacher.cfg, mesh, num_ids, draws)
+
+
+def plan_of(
+    cfg: DecoderConfig,
+    config: TrainConfig,
+    teacher: DecoderConfig | None,
+    mesh: jax.sharding.Mesh,
+    num_ids: int | None = None,
+    draws: int = 0,
+) -> Plan:
+    """As `plan_step`, from sizes alone.
+
+    Args:
+      cfg, teacher: of the models; the teacher is used if `config.objective.kd` > 0.
+      config, mesh: of the run.
+      num_ids, draws: as in `TrainSetup`.
+    """
+    dtype = sharding.compute_dtype(config.dtype)
+    options = dict(dtype=dtype, remat_policy=config.remat, data_shards=sharding.data_shards(mesh))
+
+    def decoder(cfg, **more):
+        kernel, _ = attention_of(cfg, config, mesh)
+        return Decoder(cfg, attention=kernel, **options, **more)
+
+    setup = TrainSetup(
+        decoder(cfg, unroll_layers=config.unroll_layers),
         make_optimizer(config.optimizer, config.num_steps),
         config.objective,
-        Decoder(teacher.cfg, **options) if config.objective.kd else None,
+        decoder(teacher) if config.objective.kd and not draws else None,
         num_ids,
         config.accumulate,
         config.ema_decay,
+        least_chunk=1 if mesh.devices.flat[0].platform == "cpu" else LEAST_CHUNK,
+        draws=draws,
     )
+    sizes = config.data.batch_size, config.data.context_length
+    return device_memory.plan(setup, mesh, *sizes, config.gather)
+
+
+def attention_of(
+    cfg: DecoderConfig, config: TrainConfig, mesh: jax.sharding.Mesh
+) -> tuple[str, str]:
+    """The attention of a model in a run, by name and in words."""
+    dtype, length = sharding.compute_dtype(config.dtype), config.data.context_length
+    return choose(cfg, mesh.devices.flat[0], dtype, length, mesh.shape["tensor"])
 
 
 def shared_ids(model: Model, teacher: Model) -> int | None:

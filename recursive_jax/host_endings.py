@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
-from recursive_jax import hosts
+from recursive_jax import hosts, paths
 from recursive_jax.hosts import Say
 
 ALIVE = f"{hosts.PREFIX}/alive/"
@@ -33,10 +33,10 @@ def ending_together(tell: Say, advice: Callable[[], str] = str) -> Iterator[None
 
     A process that fails publishes its error and exits, without JAX's barrier at exit, at which it
     would wait for the others. The exit code is 2 after a user's mistake on any process,
-    `hosts.AGAIN` where a process is missing or dead, 1 after other errors. The others look for such
-    errors every second. They also end, with its name, when a process gives no sign of life for
-    `hosts.heartbeat()` seconds. An error that all processes raise, and every error of a job of one
-    process, leaves the context as usual.
+    `hosts.AGAIN` where a process is missing or dead or the storage fails, 1 after other errors. The
+    others look for such errors every second. They also end, with its name, when a process gives no
+    sign of life for `hosts.heartbeat()` seconds. An error that all processes raise, and every error
+    of a job of one process, leaves the context as usual.
 
     Args:
       tell: shows an error line on this process.
@@ -67,7 +67,7 @@ class _Others:
     def __init__(self, tell: Say, advice: Callable[[], str]):
         self._tell, self._advice = tell, advice
         self._heard = dict.fromkeys(range(jax.process_count()), time.monotonic())
-        self._failure = ""
+        self._failure, self._code = "", 2
         self.done = threading.Event()
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
@@ -81,7 +81,9 @@ class _Others:
         beats, before, next_beat = itertools.count(), {}, 0.0
         while not self.done.wait(min(hosts.POLL, hosts.heartbeat() / 10)):
             with contextlib.suppress(jax.errors.JaxRuntimeError):
-                self._failure = self._failure or hosts.failure_of_another()
+                if not self._failure and (found := hosts.failure_of_another()):
+                    self._code = hosts.failure_code()
+                    self._failure = found
                 if time.monotonic() < next_beat:
                     continue
                 next_beat = time.monotonic() + hosts.heartbeat() / 10
@@ -100,7 +102,7 @@ class _Others:
             seen += bool(self._failure)
             if seen > 2 and not self.done.is_set():  # the main thread had time to raise it
                 self._tell(self._failure)
-                _leave(2)
+                _leave(self._code)
             now = time.monotonic()
             silent = [p for p, when in self._heard.items() if now - when > limit and p != me]
             if silent and not self.done.is_set():
@@ -126,18 +128,21 @@ def _fail(error: Exception, tell: Say, advice: Callable[[], str]) -> None:
     user = isinstance(error, ValueError | OSError | FloatingPointError)
     message = str(error) if user else f"{type(error).__name__}: {str(error).splitlines()[0]}"
     gone: list[int] = []
+    again = paths.may_pass(error)
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        record = json.dumps({"lost": lost, "message": message})
+        record = json.dumps({"lost": lost, "message": message, "again": again})
         key = f"{hosts.PREFIX}/failed/{jax.process_index()}"
         hosts.service().key_value_set(key, record, allow_overwrite=True)
         if collective:
             found, gone = _who_is_gone()
             are = "is" if len(gone) == 1 else "are"
             message = f"{hosts.names_of(gone)} {are} gone{advice()}" if gone else found or message
+        if lost:
+            again = again or hosts.failure_code() == hosts.AGAIN
     if not (user or lost):
         traceback.print_exc()
     tell(message)
-    again = bool(gone) or isinstance(error, hosts.MissingHosts)
+    again = again or bool(gone)
     _leave(hosts.AGAIN if again else 2 if user or lost else 1, gone)
 
 

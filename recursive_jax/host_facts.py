@@ -14,6 +14,7 @@ from recursive_jax.training.contract import RunContract
 
 # Files may have another path on each host: their content is compared instead.
 PATHS = ("source", "init_from", "tokenizer", "data.train", "data.valid", "data.cache_dir")
+PATHS += ("data.teacher",)
 PACKAGES = (
     *("recursive_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain"),
     *("numpy", "tokenizers", "transformers"),

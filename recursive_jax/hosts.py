@@ -334,6 +334,12 @@ def failures() -> dict[int, dict[str, Any]]:
     return {int(key.rpartition("/")[2]): json.loads(value) for key, value in entries}
 
 
+def failure_code() -> int:
+    """The exit code after the failure of another process: `AGAIN` if that may pass, else 2."""
+    found = [failure for failure in failures().values() if not failure["lost"]]
+    return AGAIN if found and all(failure.get("again") for failure in found) else 2
+
+
 def failure_of_another() -> str:
     """The error of another process with its name; '' if none has failed by itself."""
     for process, failure in sorted(failures().items()):

@@ -150,7 +150,8 @@ class Model(Measures):
         Raises:
           ValueError: an impossible setting; FloatingPointError: the loss is not finite.
         """
-        from recursive_jax.fit import fit, make_mesh, make_setup
+        from recursive_jax.fit import fit, make_mesh, plan_step
+        from recursive_jax.teaching import open_draws
         from recursive_jax.training.corpus import open_corpus
         from recursive_jax.training.loop import Stop
 
@@ -167,9 +168,10 @@ class Model(Measures):
             raise ValueError("a teacher with kd=0 would teach nothing; leave it out, or set kd > 0")
         if workdir is not None:
             workdir = paths.path_of(workdir)
-        make_setup(self, config, teacher, make_mesh(config))  # refused before any text is read
+        plan_step(self, config, teacher, make_mesh(config))  # refused before any text is read
         sizes = self.cfg.vocab_size, config.seed
         corpus = open_corpus(config.data, self.tokenizer, *sizes, progress=not quiet)
+        corpus = open_draws(config, corpus, self, teacher, progress=not quiet)
         with contextlib.ExitStack() as stack:
             if workdir is not None:
                 stack.enter_context(workdir_lock.hold(workdir, note))

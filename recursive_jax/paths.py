@@ -6,9 +6,11 @@ write the arrays of a checkpoint there themselves.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import pathlib
+import re
 import tempfile
 import threading
 import zlib
@@ -23,8 +25,20 @@ PATIENCE = 60.0  # seconds for the first answer of a bucket
 CLIENTS = ("gcsfs", "google", "aiohttp", "requests", "fsspec", "s3fs", "botocore", "adlfs", "azure")
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
 
+# What the storage says when it fails for a while, and what it says when it refuses.
+PASSING = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
+    *(errno.ENOTCONN, errno.ETIMEDOUT, errno.ENETUNREACH, errno.EHOSTUNREACH),
+)
+PASSING_CODES = r"(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|RESOURCE_EXHAUSTED|INTERNAL): "
+REFUSALS = r"PERMISSION_DENIED|UNAUTHENTICATED|Forbidden|Unauthorized"
+
 _reached: set[str] = set()  # buckets that have answered
 _copies: list[tempfile.TemporaryDirectory] = []  # removed when the program ends
+
+
+class StorageFault(OSError):
+    """The storage fails while a job runs; the same command goes on when it works again."""
 
 
 def is_remote(spec: str | os.PathLike) -> bool:
@@ -111,6 +125,27 @@ def is_fault(error: BaseException) -> bool:
 def is_client_fault(error: BaseException) -> bool:
     """Whether a bucket's client raised an error: the network, or a refusal."""
     return type(error).__module__.split(".")[0] in CLIENTS
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether an error, or what caused it, is a fault of the storage that is no user's mistake.
+
+    A full disk, a bucket or a mount that is away. A refusal, or a file that is not there at the
+    start, is a mistake.
+    """
+    passing = False
+    while error is not None:
+        code = getattr(error, "code", getattr(error, "status", None))  # of HTTP
+        denied = code in range(400, 500) and code not in (408, 429)
+        kind = type(error)
+        denied |= kind.__module__.startswith("google.auth") and kind.__name__ != "TransportError"
+        if denied or isinstance(error, PermissionError) or re.search(REFUSALS, str(error)):
+            return False
+        passing |= isinstance(error, StorageFault | TimeoutError | ConnectionError)
+        passing |= getattr(error, "errno", None) in PASSING or is_client_fault(error)
+        passing |= bool(re.match(PASSING_CODES, str(error)))
+        error = error.__cause__
+    return passing
 
 
 def reason_of(error: BaseException) -> str:

@@ -26,6 +26,7 @@ from recursive_jax import host_endings, host_facts, hosts, paths, start, wandb_l
 from recursive_jax.console import app, compile_cache, host_flags, output, train_report
 from recursive_jax.fit import Fit, fit, make_mesh
 from recursive_jax.model import load
+from recursive_jax.teaching import open_draws
 from recursive_jax.training import loop
 from recursive_jax.training.config import TrainConfig
 from recursive_jax.training.contract import RunContract
@@ -80,7 +81,7 @@ def train(
     make_mesh(settings)  # refused before anything is read
     wandb_log.check(settings.wandb)
     traced = profile_steps(profile, settings.num_steps) if profile is not None else None
-    if settings.objective.kd and not config.source:
+    if settings.objective.kd and not config.source and not settings.data.teacher:
         raise ValueError("objective.kd > 0 needs the model to distil from: set --config.source")
     source = load(config.source) if config.source else None
     host_facts.agree_on_start(config.to_dict(), source)
@@ -106,7 +107,13 @@ def _train_alone(config, settings, source, workdir, stop, strict, **options) -> 
         progress=jax.process_index() == 0,
     )
     corpus.check_enough(settings.num_steps * settings.data.batch_size, settings.data.epochs)
-    contract = RunContract.of(settings, corpus.rows.content, corpus.windows.tokens)
+    corpus = open_draws(settings, corpus, begin, source, jax.process_index() == 0)
+    contract = RunContract.of(
+        settings,
+        corpus.rows.content,
+        corpus.windows.tokens,
+        teacher_draws=corpus.draws_fingerprint,
+    )
     host_facts.agree_on_text(contract, begin.tokenizer, len(corpus.rows))
     return fit(
         begin.make(),

@@ -14,6 +14,7 @@ from recursive_jax import sharding
 from recursive_jax.models.parameters import abstract_params, logical_axes
 from recursive_jax.training.curriculum import LoopCurriculum
 from recursive_jax.training.data import Batch
+from recursive_jax.training.draws import Draws
 from recursive_jax.training.setup import TrainSetup
 from recursive_jax.training.state import TrainState
 
@@ -109,6 +110,13 @@ class Trainer:
                 for name in ("tokens", "targets", "weights", "positions", "segment_ids")
             }
         )
+        if self.setup.draws:
+            shape = (batch_size, context_length, self.setup.draws)
+            ids, counts, entropy = (
+                jax.ShapeDtypeStruct(s, dtype, sharding=place)
+                for s, dtype in ((shape, np.int32), (shape, np.uint8), (shape[:2], np.float32))
+            )
+            batch = batch.replace(teacher=Draws(ids, counts, entropy))
         state = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             self.abstract,

@@ -17,12 +17,34 @@ RUN = "wandb.json"  # in the workdir: the id, under which a resumed run goes on
 
 
 def check(project: str) -> None:
-    """Raise ValueError if metrics are to go to a project and wandb is not installed."""
-    if project and importlib.util.find_spec("wandb") is None:
+    """Raise ValueError if metrics are to go to a project, and wandb cannot take them.
+
+    It is not installed, or process 0 cannot log in; offline it need not.
+    """
+    if not project:
+        return
+    if importlib.util.find_spec("wandb") is None:
         raise ValueError(
             f"wandb={project!r}, but the package wandb is not installed: pip install wandb, or "
             "leave it out"
         )
+    if jax.process_index():
+        return
+    import wandb
+
+    if wandb.setup().settings.mode not in ("offline", "dryrun", "disabled"):
+        try:
+            wandb.login(verify=True)
+        except wandb.Error as error:
+            raise _refused(error) from error
+
+
+def _refused(error: Exception) -> ValueError:
+    reason = str(error).rstrip(".")
+    return ValueError(
+        f"wandb: {reason}. Log in with `wandb login`, set WANDB_MODE=offline, or leave out "
+        "--config.wandb"
+    )
 
 
 class WandbWriter:
@@ -59,10 +81,7 @@ class WandbWriter:
                 settings=settings,
             )
         except wandb.Error as error:
-            raise ValueError(
-                f"wandb: {error}. Log in with `wandb login`, set WANDB_MODE=offline, or leave out "
-                "--config.wandb"
-            ) from error
+            raise _refused(error) from error
         paths.write_whole(file, json.dumps(known) + "\n")
         self._run.define_metric("*", step_metric="step")
 

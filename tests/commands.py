@@ -45,6 +45,7 @@ for line in sys.stdin:
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{case['log']}/{name}", os.O_CREAT | os.O_WRONLY), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(case["env"])
     sys.argv = [case["job"], *case["argv"]]
     code = 0
     try:
@@ -87,16 +88,16 @@ def server():
     return process
 
 
-def run(job, *arguments):
-    """The CompletedProcess of `python -m recursive_jax.JOB ARGUMENTS`."""
-    return run_together(job, [arguments])[0]
+def run(job, *arguments, **env):
+    """The CompletedProcess of `python -m recursive_jax.JOB ARGUMENTS`; `env`: more environment."""
+    return run_together(job, [arguments], **env)[0]
 
 
-def run_together(job, commands):
+def run_together(job, commands, **env):
     """The CompletedProcesses of one job with several lists of arguments, all at the same time."""
     with contextlib.ExitStack() as stack:
         cases = [
-            {"job": job, "argv": [str(a) for a in arguments],
+            {"job": job, "argv": [str(a) for a in arguments], "env": env,
              "log": stack.enter_context(tempfile.TemporaryDirectory())}
             for arguments in commands
         ]  # fmt: skip

@@ -1,12 +1,16 @@
 """A workdir in a bucket, against an emulator of Google Cloud Storage on this machine."""
 
+import http.server
 import json
 import os
+import re
 import socket
 import subprocess
+import threading
 import time
 import urllib.request
 
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,3 +151,63 @@ def test_the_run_that_began_last_has_the_workdir(bucket):
 def test_a_bucket_that_cannot_be_used_is_named(bucket, spec, words):
     with pytest.raises(ValueError, match=words):
         paths.path_of(spec)
+
+
+def _caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (OSError(28, "No space left on device"), True),
+        (_caused(ValueError("read"), OSError(116, "Stale file handle")), True),
+        (TimeoutError("no answer within 60 s"), True),
+        (paths.StorageFault("step 3 is not saved"), True),
+        (ValueError("UNAVAILABLE: Error opening zarr"), True),
+        (_caused(paths.StorageFault("step 3"), ValueError("PERMISSION_DENIED: 403")), False),
+        (_caused(ValueError("gs://a: check its credentials"), OSError("Forbidden: gs://a")), False),
+        (_caused(ValueError("gs://a: check its credentials"), TimeoutError("no answer")), True),
+        (FileNotFoundError(2, "No such file"), False),
+        (PermissionError(13, "Permission denied"), False),
+        (ValueError("data.batch_size=3"), False),
+    ],
+)
+def test_what_may_pass_is_told_from_a_mistake(error, passes):
+    assert paths.may_pass(error) == passes
+
+
+@pytest.mark.parametrize(("code", "passes"), [(403, False), (429, True), (503, True)])
+def test_the_answer_of_a_bucket_tells_whether_it_may_pass(code, passes):
+    retry = pytest.importorskip("gcsfs.retry", reason="gcsfs reads gs://")
+    error = retry.HttpError({"code": code, "message": "an answer"})
+    assert paths.may_pass(_caused(ValueError("gs://a: check its credentials"), error)) == passes
+
+
+class Refuses(http.server.BaseHTTPRequestHandler):
+    """Answers as a bucket for which the credentials have no permission."""
+
+    def do_GET(self):
+        text = b'{"error": {"code": 403, "message": "no permission to list"}}'
+        self.send_response(403)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *words):
+        pass
+
+
+def test_a_bucket_that_refuses_ends_the_command_in_one_line():
+    pytest.importorskip("gcsfs", reason="gcsfs reads gs://")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = f"http://127.0.0.1:{server.server_port}"
+        flags = ["--config=tiny_smoke", "--workdir=gs://bucket/run"]
+        env = {"STORAGE_EMULATOR_HOST": place, "GCE_METADATA_ROOT": "127.0.0.1:1"}
+        done = commands.run("train", *flags, **env)
+        server.shutdown()
+    error = "error: gs://bucket/run cannot be used: Forbidden: .* no permission to list. .*\n"
+    assert done.returncode == 2 and re.fullmatch(error, done.stderr), done.stderr
+    assert done.stdout == ""

@@ -325,6 +325,8 @@ def test_calibrated_thresholds_are_stored_with_the_weights_they_are_for(place):
     )
     assert thresholds.promise in done.stdout and "--exit_measure=calibrated" in done.stdout
     assert thresholds.record["p_value"] <= 0.1 and thresholds.record["windows"] > 80
+    tried = [tuple(candidate["thresholds"]) for candidate in thresholds.record["tried"]]
+    assert len(set(tried)) == len(tried) > 1, "each is tried once"
     other = dataclasses.replace(load(place / "model"), weights=make_model().weights)
     with pytest.raises(ValueError, match="missing_kv=complete, not with copy; calibrate again"):
         other.exits(place / "text.txt", 90, 32, missing_kv="copy", quiet=True)

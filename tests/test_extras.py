@@ -11,8 +11,9 @@ import sys
 
 import numpy as np
 import pytest
+from absl import flags
 
-from recursive_jax import metrics
+from recursive_jax import metrics, serve
 from recursive_jax.text.documents import documents
 from recursive_jax.weights import gguf
 from recursive_jax.weights.source import open_source
@@ -148,3 +149,16 @@ def test_an_installed_package_has_the_configs(tmp_path):
     assert done.stdout.split() == [
         str(built / "recursive_jax" / "configs" / "gemma_rrt.py"), "60000000000"
     ]  # fmt: skip
+
+
+def test_serve_without_its_extra(missing, monkeypatch):
+    for name in [n for n in sys.modules if n.startswith("recursive_jax.serving")]:
+        monkeypatch.delitem(sys.modules, name)
+    missing("starlette")
+    missing("uvicorn")
+    values = flags.FlagValues()
+    serve.define_flags(values)
+    values(["serve", "--checkpoint=tiny"])
+    with pytest.raises(ValueError) as error:
+        serve.run(values)
+    one_line(error, "uvicorn", "not installed", "pip install 'recursive_jax[serve]'")

@@ -109,6 +109,21 @@ def test_the_error_of_one_process_ends_the_other_with_its_name(place):
     assert re.match(r"error: process 1 of 2 \(.+\) failed: \S+/none does not exist", first)
 
 
+def test_storage_that_fails_ends_all_with_the_code_of_a_run_that_goes_on(place):
+    """The launch files start it again, and stop at a user's mistake."""
+    resource = pytest.importorskip("resource")
+    short = ["--config.data.train=" + str(place / "text1.jsonl"), "--config.tokens=256"]
+    before = resource.prlimit(commands.server().pid, resource.RLIMIT_FSIZE)
+    limit = (100_000, before[1])  # bytes of the largest file: the tokenizer has more
+    resource.prlimit(commands.server().pid, resource.RLIMIT_FSIZE, limit)
+    try:
+        ends = train(place, short, short)
+    finally:
+        resource.prlimit(commands.server().pid, resource.RLIMIT_FSIZE, before)
+    for process in ends:
+        assert "File too large: " in error_of(process, 75)
+
+
 def test_a_process_that_does_not_come_is_named(place):
     """Of either number, and beside a second process with the same number."""
 
@@ -148,7 +163,9 @@ def test_flags_that_cannot_work_are_refused(flags, message):
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused(place):
     rows = "--config.data.batch_size=3"
     for process in train(place, [rows], [rows]):
-        assert "data.batch_size=3 does not divide over the 2 devices" in error_of(process)
+        error = error_of(process)
+        assert "data.batch_size=3 does not divide over the 2 devices" in error
+        assert "(1 each on processes 0, 1)" in error
     assert not (place / "run").exists()
 
 

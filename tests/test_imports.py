@@ -19,6 +19,7 @@ PACKAGES = {
     "decoding": BASE,
     "evaluation": (*BASE, "weights", "decoding"),  # exit measures
     "analysis": (*BASE, "decoding"),
+    "serving": (*BASE, "decoding"),
 }
 # Whole files, their errors and locks, agreement of processes: everything may import these.
 FOUNDATION = tuple(f"{PACKAGE}.{name}" for name in ("files", "file_lock", "paths", "hosts"))
@@ -33,7 +34,6 @@ ONLY_IN = {  # library -> files that may import it at all
     "torch": (),
     "tensorflow": (),
     "chex": (),
-    **{name: ("recursive_jax/serve.py",) for name in HTTP},
 }
 # Slow to import or optional: only inside the function that needs them.
 INSIDE_FUNCTIONS = (
@@ -103,6 +103,8 @@ def complaints(source: str, file: str) -> list[str]:
             out.append(f"{file}: a config imports {name}; expected values only")
         if (package or shared) and is_in(name, *FLAGS):
             out.append(f"{file}: {name} stops at the jobs and configs")
+        if is_in(name, *HTTP) and package != "serving":
+            out.append(f"{file}: {name} belongs in the package serving")
         for library, files in ONLY_IN.items():
             if is_in(name, library) and file not in files:
                 out.append(f"{file}: {library} belongs in {files or 'tests'}")
@@ -161,6 +163,8 @@ def test_files_were_found():
         ("recursive_jax/train.py", "def f():\n    import lm_eval"),
         ("recursive_jax/evaluation/tasks.py", "import lm_eval"),
         ("recursive_jax/train.py", "import http.server"),
+        ("recursive_jax/serve.py", "import uvicorn"),
+        ("recursive_jax/serving/app.py", "from recursive_jax.model import Model"),
         ("recursive_jax/sharding.py", "from recursive_jax.models import config"),
         ("recursive_jax/decoding/scheduler.py", "import numpy as np"),
         ("configs/x.py", "from recursive_jax.models.config import DecoderConfig"),
@@ -179,7 +183,7 @@ def test_a_forbidden_import_is_noticed(file, source):
         ("recursive_jax/cpu/decoder.py", "from recursive_jax.models.interface import Rows"),
         ("recursive_jax/decode_model.py", "from recursive_jax.cpu.decoder import CpuModel"),
         ("recursive_jax/analysis/timing.py", "from recursive_jax.decoding.engine import Engine"),
-        ("recursive_jax/serve.py", "import http.server\nfrom absl import flags"),
+        ("recursive_jax/serving/server.py", "import uvicorn"),
         ("recursive_jax/evaluation/harness.py", "from lm_eval.api.model import TemplateLM"),
         ("recursive_jax/decoding/scheduler.py", "import collections\nimport dataclasses"),
     ],

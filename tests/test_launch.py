@@ -9,12 +9,14 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 from absl import flags
 from commands import ROOT
 
-from recursive_jax import train
+from recursive_jax import hosts, train
+from recursive_jax.console import compile_cache
 
 yaml = pytest.importorskip("yaml")
 LAUNCH = ROOT / "launch"
@@ -154,7 +156,9 @@ def test_the_jobset_asks_for_whole_slices_and_starts_again():
 def test_the_skypilot_task_is_one_that_is_started_again(tmp_path):
     task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
     assert task["resources"]["use_spot"] and task["envs"]["JAX_COORDINATOR_PORT"] == PORT
-    assert task["resources"]["job_recovery"]["max_restarts_on_errors"] > 0
+    recovery = task["resources"]["job_recovery"]
+    assert hosts.AGAIN in recovery["recover_on_exit_codes"]
+    assert 2 not in recovery["recover_on_exit_codes"] and recovery["max_restarts_on_errors"] == 0
     known = {"name", "resources", "num_nodes", "envs", "file_mounts", "setup", "run", "workdir"}
     assert set(task) <= known
     assert task["envs"]["WORKDIR"].startswith(tuple(task["file_mounts"]))
@@ -252,19 +256,38 @@ def test_ray_runs_the_job(monkeypatch):
     seen = []
 
     class Finished:
-        stopped = False
+        stopped, error = False, None
 
-    def run(config, workdir):
-        seen.append((config.data.batch_size, workdir))
+    def run(config, workdir, **options):
+        if Finished.error:
+            raise Finished.error
+        seen.append((config.data.batch_size, workdir, options["profile"], options["strict"]))
         return Finished
 
     monkeypatch.setattr(train, "train", run)
     monkeypatch.setattr(sys, "argv", sys.argv)  # the worker sets it
-    module.worker({"argv": ["--config=tiny_smoke", "--config.data.batch_size=3", "--workdir=w"]})
-    assert seen == [(3, "w")]
+    caches = []
+    monkeypatch.setattr(compile_cache, "use", caches.append)
+    reports = []
+    ray = types.ModuleType("ray")
+    ray.train = types.ModuleType("ray.train")
+    ray.train.report = reports.append
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray.train", ray.train)
+    command = ["--config=tiny_smoke", "--workdir=w"]
+    own = ["--config.data.batch_size=3", "--profile=2:3", "--strict", "--compilation_cache=off"]
+    module.worker({"argv": [*command, *own]})
+    assert seen == [(3, "w", "2:3", True)] and caches == ["off"]
     Finished.stopped = True
     with pytest.raises(RuntimeError, match="stopped and saved"):
-        module.worker({"argv": ["--config=tiny_smoke", "--workdir=w"]})
+        module.worker({"argv": command})
+    Finished.error = ValueError("a mistake")
+    module.worker({"argv": command})
+    module.worker({"argv": [*command, "--strange"]})
+    assert reports[0] == {"error": "a mistake"} and "strange" in reports[1]["error"]
+    Finished.error = TimeoutError("a bucket is away")
+    with pytest.raises(TimeoutError):
+        module.worker({"argv": command})
 
 
 def test_ray_takes_the_arguments_of_the_trainer():

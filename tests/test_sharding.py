@@ -78,7 +78,8 @@ def test_rules_by_hand():
         "block/pre_attention_norm/scale": P(None, None, None),  # [layer, loop, D]
         "block/attention/q/w": P(None, "fsdp", "tensor"),  # [layer, in, out]
         "block/attention/q/lora_a": P(None, None, "fsdp", None),  # [layer, loop, in, R]
-        "block/attention/q/lora_b": P(None, None, None, "tensor"),  # [layer, loop, R, out]
+        # [layer, loop, R, out]
+        "block/attention/q/lora_b": P(None, None, None, ("tensor", "fsdp")),
         "block/attention/q/b": P(None, None, "tensor"),  # [layer, loop, out]
         "block/attention/k/w": P(None, "fsdp", "tensor"),
         "block/attention/k/b": P(None, None, "tensor"),
@@ -127,7 +128,9 @@ def host_batch(seed):
 
 
 def train(mesh):
-    """A few steps as the train job takes them.
+    """A few steps as the train job takes them, with averaged weights.
+
+    In two micro-batches, where the mesh spreads the rows over few enough devices.
 
     Returns losses `[step, 4]`, nll by exit, the state, where it should be, the compiled text.
     """
@@ -136,7 +139,11 @@ def train(mesh):
     tx = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=1), 10)
     objective = Objective(exit_coefficient=0.1)
     # room for the logits of three positions: the head works in chunks
-    setup = TrainSetup(student, tx, objective, teacher, logits_bytes=3 * 4 * BATCH * 64 * 3)
+    accumulate = 2 if 1 < sharding.data_shards(mesh) <= BATCH // 2 else 1
+    setup = TrainSetup(
+        student, tx, objective, teacher, accumulate=accumulate, ema_decay=0.75,
+        logits_bytes=3 * 4 * BATCH * 64 * 3,
+    )  # fmt: skip
     places = teacher_shardings(TEACHER, mesh)
     trainer = Trainer(setup, mesh, sharding.put_global(host_params(TEACHER), places))
     trainer.start(sharding.put_global(host_params(STUDENT), trainer.param_shardings))
@@ -197,10 +204,10 @@ def test_any_mesh_trains_like_one_device(sizes, capfd):
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim == 3 and x.shape[-1] == 48]
     assert len(moments) == 4  # gate and up, first and second
     assert {m.sharding.spec for m in moments} == {P(None, "fsdp", "tensor")}
-    for x, want in zip(
-        jax.tree.leaves(state.params), jax.tree.leaves(expected_state.params), strict=True
-    ):
-        np.testing.assert_allclose(x, want, atol=2e-4)  # 2 % of an Adam step
+    for got, want in ((state.params, expected_state.params), (state.ema, expected_state.ema)):
+        for x, y in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+            np.testing.assert_allclose(x, y, atol=2e-4)  # 2 % of an Adam step
+    assert expected_state.ema is not None
 
 
 def test_the_warning_would_be_seen(capfd):
@@ -243,3 +250,41 @@ def test_arrays_and_batches_reach_the_mesh_whole():
     placed = sharding.put_local_batch(batch, mesh)
     assert placed.tokens.addressable_shards[0].data.shape == (2, LENGTH)
     jax.tree.map(np.testing.assert_array_equal, placed, batch)
+
+
+class Chip:
+    """A TPU that is only described."""
+
+    platform, core_on_chip, process_index = "tpu", 0, 0
+
+    def __init__(self, x, y, slice_index=0, kind="TPU v5 lite"):
+        self.coords, self.slice_index, self.device_kind = (x, y, 0), slice_index, kind
+        self.id = (slice_index, x, y)
+
+    def __repr__(self):
+        return str(self.id)
+
+
+def slices(count, width=4, height=2):
+    """Chips of some slices, in an order that is not that of the network."""
+    chips = [Chip(x, y, s) for s in range(count) for x in range(width) for y in range(height)]
+    return [chips[i] for i in np.random.default_rng(0).permutation(len(chips))]
+
+
+def test_fsdp_walks_the_rings_of_a_slice():
+    mesh = sharding.make_mesh(fsdp=0, devices=slices(1))
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert [d.coords[:2] for d in mesh.devices.flat] == [(x, y) for x in range(4) for y in range(2)]
+    assert sharding.rings(mesh) == (4, 2)
+    assert sharding.rings(sharding.make_mesh(4, 2, 1, devices=slices(1))) == (2,)
+    assert sharding.rings(sharding.make_mesh(fsdp=8)) == (8,), "CPUs have no places"
+
+
+def test_slices_are_along_data():
+    for sizes in ((-1, 0, 1), (-1, 4, 1), (4, 0, 2)):
+        mesh = sharding.make_mesh(*sizes, devices=slices(2))
+        per_slice = mesh.devices.reshape(2, -1)
+        assert [{d.slice_index for d in part} for part in per_slice] == [{0}, {1}], sizes
+    with pytest.raises(ValueError, match="data must be a multiple of 2 slices"):
+        sharding.make_mesh(1, 16, 1, devices=slices(2))
+    assert dict(sharding.make_mesh(fsdp=0).shape) == {"data": 8, "fsdp": 1, "tensor": 1}

@@ -36,6 +36,17 @@ def test_wandb_that_is_not_installed_is_told(monkeypatch):
         wandb_log.check("demo")
 
 
+def test_a_login_that_fails_is_told_at_the_start(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="pip install wandb")
+    wandb.teardown()  # it keeps the mode of the test before
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no netrc
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))
+    with pytest.raises(ValueError, match="wandb: No API key configured.* WANDB_MODE=offline"):
+        wandb_log.check("demo")
+
+
 def test_a_trace_of_chosen_steps(tmp_path):
     said, x = [], jax.numpy.ones(4)
     profile = Profile((2, 3), str(tmp_path / "profile"), x.block_until_ready, said.append)

@@ -1,4 +1,7 @@
-"""Start and end of a job: parse flags, and report a user's mistake in one line with exit code 2."""
+"""Start and end of a job: parse flags, and report an error of the user or the storage in one line.
+
+The exit code is 2 after a user's mistake, and 75 where the storage fails and may work again.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
-from recursive_jax import paths
+from recursive_jax import hosts, paths
 from recursive_jax.console import compile_cache, config_files, output
 
 MISTAKES = (ValueError, OSError, FloatingPointError)  # raised for callers' mistakes
@@ -34,7 +37,7 @@ def run(main: Callable[[], None]) -> None:
             if not (isinstance(error, MISTAKES) or paths.is_client_fault(error)):
                 raise
             logging.debug("raised here", exc_info=True)
-            output.fail(error)
+            output.fail(error, hosts.AGAIN if paths.may_pass(error) else 2)
 
     app.run(guarded, flags_parser=_parse)
 

@@ -110,8 +110,8 @@ def complete(
       ValueError: the model cannot decode with it.
     """
     num_loops, calibrated = model.cfg.num_loops, model.thresholds
-    for name in ("min_loops", "max_loops"):
-        if (options[name].value or 1) > num_loops:
+    for name in ("min_loops", "max_loops"):  # a server has no such flags: requests bring them
+        if name in options and (options[name].value or 1) > num_loops:
             raise ValueError(f"{name}={options[name].value}; the model has {num_loops} loops")
     if options.exit_measure == CALIBRATED:
         if calibrated is None:

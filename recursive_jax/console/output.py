@@ -29,7 +29,7 @@ def tell_error(text: str) -> None:
     tell(f"error: {text}")
 
 
-def fail(error: Exception) -> None:
-    """End the program with a user's mistake told in one line, no traceback."""
+def fail(error: Exception, code: int = 2) -> None:
+    """End the program with an error told in one line, no traceback; code 2: a user's mistake."""
     tell_error(str(error))
-    sys.exit(2)
+    sys.exit(code)

@@ -21,6 +21,16 @@ def text_progress(name: str, num_chars: int) -> Iterator[Callable[[int], None]]:
         yield bar.update
 
 
+@contextlib.contextmanager
+def row_progress(name: str, num_rows: int) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error of process 0 for rows of text; to be called with finished ones."""
+    from tqdm import tqdm
+
+    quiet = jax.process_index() != 0
+    with tqdm(total=num_rows, desc=name, unit="row", delay=3, disable=quiet) as bar:
+        yield bar.update
+
+
 class PromptProgress:
     """A bar on standard error: prompts done, tokens per second, time left.
 

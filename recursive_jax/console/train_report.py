@@ -46,11 +46,14 @@ class Report(Callback):
         rows: Any,
         first_step: int,
         flops: float,
+        weights: str,
+        attention: str,
     ) -> None:
         """Print the table of what is about to happen.
 
         `model`: a `model.Model`; `origin`: where it comes from; `rows`: a `data.PackedRows`;
-        `flops`: of a step.
+        `flops`: of a step; `weights`: how they are gathered;
+        `attention`: of the student, in words.
         """
         cfg, config, devices = model.cfg, self.config, mesh.devices.flat
         counts = {k: n for k, n in parameter_counts(abstract_params(cfg)).items() if n}
@@ -70,7 +73,9 @@ class Report(Callback):
             ("parameters", "  ".join(f"{k} {tables.count(n)}" for k, n in counts.items())),
             ("devices", f"{mesh.size} × {devices[0].device_kind}, "
                         f"{jax.process_count()} process(es), mesh {shape}"),
-            ("compute", f"{dtype.name}, params and loss float32, remat {config.remat}{average}"),
+            ("compute", f"{dtype.name}, params and loss float32, remat {config.remat}, "
+                        f"attention by {attention}{average}"),
+            ("weights", weights),
             ("data", f"{config.data.train}: {tables.count(rows.num_tokens)} tokens, "
                      f"{len(rows):,} rows of {config.data.context_length}"),
             ("compiled", f"programs are kept in {cache}" if cache else "programs are not kept"),
@@ -79,6 +84,8 @@ class Report(Callback):
                       f"{tables.count((steps - first_step) * tokens)}, "
                       f"{steps * config.data.batch_size / len(rows):.2f} epochs in all"),
         ]  # fmt: skip
+        if config.data.teacher:
+            table.append(("teacher", f"not in memory: draws in {config.data.teacher}"))
         if self.near_kl is not None:
             labels = (
                 f"cross-entropy × {config.objective.ce:g}" if config.objective.ce else "no labels"
@@ -137,6 +144,9 @@ class Report(Callback):
     def on_saved(self, step, seconds):
         if step:
             self.say(f"  step {step} goes to the checkpoint; the steps waited {seconds:.2f} s")
+
+    def on_best(self, step, loss):
+        self.say(f"  step {step} is the best by validation: nll {loss:.4f}; it is kept")
 
     @property
     def tokens_per_second(self) -> float:

@@ -102,13 +102,23 @@ def to_request(
                 "the prompt is empty and this tokenizer has no BOS to begin with; give it a text"
             )
         request = make_request(prompt.id, tokens, stop_ids, prompt.options)
-        if request.stop_strings:
-            ids = (*request.stop, *_special_ids(tokenizer, request.stop_strings))
-            request = dataclasses.replace(request, stop=dict.fromkeys(ids))
+        request = with_special_stops(request, tokenizer)
         request.check_fits(context_length)
     except ValueError as error:
         raise ValueError(f"{prompt.where}{error}") from error
     return request
+
+
+def with_special_stops(request: Request, tokenizer: Any) -> Request:
+    """The request, which also stops at the ids of special tokens among its stop strings.
+
+    Raises:
+      ValueError: a stop string holds a special token and other text.
+    """
+    if not request.stop_strings:
+        return request
+    ids = (*request.stop, *_special_ids(tokenizer, request.stop_strings))
+    return dataclasses.replace(request, stop=dict.fromkeys(ids))
 
 
 def _special_ids(tokenizer: Any, strings: Sequence[str]) -> list[int]:

@@ -12,6 +12,7 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
+from recursive_jax.models.batch_attention import BLOCKS, cudnn, distinct_windows, splash
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.interface import Backfill, Cache, Rows
 from recursive_jax.models.layers import Linear, Norm
@@ -51,6 +52,7 @@ class Attention(nn.Module):
     cfg: DecoderConfig
     dtype: jnp.dtype = jnp.float32
     data_shards: int = 1
+    kernel: str = "xla"  # one of batch_attention.KERNELS; with a cache, the cache attends
 
     @nn.compact
     def __call__(
@@ -83,9 +85,7 @@ class Attention(nn.Module):
         scale, softcap = cfg.attention_scale, cfg.attn_softcap
         with jax.named_scope("attend"):
             if cache is None:
-                positions = context.positions
-                mask = attention_mask(positions, positions, context.segment_ids, window)
-                y = attend(q, k, v, mask, scale, softcap)
+                y = self._attend_batch(q, k, v, context, window)
             else:
                 y, cache = cache.attend(q, k, v, context.rows, tables.index, window, scale, softcap)
         if cfg.prefix_length:
@@ -94,6 +94,18 @@ class Attention(nn.Module):
         y = nn.with_logical_constraint(y, (*("batch", "seq")[: y.ndim - 1], "heads"))
         o_scale = 0.02 * (2 * cfg.depth) ** -0.5
         return self._linear("o", ("heads", "embed"), cfg.o_bias, o_scale)(y, query_loop), cache
+
+    def _attend_batch(self, q, k, v, context, window):
+        cfg = self.cfg
+        scale, softcap = cfg.attention_scale, cfg.attn_softcap
+        if self.kernel == "splash" and q.shape[1] % BLOCKS[-1] == 0:
+            windows = distinct_windows(cfg)
+            return splash(q, k, v, context.segment_ids, window, windows, scale, softcap)
+        positions = context.positions
+        mask = attention_mask(positions, positions, context.segment_ids, window)
+        if self.kernel == "cudnn" and q.shape[1] % 2 == 0:
+            return cudnn(q, k, v, mask, scale)
+        return attend(q, k, v, mask, scale, softcap)
 
     def _attend_to_prefix(self, q, loop, keys_and_values):
         """Gated attention to the learnable vectors of this layer and loop, of all queries to all.

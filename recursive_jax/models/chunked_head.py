@@ -77,9 +77,11 @@ def _sum_over_chunks_fwd(fn, head, hidden, data):
         return jax.tree.map(jnp.add, carry, (total, d_head)), d_hidden
 
     first = jax.tree.map(lambda x: x[0], (hidden, data))
-    shapes = (jax.eval_shape(fn, head, *first), head)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    sums = jax.eval_shape(fn, head, *first)
+    wide = jax.eval_shape(functools.partial(jax.tree.map, _at_least_float32), head)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (sums, wide))
     (total, d_head), d_hidden = jax.lax.scan(body, zeros, (hidden, data))
+    d_head = jax.tree.map(lambda g, x: g.astype(x.dtype), d_head, head)
     return total, (d_head, d_hidden, data)
 
 
@@ -91,6 +93,10 @@ def _sum_over_chunks_bwd(fn, residuals, cotangent):
         return jax.tree.map(lambda g: (g * scale).astype(g.dtype), tree)
 
     return scaled(d_head), scaled(d_hidden), jax.tree.map(_zero_cotangent, data)
+
+
+def _at_least_float32(x):
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _zero_cotangent(x):

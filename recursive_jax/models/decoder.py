@@ -39,12 +39,13 @@ class Layer(nn.Module):
     cfg: DecoderConfig
     dtype: jnp.dtype = jnp.float32
     data_shards: int = 1
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, carry, loop, context: Context, tables: LayerTables):
         cfg = self.cfg
         x, cache = carry
-        attention = Attention(cfg, self.dtype, self.data_shards, name="attention")
+        attention = Attention(cfg, self.dtype, self.data_shards, self.attention, name="attention")
         mlp = Mlp(cfg, self.dtype, self.data_shards, name="mlp")
 
         with jax.named_scope("attention"):
@@ -92,6 +93,8 @@ class Decoder(nn.Module):
       dtype: compute dtype; norms, softmax, rope and logits are float32 in any case.
       remat_policy: one of `REMAT_CHOICES`.
       data_shards: devices the batch is spread over (only LoRA's cheapest form depends on it).
+      attention: of batches without a cache, one of `batch_attention.KERNELS`. Kernels need
+        positions that rise within a segment, and know no `attention.COMMON`.
       unroll_layers: how many layers of the scan are unrolled; trades compile time for speed.
     """
 
@@ -100,6 +103,7 @@ class Decoder(nn.Module):
     remat_policy: str = "none"
     data_shards: int = 1
     unroll_layers: int = 1
+    attention: str = "xla"
 
     def setup(self):
         cfg = self.cfg
@@ -130,7 +134,9 @@ class Decoder(nn.Module):
         )
         methods = {"__call__": scan, "run_all_loops": scan}
         methods["run_reversed"] = scan | {"reverse": True}
-        self.block = nn.scan(layer, methods=methods)(cfg, self.dtype, self.data_shards)
+        self.block = nn.scan(layer, methods=methods)(
+            cfg, self.dtype, self.data_shards, self.attention
+        )
 
     def __call__(
         self,
@@ -180,7 +186,7 @@ class Decoder(nn.Module):
         """Token embeddings `[..., D]` of tokens `[B]` or `[B, T]`, scaled as the family does."""
         # Rows are gathered on the shard that holds them; otherwise XLA replicates the table.
         table = nn.with_logical_constraint(self.embedding, ("vocab", "embed_activation"))
-        x = jnp.take(table, tokens, axis=0).astype(self.dtype)
+        x = lookup(table, tokens).astype(self.dtype)
         if self.cfg.embed_scale != 1.0:
             x = x * jnp.asarray(self.cfg.embed_scale, self.dtype)
         return _constrained(x, "embed_activation")
@@ -237,6 +243,27 @@ class Decoder(nn.Module):
 
     def _run(self, x, loop, context, cache):
         return self.block((x, cache), loop, context, layer_tables(self.cfg))[0]
+
+
+def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Rows of the table `[V, D]`; its gradient is summed in float32, whatever its dtype.
+
+    A frequent token adds hundreds of gradients to one row: a bfloat16 sum would lose most of them.
+    """
+    shape, dtype = table.shape, table.dtype
+    if dtype == jnp.float32:
+        return jnp.take(table, tokens, axis=0)
+
+    @jax.custom_vjp
+    def rows(table, tokens):
+        return jnp.take(table, tokens, axis=0)
+
+    def pull(tokens, g):
+        total = jnp.zeros(shape, jnp.float32).at[tokens].add(g.astype(jnp.float32))
+        return total.astype(dtype), None
+
+    rows.defvjp(lambda table, tokens: (rows(table, tokens), tokens), pull)
+    return rows(table, tokens)
 
 
 def layer_tables(cfg: DecoderConfig) -> LayerTables:

@@ -15,6 +15,10 @@ ACTIVATION_FNS = {
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
 }
 
+# Logical axes of the factors of a LoRA, by that of the weight. A weight has an embed axis beside
+# these, which is split over devices. A factor has not, so that its wide axis is split further.
+LORA_AXES = {"mlp": "lora_mlp", "heads": "lora_heads", "kv_heads": "lora_kv_heads"}
+
 
 def at_loop(table: jax.Array, loop: jax.Array, ndim: int) -> jax.Array:
     """Row `loop` of `table [L, F]`, shaped to broadcast against an activation of `ndim` axes.
@@ -63,7 +67,8 @@ class Linear(nn.Module):
         lead, x = x.shape[:-1], x.astype(self.dtype).reshape(-1, in_dim)
         w = self._param("w", nn.initializers.normal(self.init_scale), self.axes, (in_dim, out_dim))
         if rank:
-            a_axes, b_axes = ("loop", self.axes[0], "rank"), ("loop", "rank", self.axes[1])
+            lora_in, lora_out = (LORA_AXES.get(axis, axis) for axis in self.axes)
+            a_axes, b_axes = ("loop", lora_in, "rank"), ("loop", "rank", lora_out)
             a_start = nn.initializers.normal(in_dim**-0.5)
             a = self._param("lora_a", a_start, a_axes, (cfg.num_loops, in_dim, rank))
             b = self._param("lora_b", nn.initializers.zeros, b_axes, (cfg.num_loops, rank, out_dim))

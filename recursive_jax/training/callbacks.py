@@ -39,6 +39,9 @@ class Callback:
     def on_saved(self, step: int, seconds: float) -> None:
         """A save has begun; the steps had to wait so long for it."""
 
+    def on_best(self, step: int, loss: float) -> None:
+        """Of the saved steps another one has the lowest validation loss, in nats per token."""
+
     def close(self) -> None:
         """The run ends, perhaps by an error."""
 
@@ -97,6 +100,8 @@ class Saver(Protocol):
 
     def check(self) -> None: ...
 
+    def best(self) -> int | None: ...
+
     def close(self) -> None: ...
 
 
@@ -108,7 +113,7 @@ class Save(Callback):
     Args:
       saver: writes steps.
       progress: () -> JSON, with the `history` of evaluations.
-      listeners: get `on_saved`.
+      listeners: get `on_saved` and `on_best`.
     """
 
     def __init__(
@@ -118,6 +123,7 @@ class Save(Callback):
         listeners: Sequence[Callback] = (),
     ):
         self._saver, self._progress, self._listeners = saver, progress, listeners
+        self._best: int | None = None
 
     def on_step(self, step):
         self._saver.check()
@@ -128,6 +134,11 @@ class Save(Callback):
         self._saver.save(step, **state.saved(), progress=progress, losses=losses)
         for listener in self._listeners:
             listener.on_saved(step, time.perf_counter() - began)
+        best = self._saver.best()
+        if best not in (None, self._best):
+            self._best = best
+            for listener in self._listeners:
+                listener.on_best(best, losses[best])
 
     def close(self):  # a pending save is completed even after an error
         self._saver.close()

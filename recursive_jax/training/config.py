@@ -8,11 +8,14 @@ from typing import Any
 
 from recursive_jax.models.config import DecoderConfig
 from recursive_jax.models.decoder import REMAT_CHOICES
+from recursive_jax.models.parameters import leaves
 from recursive_jax.training.curriculum import CURRICULA, LoopCurriculum
 from recursive_jax.training.losses import Objective
 from recursive_jax.training.optimizer import OptimizerConfig
+from recursive_jax.training.rates import Rates
 from recursive_jax.training.values import check_kinds
 
+GATHER_CHOICES = ("auto", "step", "layer")
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -37,6 +40,8 @@ class DataConfig:
       eval_tokens: scored at each evaluation.
       epochs: a run takes at most so many passes over a directory of `recursive_jax.tokenize`. Text
         that is no such directory is repeated as often as needed.
+      teacher: directory of `recursive_jax.teach`: distil from its draws, without the teacher in
+        memory. '': the teacher runs in each step.
     """
 
     train: str = "docstrings"
@@ -47,6 +52,7 @@ class DataConfig:
     cache_dir: str = ""
     eval_tokens: int = 20_000
     epochs: int = 1
+    teacher: str = ""
 
     def __post_init__(self):
         check_kinds(self, "data.")
@@ -62,10 +68,13 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices by mesh axis; one size may be -1, the devices that are left."""
+    """Devices by mesh axis; one size may be -1, the devices that are left.
+
+    `fsdp` 0: on TPUs the chips of a slice, elsewhere 1.
+    """
 
     data: int = -1
-    fsdp: int = 1
+    fsdp: int = 0
     tensor: int = 1
 
     def __post_init__(self):
@@ -123,6 +132,9 @@ class TrainConfig:
       seed: of the order of the text, and of random numbers of loops.
       dtype: compute dtype; 'auto' is float32 on CPU, bfloat16 on TPU and GPU.
       remat: activations that are kept for the backward pass, see `decoder.REMAT_CHOICES`.
+      gather: when weights that are spread over devices are gathered. 'step': once a step, which
+        takes memory for all of them. 'layer': by the compiler, in every layer of every loop and
+        every chunk of the loss. 'auto': once a step if that fits.
       unroll_layers: layers per iteration of the scan over layers.
       max_skipped_steps: a step whose loss or gradient is not finite changes nothing. After so many
         in a row the run stops.
@@ -147,6 +159,7 @@ class TrainConfig:
     seed: int = 0
     dtype: str = "auto"
     remat: str = "dots"
+    gather: str = "auto"
     unroll_layers: int = 1
     max_skipped_steps: int = 8
     peak_flops: float = 0.0
@@ -182,8 +195,17 @@ class TrainConfig:
                 f"accumulate={self.accumulate} does not divide data.batch_size="
                 f"{self.data.batch_size}; choose a divisor"
             )
+        if self.data.teacher:
+            self.objective.check_draws()
+        if self.data.teacher and not self.objective.kd:
+            raise ValueError(
+                f"data.teacher={self.data.teacher} with objective.kd=0 would teach nothing; leave "
+                "it out, or set objective.kd > 0"
+            )
         if self.remat not in REMAT_CHOICES:
             raise ValueError(f"remat={self.remat!r}; expected one of {', '.join(REMAT_CHOICES)}")
+        if self.gather not in GATHER_CHOICES:
+            raise ValueError(f"gather={self.gather!r}; expected one of {', '.join(GATHER_CHOICES)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r}; expected auto, float32 or bfloat16")
 
@@ -222,7 +244,8 @@ class TrainConfig:
         )
 
     def check_fits(self, cfg: DecoderConfig) -> None:
-        """Raise ValueError if a model has no loops or exits that these settings need."""
+        """Raise ValueError if a model lacks loops, exits or parameters of these settings."""
+        Rates(self.optimizer.rates).check(leaves(cfg))
         if self.curriculum(cfg.num_loops) is not None:
             cfg.check_cycle("loop_curriculum")
         if self.objective.exits and cfg.num_loops > 1:

@@ -12,6 +12,7 @@ import numpy as np
 
 from recursive_jax.training.config import TrainConfig
 from recursive_jax.training.losses import Objective
+from recursive_jax.training.optimizer import OptimizerConfig
 
 PROGRESS_KEY = "plan"  # in the saved progress; renaming it would break resuming older runs
 
@@ -25,8 +26,9 @@ class RunContract:
 
     Attributes:
       training_text, held_out_text: hashes of the tokenised text.
+      teacher_draws: fingerprint; '': the teacher runs in each step, or there is none.
       near_start: the settings are those of `TrainConfig.from_near`.
-      clipping, own_lora_rate, ema: these change the tree of the saved state.
+      clipping, own_lora_rate, ema, optimizer: these change the tree of the saved state.
     """
 
     num_steps: int
@@ -41,6 +43,8 @@ class RunContract:
     ema: bool = False
     near_start: bool = False
     loop_curriculum: str = "none"
+    teacher_draws: str = ""
+    optimizer: str = "adamw"
 
     _SAVED_AS = {
         "training_text": "training text",
@@ -50,6 +54,7 @@ class RunContract:
         "ema": "averaged weights",
         "near_start": "near start",
         "loop_curriculum": "loop curriculum",
+        "teacher_draws": "draws of the teacher",
     }
 
     @classmethod
@@ -59,6 +64,7 @@ class RunContract:
         training: np.ndarray | str,
         held_out: np.ndarray,
         near_kl: float | None = None,
+        teacher_draws: str = "",
     ) -> RunContract:
         """The contract of a config and its text.
 
@@ -67,6 +73,7 @@ class RunContract:
           training: hashes of the training documents, uint64 `[D]`, or `Rows.content`.
           held_out: tokens of the held-out windows, int32 `[N, T]`.
           near_kl: of a near start, for which the config is; None: the start is another.
+          teacher_draws: fingerprint of them; '': there are none.
         """
         curriculum = config.loop_curriculum
         if curriculum == "growing":
@@ -84,6 +91,8 @@ class RunContract:
             ema=config.ema_decay > 0,
             near_start=near_kl is not None,
             loop_curriculum=curriculum,
+            teacher_draws=teacher_draws,
+            optimizer=_state_of(config.optimizer),
         )
 
     @classmethod
@@ -115,6 +124,16 @@ class RunContract:
             f"{workdir} cannot go on where it stopped: {then}; now {now}. "
             f"Put it back, or start a new --workdir with --config.init_from={workdir}"
         )
+
+
+def _state_of(optimizer: OptimizerConfig) -> str:
+    """What determines the arrays of an optimizer besides clipping and the LoRAs' rate."""
+    words = [optimizer.name]
+    if optimizer.mu_dtype != "float32":
+        words.append(f"with moments in {optimizer.mu_dtype}")
+    if optimizer.rates:
+        words.append(f"at rates {optimizer.rates!r}")
+    return " ".join(words)
 
 
 def _hash(array: np.ndarray) -> str:

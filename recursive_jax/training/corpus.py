@@ -9,6 +9,7 @@ from recursive_jax import text
 from recursive_jax.text.documents import documents
 from recursive_jax.training import data
 from recursive_jax.training.config import DataConfig
+from recursive_jax.training.draw_files import DrawDirectory
 from recursive_jax.training.token_rows import Mixture, open_mixture
 
 
@@ -18,11 +19,18 @@ class Corpus:
     rows: to train on.
     windows: held out.
     mixture: of tokenised directories that the rows come from; None: the text was read.
+    draws: from the teacher, of every row; None: there are none.
     """
 
     rows: data.Rows
     windows: text.Windows
     mixture: Mixture | None = None
+    draws: DrawDirectory | None = None
+
+    @property
+    def draws_fingerprint(self) -> str:
+        """Of the draws; '' where there are none."""
+        return "" if self.draws is None else self.draws.job.fingerprint
 
     def check_enough(self, wanted: int, epochs: int) -> None:
         """Raise ValueError if a run of `wanted` rows repeats a directory more than `epochs` times.

@@ -15,7 +15,7 @@ import hashlib
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -38,6 +38,7 @@ class Batch:
       weights: f32 `[B, T]`, 1 where the target is scored, else 0.
       positions: int32 `[B, T]`, restarting at 0 with every segment.
       segment_ids: int32 `[B, T]`, 1, 2, ... per document in the row, 0 on padding.
+      teacher: `draws.Draws` from the teacher's distributions; None: the teacher runs in the step.
     """
 
     tokens: np.ndarray
@@ -45,6 +46,7 @@ class Batch:
     weights: np.ndarray
     positions: np.ndarray
     segment_ids: np.ndarray
+    teacher: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,6 +320,7 @@ def batches(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
+    join: Callable[[int, Batch], Batch] | None = None,
 ) -> grain.DatasetIterator:
     """Endless iterator of `Batch`es of numpy arrays, reshuffled every epoch.
 
@@ -326,6 +329,7 @@ def batches(
       batch_size: B over all processes; this process gets every `process_count`-th row of a batch.
       seed: of the row order.
       process_index, process_count: this process, and how many there are.
+      join: number of a row in the run, counted over epochs, and the row -> the row with more.
 
     Returns:
       An iterator with `get_state() -> dict` (one number) and `set_state`. With the same arguments,
@@ -339,7 +343,10 @@ def batches(
         )
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index={process_index}; expected 0..{process_count - 1}")
-    share = rows.endless(seed)[process_index::process_count]
+    endless = rows.endless(seed)
+    if join is not None:
+        endless = endless.map_with_index(join)
+    share = endless[process_index::process_count]
     share = share.batch(batch_size // process_count, drop_remainder=True)  # endless: no remainder
     # One thread builds the next batch while a step runs. More would only wait for Python's lock.
     return iter(share.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

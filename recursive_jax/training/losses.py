@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from recursive_jax.models.chunked_head import cross_entropy
+from recursive_jax.training.draws import Draws, drawn_kl
 from recursive_jax.training.values import check_kinds
 
 KD_LOSSES = ("forward_kl", "reverse_kl", "jsd", "tvd")
@@ -80,6 +81,14 @@ class Objective:
         """Whether the hidden states of earlier loops are needed."""
         return self.exit_loss == "weighted" or self.exit_coefficient > 0
 
+    def check_draws(self) -> None:
+        """Raise ValueError for a divergence that draws from the teacher cannot estimate."""
+        if self.kd_loss != "forward_kl":
+            raise ValueError(
+                f"objective.kd_loss={self.kd_loss!r} needs the whole distributions of the teacher; "
+                "from draws (data.teacher) only forward_kl is learnt"
+            )
+
     def exit_weights(self, num_exits: int) -> list[float]:
         """The weight α of every exit's loss, by depth; the last loop's is last."""
         if self.exit_loss == "weighted":
@@ -119,7 +128,7 @@ def token_losses(
     logits: Sequence[jax.Array],
     targets: jax.Array,
     weights: jax.Array,
-    teacher_logits: jax.Array | None,
+    teacher_logits: jax.Array | Draws | None,
     num_ids: int | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss summed over tokens, and the sums of its parts.
@@ -128,7 +137,7 @@ def token_losses(
       objective: weights of the terms.
       logits: f32 `[B, T, V]` of every exit E in order of depth, the last loop's last.
       targets, weights: `[B, T]`.
-      teacher_logits: `[B, T, V]` or None.
+      teacher_logits: `[B, T, V]`, or draws in their place, or None.
       num_ids: the teacher is compared over the first so many ids only; the others are padding of
         the embedding tables. None: over all.
 
@@ -140,7 +149,10 @@ def token_losses(
     zero = jnp.zeros((), jnp.float32)
     kd, exit_kd = zero, zero
     kd_of = functools.partial(divergence, kind=objective.kd_loss, temperature=objective.temperature)
-    if teacher_logits is not None:
+    if isinstance(teacher_logits, Draws):
+        ours = logits[-1][..., :num_ids]
+        kd = (weights * drawn_kl(ours, teacher_logits, objective.temperature)).sum()
+    elif teacher_logits is not None:
         ours, theirs = logits[-1][..., :num_ids], teacher_logits[..., :num_ids]
         kd = (weights * kd_of(ours, theirs)).sum()
     *early, last = objective.exit_weights(len(logits))

@@ -244,16 +244,18 @@ def together(function: Callable[[], Result], where: str = "a file that all read"
         error = caught
     grade = 0 if error is None else 2 if isinstance(error, Damaged) else 1
     words = getattr(error, "what", str(error or ""))[:MESSAGE]
-    worst, process, message = hosts.decide(where, [grade, words], _worst)
+    again = error is not None and paths.may_pass(error)
+    worst, process, message, again = hosts.decide(where, [grade, words, again], _worst)
     if not worst:
         return result
     if worst == grade:
         raise hosts.on_all_processes(error)
-    kind = Damaged if worst == 2 else ValueError
+    kind = Damaged if worst == 2 else paths.StorageFault if again else ValueError
     raise hosts.on_all_processes(kind(f"process {process}: {message}")) from error
 
 
-def _worst(found: list[tuple[int, str]]) -> tuple[int, int, str]:
-    """The gravest error: its grade, its process, its message."""
+def _worst(found: list[tuple[int, str, bool]]) -> tuple[int, int, str, bool]:
+    """The gravest error: its grade, its process, its message, and whether it may pass."""
     process = max(range(len(found)), key=lambda p: (found[p][0], -p))
-    return found[process][0], process, found[process][1]
+    grade, message, again = found[process]
+    return grade, process, message, again

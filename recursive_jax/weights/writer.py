@@ -22,7 +22,7 @@ from recursive_jax.weights.integrity import (
     together,
     write_fault,
 )
-from recursive_jax.weights.steps import CONFIG, STEPS, latest_step
+from recursive_jax.weights.steps import CONFIG, STEPS, latest_step, saved_steps
 
 
 @dataclasses.dataclass
@@ -35,10 +35,14 @@ class Best:
     count: int
     losses: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
+    def ranked(self, steps: Sequence[int]) -> list[int]:
+        """Those steps that have a loss, the lowest first."""
+        return sorted((s for s in steps if s in self.losses), key=self.losses.__getitem__)
+
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         steps = [saved.step for saved in checkpoints]
-        best = sorted((s for s in steps if s in self.losses), key=self.losses.__getitem__)
-        return [step in best[: self.count] for step in steps]
+        best = self.ranked(steps)[: self.count]
+        return [step in best for step in steps]
 
 
 class Writer:
@@ -95,10 +99,16 @@ class Writer:
           losses: validation losses by step, which decide what is best.
 
         Raises:
-          OSError: this step, or the one before it, could not be written.
+          OSError: this step, or the one before it, could not be written, or config.json is gone.
           ValueError: another run has taken over this directory of a bucket.
         """
         self.wait()
+        config = self._directory / CONFIG
+        if self._config and not config.exists():  # Orbax would begin an empty directory
+            raise paths.StorageFault(
+                f"{config} is gone: step {step} is not saved. Is --workdir still mounted? Mend "
+                "that, then run the same command again"
+            )
         if paths.is_remote(self._directory):
             together(lambda: workdir_lock.check(self._directory), f"the save of step {step}")
         self._best.losses = dict(losses or {})
@@ -125,6 +135,16 @@ class Writer:
             raise self._not_saved(error) from error
         if wait:
             self.wait()
+
+    def best(self) -> int | None:
+        """The saved step whose validation loss is the lowest, the pending one included.
+
+        None if no step has a loss, or steps are not kept by their loss.
+        """
+        if not self._best.count:
+            return None
+        steps = {*saved_steps(self._directory), self._pending_step}
+        return next(iter(self._best.ranked(sorted(steps - {None}))), None)
 
     def check(self) -> None:
         """Raise OSError if the pending save has failed; does not wait for it."""
@@ -164,7 +184,7 @@ class Writer:
         except Exception:  # each client of a bucket has its own kinds
             saved = "and the steps cannot be listed"
         advice = "Make room" if full else "Mend that"
-        return OSError(
+        return paths.StorageFault(
             f"{fault}: step {self._pending_step} is not saved, {saved} "
             f"({self._directory / STEPS}). {advice}, then run the same command again"
         )

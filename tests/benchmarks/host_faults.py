@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT / "launch"))
 
 import local_multiprocess  # noqa: E402
 
-ROWS, LENGTH, STEPS = 4, 16, 12
+ROWS, LENGTH, STEPS = 4, 16, 16
 CONFIG = (
     *("--config=tiny_smoke", "--config.model.lora_rank=0", "--config.model.lora_init=none"),
     *("--config.objective.kd=0", "--config.checkpoint_every=2"),
@@ -68,6 +68,8 @@ class Job:
                 *(flags if count > 1 else []), *(own or {}).get(number, ()),
             ]  # fmt: skip
             log = self.logs[number] = pathlib.Path(tempfile.mkdtemp(dir=place, prefix="log"))
+            for name in ("stdout", "stderr"):
+                (log / name).touch()  # they are read before the process has begun
             self.ids[number] = os.fork()
             if not self.ids[number]:
                 run(argv, log)
@@ -106,7 +108,7 @@ class Job:
 
     def row(self, case, **more):
         numbers = sorted(self.ids)
-        texts = {n: self.out(n, "stderr").strip() or self.out(n).strip() for n in numbers}
+        texts = {n: f"{self.out(n, 'stderr')}\n{self.out(n)}".strip() for n in numbers}
         lines = {n: text.splitlines() for n, text in texts.items()}
         errors = {n: [x for x in found if x.startswith("error: ")] for n, found in lines.items()}
         return {
@@ -125,7 +127,7 @@ class Job:
 def run(argv, log):
     """Become a process that trains."""
     for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(log / name, os.O_CREAT | os.O_WRONLY), number)
+        os.dup2(os.open(log / name, os.O_WRONLY), number)
     os.setpgid(0, 0)
     sys.argv, code = ["train", *argv], 0
     try:
@@ -250,50 +252,61 @@ def stop(place, options):
         )  # fmt: skip
 
 
+def last_saved(workdir):
+    return max(map(int, saved_steps(workdir)), default=0)
+
+
 def terminate(place, options):
     chance = random.Random(options.seed)
     _, _, wanted = undisturbed()
-    for number in range(options.terminations):
-        job, who = Job(place, workdir="term"), chance.randrange(2)
-        job.wait_for(f"step {1 + number * 2}/")
-        time.sleep(chance.random() * 0.5)
+    runs, stopped = 0, 0
+    while stopped < options.terminations:
+        name = f"term{runs}"
+        job, who = Job(place, workdir=name), chance.randrange(2)
+        job.wait_for(f"step {last_saved(place / name) + 1}/")
         job.send(who, signal.SIGTERM)
         job.wait()
-        codes = {end[0] for end in job.ends.values()}
-        step = result(place / "term")[2]
+        codes, step = {end[0] for end in job.ends.values()}, last_saved(place / name)
+        if codes == {0}:  # it was done already
+            runs += 1
+            yield job.row("done after SIGTERM", **compare(result(place / name), wanted))
+            continue
+        stopped += 1
         yield job.row(f"SIGTERM to process {who}", all_saved=codes == {75}, saved_step=step)
-    job = Job(place, workdir="term").wait()
-    yield job.row("resumed after SIGTERM", **compare(result(place / "term"), wanted))
+    job = Job(place, workdir=f"term{runs}").wait()
+    yield job.row("resumed after SIGTERM", **compare(result(place / f"term{runs}"), wanted))
 
 
 def kill(place, options):
     chance = random.Random(options.seed)
     _, _, wanted = undisturbed()
-    runs, name = 0, "kill0"
-    for _ in range(options.kills):
-        # A moment before the next few steps: the times depend on what else this machine does.
-        saved = max(map(int, saved_steps(place / name)), default=0)
+    runs, killed = 0, 0
+    while killed < options.kills:
+        # A moment before one of the next steps: the times depend on what else this machine does.
+        name = f"kill{runs}"
+        saved = last_saved(place / name)
         job, who = Job(place, workdir=name), chance.randrange(2)
-        step = saved + chance.randrange(5)
+        step = saved + chance.randrange(4)
         if step > saved:
             job.wait_for(f"step {step}/")
-        time.sleep(chance.random() * 3)
-        finished = job.poll()
+        time.sleep(chance.random() * (4 if step == saved else 0.3))
         job.send(who, signal.SIGKILL)
         began = time.monotonic()
         job.wait(sum(TIMEOUTS.values()) + SLACK)
-        took, other, more = round(time.monotonic() - began, 1), 1 - who, {}
+        took, other = round(time.monotonic() - began, 1), 1 - who
         if {end[0] for end in job.ends.values()} == {0}:  # it was done already
-            finished, more, runs = True, compare(result(place / name), wanted), runs + 1
-            name = f"kill{runs}"
+            runs += 1
+            yield job.row("done after SIGKILL", **compare(result(place / name), wanted))
+            continue
+        killed += 1
         yield job.row(
-            f"SIGKILL to process {who}", before_step=step + 1, seconds_after=took,
-            finished_before=finished, within_timeout=other in job.ends,
-            told_by_name=None if finished else job.tells(other, f"process {who}\\b"),
-            told_by_jax="distributed service detected fatal" in job.out(other, "stderr"), **more,
+            f"SIGKILL to process {who}", steps_seen=step, seconds_after=took,
+            within_timeout=other in job.ends, told_by_name=job.tells(other, f"process {who}\\b"),
+            told_by_jax="distributed service detected fatal" in job.out(other, "stderr"),
+            saved_step=last_saved(place / name),
         )  # fmt: skip
-    job = Job(place, workdir=name).wait()
-    yield job.row("resumed after SIGKILL", **compare(result(place / name), wanted))
+    job = Job(place, workdir=f"kill{runs}").wait()
+    yield job.row("resumed after SIGKILL", **compare(result(place / f"kill{runs}"), wanted))
 
 
 def counts(place, options):
@@ -307,12 +320,12 @@ def counts(place, options):
 
 def resize(place, options):
     _, _, wanted = undisturbed(1)
-    for step, count in ((2, 1), (5, 2), (8, 4)):
+    for count in (1, 2, 4):
         job = Job(place, count, workdir="resize")
-        job.wait_for(f"step {step}/")
+        job.wait_for(f"step {last_saved(place / 'resize') + 1}/")
         job.send(count - 1, signal.SIGTERM)
         job.wait()
-        yield job.row(f"{count} processes, stopped", saved_step=result(place / "resize")[2])
+        yield job.row(f"{count} processes, stopped", saved_step=last_saved(place / "resize"))
     job = Job(place, 1, workdir="resize").wait()
     yield job.row("1 -> 2 -> 4 -> 1 processes", **compare(result(place / "resize"), wanted))
 
