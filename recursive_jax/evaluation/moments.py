@@ -18,6 +18,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import threading
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -41,6 +42,8 @@ VERSION = 1  # of the files
 MAX_BLOCK = 2048  # a wider moment is block-diagonal, of equal blocks no larger than this
 WINDOWS = 4  # that run at once on a device
 _META = "moments.json"
+# Headers of arrays are parsed by `ast`, which in Python 3.11 fails now and then in two threads.
+_READING = threading.Lock()
 
 # Projections that read the same input have one C, named after one of them.
 _READS = {"k": "q", "v": "q", "gate": "up"}
@@ -120,7 +123,7 @@ class Moments:
         Raises:
           ValueError: rounding has left a moment that is no positive definite matrix.
         """
-        with np.load(_file(self.directory, depth)) as file:
+        with _READING, np.load(_file(self.directory, depth)) as file:
             inputs, outputs = file[f"C/{reads(projection)}"], file[f"G/{projection}"]
             if scale is not None:
                 inputs = _normalised(inputs, file[f"mean/{reads(projection)}"], scale, bias)

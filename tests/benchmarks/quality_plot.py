@@ -34,9 +34,7 @@ def main(rows: str, picture: str) -> None:
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     FigureCanvasSVG(figure)
     bars, curves = figure.subplots(1, 2)
-    draw_starts(
-        bars, [r for r in found if r["result"] == "start" and "max_block" not in r["case"]]
-    )
+    draw_starts(bars, [r for r in found if r["result"] == "start" and "max_block" not in r["case"]])
     draw_recovery(curves, [r for r in found if r["result"] == "comparisons" and "rate" in r])
     figure.savefig(picture)
 
