@@ -7,7 +7,7 @@ import pathlib
 
 from recursive_jax.console import output, tables
 
-JOBS = ("convert", "tokenize", "teach", "train", "evaluate", "generate", "serve", "export")
+JOBS = ("convert", "tokenize", "teach", "plan", "train", "evaluate", "generate", "serve", "export")
 
 
 def main() -> None:

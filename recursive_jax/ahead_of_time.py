@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from recursive_jax.analysis.collectives import collectives, wire_bytes
+from recursive_jax.analysis.collectives import Collective, collectives, wire_bytes
 from recursive_jax.plan_models import PlannedModels
 from recursive_jax.planning import predict
 from recursive_jax.trainer import Trainer
@@ -22,14 +22,12 @@ class CompiledStep:
 
     Attributes:
       sizes: bytes on each device by kind, as the compiler has them.
-      wire: bytes that a device receives in a step.
-      student_in_loops: large collectives of the student in loops: kind -> how often in a step.
+      collectives: of a step.
       seconds: that compiling took.
     """
 
     sizes: dict[str, int]
-    wire: float
-    student_in_loops: dict[str, int]
+    collectives: list[Collective]
     seconds: float
 
     @property
@@ -37,8 +35,23 @@ class CompiledStep:
         """On each device. The compiler does not refuse what a device has no room for."""
         return sum(self.sizes.values())
 
+    @property
+    def student_in_loops(self) -> dict[str, int]:
+        """Large collectives of the student in loops: kind -> how often in a step."""
+        found: dict[str, int] = {}
+        for c in self.collectives:
+            if c.trips and c.whole >= LARGE and "/teacher/" not in c.label:
+                found[c.kind] = found.get(c.kind, 0) + c.arrays * c.times
+        return found
+
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """As in the file of `recursive_jax.plan`; `wire_bytes`: that a device receives."""
+        return {
+            "bytes_by_kind": self.sizes,
+            "wire_bytes": wire_bytes(self.collectives),
+            "student_in_loops": self.student_in_loops,
+            "seconds": self.seconds,
+        }
 
 
 def compiled_step(
@@ -50,11 +63,6 @@ def compiled_step(
     sizes = config.data.batch_size, config.data.context_length
     compiled = Trainer(plan.setup, plan.mesh).lower(*sizes).compile()
     memory = compiled.memory_analysis()
-    found = collectives(compiled.as_text(), plan.mesh.size)
-    in_loops: dict[str, int] = {}
-    for c in found:
-        if c.trips and c.whole >= LARGE and "/teacher/" not in c.label:
-            in_loops[c.kind] = in_loops.get(c.kind, 0) + c.arrays * c.times
     return CompiledStep(
         {
             "arguments": memory.argument_size_in_bytes,
@@ -62,7 +70,6 @@ def compiled_step(
             "temporaries": memory.temp_size_in_bytes,
             "code": memory.generated_code_size_in_bytes,
         },
-        wire_bytes(found),
-        in_loops,
+        collectives(compiled.as_text(), plan.mesh.size),
         round(time.perf_counter() - began, 1),
     )

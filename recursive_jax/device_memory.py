@@ -122,8 +122,12 @@ def step_bytes(
         sizes["gathered block"] = 2 * sum(gathered_block) // cfg.num_layers
     else:
         sizes["gathered block"] = sum(gathered_block)
-        if setup.accumulate > 1 and way == "step":
-            gradient += (sum(gathered_block) + sum(gathered_head)) * 4 // wide
+        if setup.accumulate > 1:
+            # Measured (docs/pods.md): the compiler reduces all of a micro-batch's gradients at
+            # once, and each is whole in float32. Their sum is whole as well, if it is not split.
+            gradient += (
+                (sum(gathered_block) + sum(gathered_head)) * 4 // wide * (1 + (way == "step"))
+            )
     sizes["whole gradient"] = gradient
     micro = max(local // setup.accumulate, 1)
     sizes["activations"] = activation_bytes(setup, mesh, micro, length)

@@ -50,10 +50,15 @@ class MetricWriter:
         Values that are not finite are left out: JSON cannot express them.
 
         Raises:
-          OSError: the disk is full; it names the file.
+          OSError: the disk is full, or the file is gone; it names the file.
         """
         if self._file is None:
             return
+        if not self._path.exists():  # writes to a removed file succeed, and are lost
+            raise paths.StorageFault(
+                f"{self._path} is gone while the run writes it. Is --workdir still mounted? Mend "
+                "that, then run the same command again"
+            )
         values = {name: float(value) for name, value in values.items()}
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         with files.naming(self._path):

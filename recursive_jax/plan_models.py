@@ -63,7 +63,7 @@ def planned_models(config: Any) -> PlannedModels:
     Raises:
       ValueError, OSError: an impossible recipe, or a source whose config cannot be read.
     """
-    if config.objective.kd and not config.source:
+    if config.objective.kd and not config.source and not config.data.teacher:
         raise ValueError("objective.kd > 0 needs the model to distil from: set --config.source")
     source = None
     if config.source:

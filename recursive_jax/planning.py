@@ -16,10 +16,12 @@ from recursive_jax.models.parameters import abstract_params, head_params
 from recursive_jax.plan_models import PlannedModels
 from recursive_jax.training.chips import bandwidths, peak_flops
 from recursive_jax.training.config import TrainConfig
+from recursive_jax.training.draw_files import find_manifest
 from recursive_jax.training.gathered import split_dim
 from recursive_jax.training.setup import TrainSetup
 
 SCORES = 2.96e9 / 2048**2  # bytes of HBM traffic per token, layer and token of a row: XLA attention
+LOGITS = 4  # passes over float32 logits: written, normaliser, loss, gradient
 OPTIMIZER = 7  # params, two moments, gradient: read; all but the gradient written
 
 
@@ -108,12 +110,16 @@ def predict(models: PlannedModels, config: TrainConfig, devices: Sequence[Any]) 
     """
     mesh = fit.make_mesh(config, devices)
     config.check_fits(models.student)
-    padded = models.source and models.source.vocab_size != models.student.vocab_size
-    least = min(models.source.vocab_size, models.student.vocab_size) if padded else None
-    plan = fit.plan_of(models.student, config, models.source, mesh, least)
+    num_ids, draws = None, 0
+    if config.data.teacher:
+        job = find_manifest(config.data.teacher).job
+        num_ids, draws = job.num_ids, job.draws
+    elif models.source and models.source.vocab_size != models.student.vocab_size:
+        num_ids = min(models.source.vocab_size, models.student.vocab_size)
+    plan = fit.plan_of(models.student, config, models.source, mesh, num_ids, draws)
     setup = plan.setup
     flops = fit.flops_of(config, setup)(models.student.num_loops)
-    gathers, transfers = traffic(setup, mesh, config, plan)
+    gathers, transfers = traffic(setup, mesh, config)
     kind = devices[0].device_kind
     peak = config.peak_flops or peak_flops(kind)
     return Prediction(
@@ -124,9 +130,7 @@ def predict(models: PlannedModels, config: TrainConfig, devices: Sequence[Any]) 
     )  # fmt: skip
 
 
-def traffic(
-    setup: TrainSetup, mesh: Mesh, config: TrainConfig, plan: device_memory.Plan
-) -> tuple[int, list[Transfer]]:
+def traffic(setup: TrainSetup, mesh: Mesh, config: TrainConfig) -> tuple[int, list[Transfer]]:
     """How often the block is gathered in a step, and the collectives of a step."""
     cfg, wide = setup.model.cfg, np.dtype(setup.model.dtype).itemsize
     fsdp, data, tensor = (mesh.shape[name] for name in ("fsdp", "data", "tensor"))
@@ -146,8 +150,8 @@ def traffic(
         if size:
             found.append(Transfer(what, kind, times, times * size, overlaps))
 
-    if plan.gather is not None:
-        reduced = micro if plan.gather.reduce_each else 1
+    if setup.gather is not None:
+        reduced = micro if setup.gather.reduce_each else 1
         gathers = 1 if block else 0
         add("block", "all-gather", 1, block)
         add("embedding and head", "all-gather", 1, head)
@@ -172,7 +176,7 @@ def traffic(
         outer = device_memory.whole(head_params(theirs), head_params(t_places), wide)
         add("teacher's layers", "all-gather", micro, layers, True)
         add("teacher's embedding", "all-gather", micro, max(outer, default=0) * part)
-        if plan.gather is None:
+        if setup.gather is None:
             add("teacher's head, by chunk", "all-gather", chunks, sum(outer) * part)
         else:
             add("teacher's head", "all-gather", 1, sum(outer) * part)
@@ -215,6 +219,7 @@ def seconds_of(
     block = tokens * cfg.num_loops * TokenFlops.of(cfg, (length + 1) / 2).loop
     again = {"full": 1.0, "dots": 0.0, "none": 0.0}.get(config.remat, 0.0)
     depth = cfg.depth + (teacher.depth / 4 if teacher is not None else 0)
+    heads = (cfg.num_loops if setup.exits else 1) + (teacher is not None)
     scores = SCORES * length * tokens * depth / hbm if setup.model.attention == "xla" else 0.0
     compute = (model + again * block) / peak
     beside = sum(t.bytes for t in transfers if t.overlaps) / links
@@ -224,6 +229,7 @@ def seconds_of(
         "transfers": sum(t.bytes for t in transfers if not t.overlaps) / links,
         "transfers beside products, what they last longer": max(0.0, beside - compute),
         "attention scores": scores,
+        "logits": 4 * LOGITS * heads * tokens * cfg.vocab_size / mesh.shape["tensor"] / hbm,
         "optimizer": OPTIMIZER * sizes["params"] / hbm,
     }
 
@@ -234,6 +240,6 @@ def token_flops(models: PlannedModels, config: TrainConfig) -> dict[str, float]:
     cost = TokenFlops.of(cfg, (length + 1) / 2)
     exits = cfg.num_loops if config.objective.exits and cfg.num_loops > 1 else 1
     parts = {"block": 3 * cfg.num_loops * cost.loop, "head": 3 * exits * cost.head}
-    if config.objective.kd:
+    if config.objective.kd and not config.data.teacher:
         parts["teacher"] = full_depth(models.source, (length + 1) / 2)
     return parts

@@ -49,6 +49,7 @@ def error_of(weights, metrics, base, factors):
 
 
 def fit(weights, metrics, rank, **options):
+    options = {"dtype": np.float64} | options
     return joint.fit(weights, metrics, rank, np.random.default_rng(0), **options)
 
 
@@ -74,7 +75,7 @@ def test_rank_zero_is_least_squares(loops):
     for w, m in zip(weights, metrics, strict=True):
         kron = np.kron(full(m.inputs), full(m.outputs))
         left, right = left + kron, right + kron @ np.float64(w).ravel()
-    found = fit(weights, metrics, 0)
+    found = fit(weights, metrics, 0, gain=1e-14)
     np.testing.assert_allclose(
         found.base.ravel(), np.linalg.solve(left, right), rtol=1e-4, atol=1e-4
     )
@@ -152,6 +153,17 @@ def test_the_factors_have_the_form_of_an_svd():
         norms = np.linalg.norm(b, axis=1)
         assert (np.diff(norms) < 0).all()
         np.testing.assert_allclose(b @ b.T, np.diag(norms**2), atol=1e-4 * norms[0] ** 2)
+
+
+@pytest.mark.parametrize("loops, rank, blocks", [(2, 4, 1), (3, 4, 2), (3, 0, 1)])
+def test_a_search_in_float32_ends_where_one_in_float64_does(loops, rank, blocks):
+    weights, metrics = problem(loops, seed=9, in_dim=24, out_dim=32, in_blocks=blocks)
+    single, double = (fit(weights, metrics, rank, dtype=t) for t in (np.float32, np.float64))
+    assert single.objective[-1] == pytest.approx(double.objective[-1], rel=2e-3)
+    error = error_of(weights, metrics, single.base, single.factors)
+    assert single.objective[-1] == pytest.approx(error, rel=1e-3)
+    for a, b in zip(single.factors, double.factors, strict=True):
+        assert a[0].dtype == b[0].dtype == np.float32
 
 
 @pytest.mark.parametrize("loops, rank", [(2, 2), (3, 2), (2, 0)])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from recursive_jax import text, tokenize
+from recursive_jax import paths, text, tokenize
 from recursive_jax.text.documents import documents
 from recursive_jax.training import data, shard_writer, token_rows
 from recursive_jax.training.config import DataConfig
@@ -318,6 +318,13 @@ class TestErrors:
         shard.unlink()
         with pytest.raises(ValueError, match=rf"{shard} is damaged: it is missing"):
             opened(str(copy), tokenizer, tmp_path)
+
+    def test_a_shard_that_is_gone_while_rows_are_read(self, copy, tokenizer, tmp_path):
+        found = opened(str(copy), tokenizer, tmp_path)
+        shard = next(copy.glob("*train.array_record-00001*"))
+        shard.unlink()
+        with pytest.raises(paths.StorageFault, match=f"data.train: {shard} is damaged: it is mis"):
+            [found.rows[n] for n in range(len(found.rows))]
 
     def test_a_finished_directory_that_has_lost_a_file(self, corpus, copy):
         shard = next(copy.glob("*train.array_record-00001*"))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import tiny_smoke
-from recursive_jax import file_lock, files, start
+from recursive_jax import file_lock, files, metrics, paths, start
 from recursive_jax.console import report
 from recursive_jax.model import load
 from recursive_jax.models.config import DecoderConfig
@@ -258,6 +258,21 @@ def test_the_best_of_the_saved_steps_is_told_when_it_changes(tmp_path):
             save.on_save(step, state)
         save.close()
     assert told == [(1, 5.0), (2, 1.0), (2, 1.0), (5, 0.5)]
+
+
+def test_a_workdir_that_is_gone_is_told_before_a_save(saved, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(saved, run)
+    writer, records = checkpoint.Writer(run), metrics.MetricWriter(run)
+    records.write(2, {"train/loss": 1.0})
+    run.rename(tmp_path / "elsewhere")
+    with pytest.raises(paths.StorageFault, match="run/config.json is gone: step 3 is not saved"):
+        writer.save(3, {"x": jnp.arange(4.0)})
+    with pytest.raises(paths.StorageFault, match="run/metrics.jsonl is gone"):
+        records.write(3, {"train/loss": 1.0})
+    records.close()
+    writer.close()
+    assert not run.exists() and checkpoint.saved_steps(tmp_path / "elsewhere") == [2]
 
 
 def test_a_save_that_fails_in_the_background_stops_the_next_step(tmp_path):

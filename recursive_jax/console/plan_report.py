@@ -57,33 +57,33 @@ def plan(plan: Prediction, record: Mapping[str, Any]) -> str:
         ("attention", plan.attention),
     ]
     compiled = record["compiled"]
-    rows = [(name, gb(n)) for name, n in plan.sizes.items() if n]
-    rows.append(("total", gb(plan.bytes)))
-    parts = [tables.table(head), tables.table(rows, ("memory of a device", "GB"))]
+    rows = [(name, size(n)) for name, n in plan.sizes.items() if n]
+    rows.append(("total", size(plan.bytes)))
+    parts = [tables.table(head), tables.table(rows, ("memory of a device", ""))]
     if compiled is not None:
-        rows = [(name, gb(n)) for name, n in compiled["sizes"].items()]
-        rows.append(("total", gb(record["hbm_bytes_per_device"])))
+        rows = [(name, size(n)) for name, n in compiled["bytes_by_kind"].items()]
+        rows.append(("total", size(record["hbm_bytes_per_device"])))
         rows.append(("prediction", f"{record['prediction_error']:+.0%}"))
-        parts.append(tables.table(rows, ("by the compiler", "GB")))
+        parts.append(tables.table(rows, ("by the compiler", "")))
     parts.append(verdict(record))
     if plan.transfers:
         rows = [
-            (t.what, t.kind, t.times, gb(t.bytes), "yes" if t.overlaps else "no")
+            (t.what, t.kind, t.times, size(t.bytes), "yes" if t.overlaps else "no")
             for t in plan.transfers
         ]
-        rows.append(("total", "", "", gb(record["wire_bytes_per_device"]), ""))
-        header = ("collectives of a step", "kind", "times", "GB a device", "beside products")
+        rows.append(("total", "", "", size(record["wire_bytes_per_device"]), ""))
+        header = ("collectives of a step", "kind", "times", "bytes a device", "beside products")
         parts.append(tables.table(rows, header))
-    if compiled is not None and compiled["wire"]:
+    if compiled is not None and compiled["wire_bytes"]:
         loops = ", ".join(f"{n} {kind}" for kind, n in compiled["student_in_loops"].items())
         parts.append(
-            f"by the compiler: {gb(compiled['wire'])} GB; large ones of the student in loops: "
+            f"by the compiler: {size(compiled['wire_bytes'])}; large ones of the student in loops: "
             f"{loops or 'none'}"
         )
     if plan.seconds is not None:
-        rows = [(name, f"{s:.3f}") for name, s in plan.seconds.items() if s >= 5e-4]
-        rows.append(("a step, at best", f"{plan.step_seconds:.3f}"))
-        parts.append(tables.table(rows, ("time", "seconds")))
+        rows = [(name, seconds(s)) for name, s in plan.seconds.items() if s]
+        rows.append(("a step, at best", seconds(plan.step_seconds)))
+        parts.append(tables.table(rows, ("time", "")))
         rows = [("MFU, at most", f"{plan.mfu:.0%}")]
         rows += [("steps", f"{record['steps']:,}"), ("hours, at least", f"{record['hours']:.3g}")]
         rows.append(("chip-hours", f"{record['chip_hours']:,.4g}"))
@@ -100,12 +100,12 @@ def plan(plan: Prediction, record: Mapping[str, Any]) -> str:
 
 def verdict(record: Mapping[str, Any]) -> str:
     """One line: whether the step fits."""
-    size, how = record["hbm_bytes_per_device"], "by the compiler"
-    if size is None:
-        size, how = record["predicted_bytes_per_device"], "by arithmetic"
+    n, how = record["hbm_bytes_per_device"], "by the compiler"
+    if n is None:
+        n, how = record["predicted_bytes_per_device"], "by arithmetic"
     if record["fits"] is None:
-        return f"fits: unknown; {gb(size)} GB {how}, the memory of the device is not known"
-    return f"fits: {yes(record['fits'])}; {gb(size)} of {gb(record['device_bytes'])} GB, {how}"
+        return f"fits: unknown; {size(n)} {how}, the memory of the device is not known"
+    return f"fits: {yes(record['fits'])}; {size(n)} of {size(record['device_bytes'])}, {how}"
 
 
 def swept(sweep: Sweep) -> str:
@@ -113,15 +113,15 @@ def swept(sweep: Sweep) -> str:
     lines = [f"{sweep.tried} settings tried by arithmetic, {sweep.fitting} fit"]
     if sweep.rows:
         rows = [
-            (gb(predicted), "" if size is None else gb(size), f"{mfu:.0%}", flags or "as it is")
-            for flags, predicted, size, mfu in sweep.rows
+            (size(predicted), "" if n is None else size(n), f"{mfu:.0%}", flags or "as it is")
+            for flags, predicted, n, mfu in sweep.rows
         ]
-        lines.append(tables.table(rows, ("GB", "compiled GB", "MFU at most", "settings")))
+        lines.append(tables.table(rows, ("predicted", "compiled", "MFU at most", "settings")))
     if sweep.fits:
         lines.append(f"the first that fits: {sweep.flags or 'the config as it is'}")
     elif sweep.frees_most is not None:
         flag, freed = sweep.frees_most
-        lines.append(f"nothing fits; the flag that frees most: {flag} ({gb(freed)} GB a device)")
+        lines.append(f"nothing fits; the flag that frees most: {flag} ({size(freed)} a device)")
     else:
         lines.append("nothing fits; no single flag frees memory: take more or larger chips")
     return "\n".join(lines)
@@ -129,10 +129,10 @@ def swept(sweep: Sweep) -> str:
 
 def decode(record: Mapping[str, Any]) -> str:
     """Memory and bounds of a decode engine."""
-    rows = [("weights", gb(record["weight_bytes"]) + " GB"),
-            ("cache", gb(record["cache_bytes"]) + " GB")]  # fmt: skip
+    rows = [("weights", size(record["weight_bytes"])),
+            ("cache", size(record["cache_bytes"]))]  # fmt: skip
     if record["fits"] is not None:
-        room = f"{gb(record['bytes'])} of {gb(record['device_bytes'])} GB"
+        room = f"{size(record['bytes'])} of {size(record['device_bytes'])}"
         rows.append(
             ("fits", f"{yes(record['fits'])}; {room}, at most {record['most_slots']} slots")
         )
@@ -144,9 +144,15 @@ def decode(record: Mapping[str, Any]) -> str:
     return f"{title}\n{tables.table(rows)}"
 
 
-def gb(n: float) -> str:
-    """Bytes as GB; small sizes with three digits."""
-    return f"{n / 1e9:,.2f}" if n >= 5e7 else f"{n / 1e9:.2g}"
+def size(n: float) -> str:
+    """Bytes a person can read: 1.59 GB, 12.3 MB."""
+    power = 3 if n >= 1e8 else 2 if n >= 1e5 else 1
+    return f"{n / 1000**power:,.2f} {('', 'kB', 'MB', 'GB')[power]}"
+
+
+def seconds(s: float) -> str:
+    """1.234 s, or milliseconds."""
+    return f"{s:,.3f} s" if s >= 0.1 else f"{s * 1e3:,.3f} ms"
 
 
 def yes(fits: bool) -> str:

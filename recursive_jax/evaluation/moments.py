@@ -51,8 +51,12 @@ def reads(projection: str) -> str:
     return _READS.get(projection, projection)
 
 
-def block_shape(n: int, largest: int = MAX_BLOCK) -> tuple[int, int, int]:
-    """`[blocks, m, m]` of a moment of n channels: the fewest equal blocks of at most `largest`."""
+def block_shape(n: int, largest: int | None = None) -> tuple[int, int, int]:
+    """`[blocks, m, m]` of a moment of n channels: the fewest equal blocks of at most `largest`.
+
+    `largest` is MAX_BLOCK unless given.
+    """
+    largest = largest or MAX_BLOCK
     count = next(count for count in range(-(-n // largest), n + 1) if n % count == 0)
     return count, n // count, n // count
 

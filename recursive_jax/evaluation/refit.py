@@ -128,7 +128,7 @@ class _Hook:
         inputs, ridged = self.moments[reads(name)]
         lacks = ridged.inverse(np.asarray(flat.T @ missing, np.float64) / count)
         outputs = self.found.metric(name, self.depth, self.kind).outputs
-        a, b, _ = joint.low_rank_step(product + lacks, joint.Metric(inputs, outputs), rank)
+        a, b, *_ = joint.low_rank_step(product + lacks, joint.Metric(inputs, outputs), rank)
         return joint.normal_form(a, b)
 
 

@@ -125,7 +125,10 @@ class TokenDirectory:
             raise ValueError(self._damaged(shard, reason)) from error
 
     def _open(self, shard: Shard) -> Any:
-        self._check(shard)  # the reader takes a missing or cut file for an empty one
+        try:
+            self._check(shard)  # the reader takes a missing or cut file for an empty one
+        except ValueError as error:  # it was whole at the start
+            raise paths.StorageFault(f"data.train: {error}") from error
         from array_record.python.array_record_module import ArrayRecordReader
 
         file = os.fspath(self.path / shard.file)

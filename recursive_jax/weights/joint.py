@@ -9,20 +9,22 @@ loss's gradient at its output (`evaluation.moments`). To second order this is th
 with C ⊗ G in place of the Fisher matrix of the weight. The paper fits W first, without a metric,
 and the LoRAs after it (arXiv 2410.20672v3 §2.3). docs/method.md has the derivation.
 
-The two steps take turns. Given W, each LoRA is a truncated SVD of the weighted residual. Given the
-LoRAs, W solves a linear system. Each step is exact. Momentum speeds them up; where it would raise
-the objective, it is dropped.
-Everything is float64 on the host.
+Given W, each LoRA is a truncated SVD of the weighted residual. That leaves a function of W alone,
+with the gradient 2 sum_l C_l E_l G_l, and L-BFGS minimises it. W is varied in coordinates in which
+the loops' moments sum to the identity. Two loops have diagonal moments there: an evaluation costs
+hardly more than its SVDs. The search is float32, and the last SVDs are float64, so that full rank
+is exact.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 import scipy.linalg
+import scipy.optimize
 
 from recursive_jax.weights import low_rank
 from recursive_jax.weights.low_rank import Factors
@@ -30,9 +32,9 @@ from recursive_jax.weights.low_rank import Factors
 RIDGE = 1e-3  # of the mean diagonal, added to the diagonal of every moment
 MAX_SWEEPS = 12
 SWEEP_GAIN = 0.005  # stop when a sweep removes less than this share of the objective
-# Of the solve for W with three loops and more. Between sweeps it may leave a share of what the next
-# sweep must gain: a wide projection of SmolLM2 is fitted in a quarter of the time, 0.2 % above.
-_CG_STEPS, _CG_TOLERANCE, _CG_SHARE = 100, 1e-7, 0.2
+_HISTORY = 3  # pairs that L-BFGS keeps; 5 and 10 end at the same objective
+# Without LoRAs the objective is quadratic, and its minimum is wanted: no sweep is dear.
+_RANK_ZERO_GAIN, _RANK_ZERO_SWEEPS = 1e-4, 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,14 +85,18 @@ class Moment:
         return self.unweigh(self._solve(x, trans=0))
 
     def _solve(self, x, trans):
-        if self.lower.shape[1] == 1:
-            return x / self.lower[:, 0]
-        parts = zip(self.lower, x.reshape(len(self.lower), -1, x.shape[1]), strict=True)
-        solved = [
-            scipy.linalg.solve_triangular(low, part, trans=trans, lower=True, check_finite=False)
-            for low, part in parts
-        ]
-        return np.concatenate(solved)
+        parts = x.reshape(*self.lower.shape[:2], -1)
+        return _triangular(self.lower, parts, trans).reshape(x.shape)
+
+
+def _triangular(lower: np.ndarray, x: np.ndarray, trans: int = 0) -> np.ndarray:
+    """The solution of `lower @ y = x` by block, or with `lowerᵀ`; lower `[B, m, m]`."""
+    if lower.shape[1] == 1:
+        return x / lower
+    solve = functools.partial(
+        scipy.linalg.solve_triangular, trans=trans, lower=True, check_finite=False
+    )
+    return np.stack([solve(low, part) for low, part in zip(lower, x, strict=True)])
 
 
 def _by_block(blocks: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -110,10 +116,6 @@ class Metric:
     def plain(cls, in_dim: int, out_dim: int) -> Metric:
         """The squared Frobenius norm."""
         return cls(Moment.identity(in_dim), Moment.identity(out_dim))
-
-    def __call__(self, error: np.ndarray) -> np.ndarray:
-        """`C @ error @ G`, half of the gradient."""
-        return (self.outputs @ (self.inputs @ error).T).T
 
     def weigh(self, error: np.ndarray) -> np.ndarray:
         """The matrix whose squared Frobenius norm is the error in the metric."""
@@ -140,8 +142,9 @@ def fit(
     metrics: Sequence[Metric],
     rank: int,
     rng: np.random.Generator,
-    max_sweeps: int = MAX_SWEEPS,
-    gain: float = SWEEP_GAIN,
+    max_sweeps: int | None = None,
+    gain: float | None = None,
+    dtype: type = np.float32,
 ) -> Fit:
     """The shared weight and LoRAs of one projection of one layer of the block.
 
@@ -150,60 +153,54 @@ def fit(
       metrics: of each loop.
       rank: of the LoRAs, 0 .. min(in, out). 0 fits the shared weight only.
       rng: for LoRAs that start at zero, where all loops have one weight.
-      max_sweeps, gain: stop after so many sweeps, or when one removes a smaller share.
+      max_sweeps, gain: stop after so many sweeps, or when one removes a smaller share. The
+        defaults are those of the module, by rank.
+      dtype: of the search; all else is float64.
     """
     in_dim, out_dim = weights[0].shape
     if all(np.array_equal(w, weights[0]) for w in weights[1:]):  # one loop, too
         zero = [low_rank.zero_start(in_dim, out_dim, rank, rng) for _ in weights if rank]
         return Fit(np.asarray(weights[0], np.float32), zero, [0.0], 0.0)
-    weights = [np.asarray(w, np.float64) for w in weights]
-    shared = _solver(metrics)
-    deltas = [np.zeros_like(w) for w in weights]
-    factors: list[Factors] = []
-    if rank and len(weights) == 2:
-        deltas = _deal(weights, metrics, rank)
-    base = shared([w - d for w, d in zip(weights, deltas, strict=True)], None, 0.0)
-    objective = [_objective(weights, base, deltas, metrics)]
-    solved, momentum = base, 1.0  # the last solution for W, and Nesterov's sequence
-    for _ in range(max_sweeps if rank else 0):
-        parts = [low_rank_step(w - base, m, rank) for w, m in zip(weights, metrics, strict=True)]
-        error = sum(error for *_, error in parts)
-        if error > objective[-1] and momentum > 1:  # too far: back to the solution
-            base, momentum = solved, 1.0
-            continue
-        factors = [(a, b) for a, b, _ in parts]
-        objective.append(error)
-        if error >= (1 - gain) * objective[-2] or error == 0:
-            break
-        # The weight for these factors, and Nesterov's step beyond it. Without it, 12 sweeps end 2
-        # to 70 % above the limit on the embedded model.
-        targets = [w - a @ b for w, (a, b) in zip(weights, factors, strict=True)]
-        previous, solved = solved, shared(targets, base, _CG_SHARE * gain * error)
-        following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
-        base = solved + (momentum - 1) / following * (solved - previous)
-        momentum = following
+    if max_sweeps is None:
+        max_sweeps = MAX_SWEEPS if rank else _RANK_ZERO_SWEEPS
+    if gain is None:
+        gain = SWEEP_GAIN if rank else _RANK_ZERO_GAIN
+    if rank == min(in_dim, out_dim):  # LoRAs alone are exact
+        base, objective = sum(map(np.float64, weights)) / len(weights), [0.0]
     else:
-        base = solved
-    residual = _objective(weights, base, [0.0] * len(weights), metrics)
-    normal = [normal_form(a, b) for a, b in factors]
-    return Fit(base.astype(np.float32), normal, objective, residual)
+        base, objective = _search(weights, metrics, rank, max_sweeps, gain, dtype)
+    base = base.astype(np.float32)
+    residual = error = 0.0
+    factors = []
+    for weight, metric in zip(weights, metrics, strict=True):
+        left = np.asarray(weight, np.float64) - base
+        if rank:
+            a, b, size, lost = low_rank_step(left, metric, rank)
+            factors.append(normal_form(a, b))
+        else:
+            size = lost = float(np.square(metric.weigh(left)).sum())
+        residual, error = residual + size, error + lost
+    return Fit(base, factors, [*objective[:-1], error], residual)
 
 
 def low_rank_step(
     residual: np.ndarray, metric: Metric, rank: int
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """The best `a [in, R]`, `b [R, out]` for a residual in the metric, and the error it leaves."""
+) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """The best `a [in, R]`, `b [R, out]` for a residual in the metric; its size, and what is left.
+
+    The residual is float64, and so are the results.
+    """
     weighted = metric.weigh(residual)
     left, right = _leading(weighted, rank)
-    kept = float(np.square(right).sum())
-    error = max(float(np.square(weighted).sum()) - kept, 0.0)
+    size = float(np.square(weighted).sum())
+    error = max(size - float(np.square(right).sum()), 0.0)
     if rank == min(residual.shape):
         error = 0.0  # exact; the difference of two large numbers is rounding
-    return metric.inputs.unweigh(left), metric.outputs.unweigh(right.T).T, error
+    return metric.inputs.unweigh(left), metric.outputs.unweigh(right.T).T, size, error
 
 
 def _leading(matrix: np.ndarray, rank: int) -> Factors:
-    """`left @ right`, the truncated SVD of a float64 matrix; one of the two is orthonormal.
+    """`left @ right`, the truncated SVD of a matrix; one of the two is orthonormal.
 
     From the Gram matrix of the smaller side, as `low_rank.truncated_svd`: a projection of the
     matrix, exact at full rank. `right` has the singular values as the norms of its rows.
@@ -227,105 +224,98 @@ def normal_form(a: np.ndarray, b: np.ndarray) -> Factors:
     return (a * signs).astype(np.float32), (b * signs[:, None]).astype(np.float32)
 
 
-def _objective(weights, base, deltas, metrics) -> float:
-    errors = (base + d - w for w, d in zip(weights, deltas, strict=True))
-    return sum(float(np.square(m.weigh(e)).sum()) for m, e in zip(metrics, errors, strict=True))
+def _search(weights, metrics, rank, max_sweeps, gain, dtype) -> tuple[np.ndarray, list[float]]:
+    """W, float64, and the objective before the first sweep and after each."""
+    inputs, outputs = (
+        _Side([getattr(m, side) for m in metrics], dtype) for side in ("inputs", "outputs")
+    )
+    theirs = [outputs.enter(inputs.enter(np.float64(w)).T).T.astype(dtype) for w in weights]
+    roots = [(c.astype(dtype), g.astype(dtype)) for c, g in zip(inputs.roots, outputs.roots,
+                                                                strict=True)]  # fmt: skip
+    # By loop, the diagonal of the quadratic part's second derivatives. L-BFGS varies W / scale.
+    curved = [np.multiply.outer(*(np.square(x).sum(axis=1).ravel() for x in r)) for r in roots]
+    total = sum(curved)
+    scale = 1 / np.sqrt(total)
+    parts = theirs
+    if rank and len(weights) == 2:
+        parts = [w - d for w, d in zip(theirs, _deal(*theirs, rank), strict=True)]
+    start = sum(c * p for c, p in zip(curved, parts, strict=True)) / total
+    # The first step of L-BFGS has length 1, so the objective is brought to about 1.
+    size = sum(np.vdot(c, np.square(p - start)) for c, p in zip(curved, parts, strict=True))
+    unit = dtype(np.sqrt(size) or 1)
+    theirs = [w / unit for w in theirs]
+    x = (start / scale / unit).ravel().astype(np.float64)
+    del curved, total, parts, start
+
+    objective: list[float] = []
+
+    def evaluate(x: np.ndarray) -> tuple[float, np.ndarray]:
+        base = x.reshape(scale.shape).astype(dtype) * scale
+        value, gradient = 0.0, np.zeros_like(base)
+        for weight, (c, g) in zip(theirs, roots, strict=True):
+            left = _by_block(g, _by_block(c, base - weight).T).T
+            if rank:
+                a, b = _leading(left, rank)
+                left -= a @ b
+            value += float(np.vdot(left, left))
+            c, g = c.swapaxes(1, 2), g.swapaxes(1, 2)
+            gradient += _by_block(g, _by_block(c, left).T).T
+        if not objective:
+            objective.append(value)
+        return value, 2 * (gradient * scale).ravel().astype(np.float64)
+
+    def after(intermediate_result):
+        objective.append(float(intermediate_result.fun))
+        if objective[-1] >= (1 - gain) * objective[-2]:
+            raise StopIteration
+
+    x = scipy.optimize.minimize(
+        evaluate, x, jac=True, method="L-BFGS-B", callback=after,
+        options={"maxiter": max_sweeps, "maxcor": _HISTORY, "ftol": 0, "gtol": 0},
+    ).x  # fmt: skip
+    base = outputs.leave(inputs.leave(x.reshape(scale.shape) * scale * unit).T).T
+    return base, [value * float(unit) ** 2 for value in objective]
 
 
-def _deal(weights, metrics, rank) -> list[np.ndarray]:
+def _deal(first, second, rank) -> list[np.ndarray]:
     """LoRA products that two loops start from: components of their difference, dealt in turn.
 
     Equal LoRAs of opposite sign are a saddle point: both would span one subspace for ever
-    (`low_rank.split_spectrum`).
+    (`low_rank.split_spectrum`). The arguments are in coordinates of the mean metric.
     """
-    both = Metric(
-        Moment.mean([m.inputs for m in metrics]), Moment.mean([m.outputs for m in metrics])
-    )
-    first, second = weights
-    count = min(2 * rank, min(first.shape))
-    left, right = _leading(both.weigh(first - second), count)
-    left, right = both.inputs.unweigh(left), both.outputs.unweigh(right.T).T
+    left, right = _leading(first - second, min(2 * rank, min(first.shape)))
     return [left[:, 0::2] @ right[0::2], -left[:, 1::2] @ right[1::2]]
 
 
-def _solver(metrics: Sequence[Metric]):
-    """`(targets, start, leave) -> W`, the best W for a target per loop in the loops' metrics.
+class _Side:
+    """Coordinates of one side of the weights: the loops' moments sum to 1, the first is diagonal.
 
-    A solve in steps begins at `start`; it may leave the objective so much above the minimum.
+    So a rotation of the weights changes nothing, and two loops have diagonal moments.
+
+    Attributes:
+      roots: by loop, blocks `[B, m, m]`: `rootᵀ @ root` is the moment in these coordinates. Two
+        loops have diagonal ones, `[n, 1, 1]`.
     """
-    if len(metrics) == 2:
-        return _two_loops(*metrics)
 
-    def solve(targets, start, leave):
-        return _conjugate_gradients(metrics, targets, start, leave)
+    def __init__(self, moments: Sequence[Moment], dtype: type):
+        blocks = sum(m.blocks for m in moments)
+        self._sum = Moment(blocks, np.linalg.cholesky(blocks))
+        needed = moments[:1] if len(moments) == 2 else moments
+        whitened = [_triangular(self._sum.lower, m.lower) for m in needed]
+        # Rounding is harmless here: the last step of the fit does not use the coordinates.
+        first = (whitened[0] @ whitened[0].swapaxes(1, 2)).astype(dtype)
+        pairs = [scipy.linalg.eigh(block, driver="evd", check_finite=False) for block in first]
+        self._turn = np.stack([vectors for _, vectors in pairs])
+        if len(moments) == 2:
+            values = np.clip(np.concatenate([v for v, _ in pairs]), 0, 1).reshape(-1, 1, 1)
+            self.roots = [np.sqrt(values), np.sqrt(1 - values)]
+        else:
+            self.roots = [x.swapaxes(1, 2) @ self._turn for x in whitened]
 
-    return solve
+    def enter(self, x: np.ndarray) -> np.ndarray:
+        """x `[n, m]` in these coordinates."""
+        return _by_block(self._turn.swapaxes(1, 2), self._sum.weigh(x))
 
-
-def _two_loops(first: Metric, second: Metric):
-    """The exact solve for two loops, by simultaneous diagonalisation.
-
-    P and Q with `PᵀC₁P = 1`, `PᵀC₂P = diag(c)`, `QᵀG₁Q = 1`, `QᵀG₂Q = diag(g)` turn
-    `C₁WG₁ + C₂WG₂ = R` into `(1 + c_i g_j) W'_ij = (PᵀRQ)_ij` with `W = P W' Qᵀ`.
-    """
-    c, to_inputs, from_inputs = _diagonalise(first.inputs, second.inputs)
-    g, to_outputs, from_outputs = _diagonalise(first.outputs, second.outputs)
-    scale = 1 / (1 + c[:, None] * g)
-
-    def solve(targets, start, leave):
-        total = first(targets[0]) + second(targets[1])
-        reduced = to_outputs(to_inputs(total).T).T
-        return from_outputs(from_inputs(scale * reduced).T).T
-
-    return solve
-
-
-def _diagonalise(first: Moment, second: Moment):
-    """(eigenvalues `[n]`, x -> Pᵀx, x -> Px) of two moments with the same blocks."""
-    if first.blocks.shape[1] == 1:
-        root = first.lower[:, 0]
-        values = (second.blocks[:, 0] / first.blocks[:, 0])[:, 0]
-        return values, lambda x: x / root, lambda x: x / root
-    values, vectors = [], []
-    for low, block in zip(first.lower, second.blocks, strict=True):
-        half = scipy.linalg.solve_triangular(low, block, lower=True, check_finite=False)
-        whole = scipy.linalg.solve_triangular(low, half.T, lower=True, check_finite=False)
-        value, vector = np.linalg.eigh((whole + whole.T) / 2)
-        values.append(value)
-        vectors.append(
-            scipy.linalg.solve_triangular(low, vector, trans=1, lower=True, check_finite=False)
-        )
-    to = np.stack(vectors)
-    return (
-        np.concatenate(values),
-        lambda x: _by_block(to.swapaxes(1, 2), x),
-        lambda x: _by_block(to, x),
-    )
-
-
-def _conjugate_gradients(metrics, targets, start, leave):
-    """The solve for any number of loops; the preconditioner is the Kronecker product of means."""
-    mean_c = Moment.mean([m.inputs for m in metrics])
-    mean_g = Moment.mean([m.outputs for m in metrics])
-
-    def precondition(x):
-        return mean_g.inverse(mean_c.inverse(x).T).T
-
-    goal = sum(m(t) for m, t in zip(metrics, targets, strict=True))
-    x = precondition(goal) / len(metrics) if start is None else start
-    rest = goal - sum(m(x) for m in metrics)
-    z = precondition(rest)
-    direction, size = z, float((rest * z).sum())
-    # `size` is about what the objective has left to fall, exactly so for a perfect preconditioner
-    enough = _CG_TOLERANCE**2 * float((goal * precondition(goal)).sum())
-    enough = max(enough, leave)
-    for _ in range(_CG_STEPS):
-        if size <= enough:
-            break
-        image = sum(m(direction) for m in metrics)
-        step = size / float((direction * image).sum())
-        x, rest = x + step * direction, rest - step * image
-        z = precondition(rest)
-        previous, size = size, float((rest * z).sum())
-        direction = z + size / previous * direction
-    return x
+    def leave(self, x: np.ndarray) -> np.ndarray:
+        """The inverse of `enter`."""
+        return self._sum.unweigh(_by_block(self._turn, x))

@@ -99,10 +99,16 @@ class Writer:
           losses: validation losses by step, which decide what is best.
 
         Raises:
-          OSError: this step, or the one before it, could not be written.
+          OSError: this step, or the one before it, could not be written, or config.json is gone.
           ValueError: another run has taken over this directory of a bucket.
         """
         self.wait()
+        config = self._directory / CONFIG
+        if self._config and not config.exists():  # Orbax would begin an empty directory
+            raise paths.StorageFault(
+                f"{config} is gone: step {step} is not saved. Is --workdir still mounted? Mend "
+                "that, then run the same command again"
+            )
         if paths.is_remote(self._directory):
             together(lambda: workdir_lock.check(self._directory), f"the save of step {step}")
         self._best.losses = dict(losses or {})

@@ -2,10 +2,11 @@
 
     python -m tests.benchmarks.starts MODEL OUT.jsonl --calibrate=NOVELS --text=NOVELS_HELD_OUT \\
         [--loops=2,3] [--ranks=0,64,128] [--starts=svd,split,activations,fisher] \\
-        [--calibration_tokens=32768]
+        [--calibration_tokens=32768] [--max_block=2048]
 
-A row has perplexity, KL and agreement on 2,048 tokens of two texts, seconds and peak memory. Every
-row is a process of its own. A row that OUT.jsonl has is not run again. The moments are measured
+A row has perplexity, KL and agreement on 2,048 tokens of two texts, seconds and peak memory, and
+the processor time of the whole process, which other jobs do not change much. Every row is a process
+of its own. A row that OUT.jsonl has is not run again. The moments are measured
 once, by the first row that needs them, and cached.
 """
 
@@ -30,9 +31,11 @@ MEASURED = ("source_nll", "nll", "kl", "top1_agreement")
 
 def measure(case: dict) -> dict:
     import recursive_jax as rj
+    from recursive_jax.evaluation import moments
     from recursive_jax.evaluation.certificate import Reference
     from recursive_jax.models.decoder import Decoder
 
+    moments.MAX_BLOCK = case.get("max_block", moments.MAX_BLOCK)
     source = rj.load(case["model"])
     began = time.time()
     how = dict(
@@ -63,7 +66,9 @@ def main():
     parser.add_argument("--ranks", default="0,64,128")
     parser.add_argument("--starts", default=",".join(STARTS))
     parser.add_argument("--calibration_tokens", type=int, default=32_768)
+    parser.add_argument("--max_block", type=int, help="wider moments are kept in blocks")
     args = parser.parse_args()
+    more = {} if args.max_block is None else {"max_block": args.max_block}
     done = args.out.read_text().splitlines() if args.out.exists() else []
     done = [json.loads(line)["case"] for line in done]
     for loops in map(int, args.loops.split(",")):
@@ -73,7 +78,7 @@ def main():
                     continue  # the paper's start at this rank is the other one
                 case = dict(
                     model=args.model, loops=loops, rank=rank, start=start, text=args.text,
-                    calibrate=args.calibrate, calibration_tokens=args.calibration_tokens,
+                    calibrate=args.calibrate, calibration_tokens=args.calibration_tokens, **more,
                 )  # fmt: skip
                 if case not in done:
                     run(case, args.out)
@@ -89,6 +94,7 @@ def run(case: dict, out: pathlib.Path) -> None:
         return
     row = {"result": "start", "case": case, **json.loads(row.splitlines()[-1])}
     row["peak_gb"] = round(usage.ru_maxrss / 1e6, 2)
+    row["processor_seconds"] = round(usage.ru_utime + usage.ru_stime, 1)
     with open(out, "a") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row), flush=True)
