@@ -21,6 +21,11 @@ from recursive_jax.training.gathered import split_dim
 from recursive_jax.training.setup import TrainSetup
 
 SCORES = 2.96e9 / 2048**2  # bytes of HBM traffic per token, layer and token of a row: XLA attention
+# HBM traffic of a layer beside its weights, by the bytes of its products: 0.6 GB for 2,048 tokens
+# of Gemma 2B, forward, recomputed and backward, as compiled for v5e with the splash kernel.
+LAYER = 3.7
+OVER_TENSOR = "activations, over tensor"
+TENSOR_LINKS = 0.5  # share of a chip's links that one axis of neighbours has
 LOGITS = 4  # passes over float32 logits: written, normaliser, loss, gradient
 OPTIMIZER = 7  # params, two moments, gradient: read; all but the gradient written
 
@@ -176,15 +181,13 @@ def traffic(setup: TrainSetup, mesh: Mesh, config: TrainConfig) -> tuple[int, li
         outer = device_memory.whole(head_params(theirs), head_params(t_places), wide)
         add("teacher's layers", "all-gather", micro, layers, True)
         add("teacher's embedding", "all-gather", micro, max(outer, default=0) * part)
-        if setup.gather is None:
-            add("teacher's head, by chunk", "all-gather", chunks, sum(outer) * part)
-        else:
-            add("teacher's head", "all-gather", 1, sum(outer) * part)
+        gathers_head = micro if setup.gather is None else 1  # not by chunk: it is a constant there
+        add("teacher's head", "all-gather", gathers_head, sum(outer) * part)
     if tensor > 1:
         passes = 6 if config.remat == "full" else 4  # two products each forward, again, backward
         depth = cfg.depth * passes + (setup.teacher.cfg.depth * 2 if setup.teacher else 0)
         size = tokens * cfg.embed_dim * wide * 2 * (tensor - 1) / tensor
-        add("activations, over tensor", "all-reduce", depth * micro, size)
+        add(OVER_TENSOR, "all-reduce", depth * micro, size)
     return gathers, found
 
 
@@ -206,7 +209,7 @@ def seconds_of(
     """Seconds of a step by cause, at best; None for an unknown chip.
 
     Products run at the peak, the recomputed ones of `remat` included. Transfers that overlap cost
-    what they last longer than the products. XLA's attention moves its scores through the memory.
+    what they last longer than the products. What layers do beside products is bound by memory.
     """
     widths = bandwidths(device_kind)
     if peak is None or widths is None:
@@ -214,7 +217,7 @@ def seconds_of(
     hbm, links = widths
     cfg, teacher = setup.model.cfg, setup.teacher and setup.teacher.cfg
     length = config.data.context_length
-    tokens = config.tokens_per_step / mesh.size
+    tokens = config.tokens_per_step / mesh.size  # of a device, where tensor splits a token as well
     model = tokens * training_flops(cfg, length, None, setup.exits, teacher)
     block = tokens * cfg.num_loops * TokenFlops.of(cfg, (length + 1) / 2).loop
     again = {"full": 1.0, "dots": 0.0, "none": 0.0}.get(config.remat, 0.0)
@@ -222,14 +225,22 @@ def seconds_of(
     heads = (cfg.num_loops if setup.exits else 1) + (teacher is not None)
     scores = SCORES * length * tokens * depth / hbm if setup.model.attention == "xla" else 0.0
     compute = (model + again * block) / peak
+    products = sum(out for _, out in cfg.projections.values())
+    vectors = LAYER * np.dtype(setup.model.dtype).itemsize * products * tokens * depth / hbm
     beside = sum(t.bytes for t in transfers if t.overlaps) / links
     return {
         "products": model / peak,
         "recomputed products": again * block / peak,
-        "transfers": sum(t.bytes for t in transfers if not t.overlaps) / links,
+        "transfers": sum(
+            t.bytes / (TENSOR_LINKS if t.what == OVER_TENSOR else 1)
+            for t in transfers
+            if not t.overlaps
+        )
+        / links,
         "transfers beside products, what they last longer": max(0.0, beside - compute),
+        "activations of layers": vectors,
         "attention scores": scores,
-        "logits": 4 * LOGITS * heads * tokens * cfg.vocab_size / mesh.shape["tensor"] / hbm,
+        "logits": 4 * LOGITS * heads * tokens * cfg.vocab_size / hbm,
         "optimizer": OPTIMIZER * sizes["params"] / hbm,
     }
 

@@ -102,13 +102,13 @@ def test_feed_refuses_wrong_periods_and_too_many_watchers(url):
         assert status == 429 and "16 pages" in answer["error"]["message"]
 
 
-def test_feed_counts_only_for_watchers():
+def test_news_are_of_the_time_since_those_before():
     made = Feed(num_slots=2, num_loops=2)
     new = {1: NewToken(5, 2, -0.5)}
     tick = Tick({1: 1}, [1], [], new, busy=3, head_rows=1, drafted=0, dropped=0)
 
     async def read():
-        made.round_ended([tick] * 5, 7, 1)  # nobody watches
+        made.round_ended([tick] * 5, 7, 1)  # before anybody watches
         watch = made.watch(0.01, over=lambda: False)
         first = await anext(watch)
         assert first["ticks"] == 0 and first["waiting"] == 7

@@ -18,7 +18,7 @@ from recursive_jax.training.config import TrainConfig
 from recursive_jax.weights.hf_config import preset
 
 PAPER = ("--config=configs/gemma_rrt.py:paper", "--config.remat=full", "--config.accumulate=64")
-SLICE = (*PAPER, "--topology=v5e:4x4", "--nocompile")
+SLICE = (*PAPER, "--topology=v6e:4x4", "--nocompile")
 SOURCE = DecoderConfig(
     "llama", 512, 64, 128, num_heads=4, num_kv_heads=2, head_dim=16, num_layers=4, tied_head=False
 )
@@ -38,10 +38,10 @@ def test_the_papers_run_on_a_slice_that_is_not_here(paper):
     """Sizes of Gemma 2B, worked out by hand; no weights, no network, no TPU wheel are needed."""
     record, shown = paper
     assert record["fits"] is True and "fits: yes" in shown
-    assert (record["devices"], record["device_kind"]) == (16, "TPU v5 lite")
+    assert (record["devices"], record["device_kind"]) == (16, "TPU v6 lite")
     assert record["mesh"] == {"data": 1, "fsdp": 16, "tensor": 1}
     assert record["block_gathers_per_step"] == 1
-    assert record["hbm_bytes_per_device"] is None and record["device_bytes"] == 16 << 30
+    assert record["hbm_bytes_per_device"] is None and record["device_bytes"] == 32 << 30
     sizes = record["predicted_bytes_by_kind"]
     assert sum(sizes.values()) == record["predicted_bytes_per_device"]
     # 9 layers: q o 2048 × 2048, k v 2048 × 256, gate up down 2048 × 16384; rank 64; two loops
@@ -62,7 +62,7 @@ def test_the_papers_run_on_a_slice_that_is_not_here(paper):
     assert record["flops_per_token"] == pytest.approx(flops, rel=1e-3)
     assert 0.4 < record["predicted_mfu"] < 0.9
     hours = record["flops_per_token"] * record["tokens"] / record["predicted_mfu"]
-    hours /= 16 * 197e12 * 3600
+    hours /= 16 * 918e12 * 3600
     assert record["hours"] == pytest.approx(hours)
     assert record["cost"] == pytest.approx(2 * 16 * hours)
     for words in ("break-even rank", "114", "splash", "chip-hours", "ticks a second"):
@@ -73,7 +73,6 @@ def test_mistakes_end_in_one_line(tmp_path):
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     cases = {
         "v5e has the slices": [*PAPER, "--topology=v5e:3x7", "--nocompile"],
-        "expected v5e, v5p, v6e": [*PAPER, "--topology=v9:2x2", "--nocompile"],
         "does not divide over the 16 devices": [*SLICE, "--config.accumulate=128"],
         "the config of someone/unknown could not": [*SLICE, "--config.source=someone/unknown"],
         "set --config.source": [*SLICE, "--config.source="],

@@ -316,10 +316,7 @@ REFUSED = {
         "a loss of exits needs sharing='cycle'.* this model has sharing='sequence'",
     ),
     "negative rank": (["--config.model.lora_rank=-7"], "rank -7 of .* is impossible"),
-    "bucket": (
-        ["--config.init_from=gs://bucket/run"],
-        "gs://bucket/run needs gcsfs|gs://bucket/run.* cannot be used",
-    ),
+    "bucket": (["--config.init_from=gs:///run"], "gs:///run names no bucket"),
     "key of a file": (["--config={place}/typo.py"], 'Key "trian" does not exist'),
     "objective of a run": (
         ["--workdir={place}/whole", "--config.objective.exit_coefficient=0.5"],

@@ -286,7 +286,9 @@ function newAnswer(text) {
   answers.push(answer);
   box.addEventListener("keydown", (event) => {
     const last = answer.tokens.length - 1;
-    const moves = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1, Home: -last, End: last };
+    const moves = {
+      ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1, Home: -last, End: last,
+    };
     if (!(event.key in moves) || last < 0) return;
     event.preventDefault();
     choose(answer, Math.min(Math.max(answer.chosen + moves[event.key], 0), last));
