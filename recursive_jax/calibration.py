@@ -112,8 +112,7 @@ def read(
     )
     packed = data.PackedRows(one, prefix, length)
     rows = [packed[i] for i in range(min(len(packed), -(-tokens // length)))]
-    stacked = data.Batch(*(np.stack([getattr(row, f.name) for row in rows])
-                           for f in dataclasses.fields(data.Batch)))  # fmt: skip
+    stacked = jax.tree.map(lambda *parts: np.stack(parts), *rows)
     key = " ".join([docs.fingerprint, fingerprint, str(tokens), str(length), str(skip)])
     return Text(spec, stacked, held_out, key, apart)
 

@@ -44,7 +44,7 @@ def num_bytes(cfg: DecoderConfig, tied: DecoderConfig, how: TieConfig) -> float:
 def _fit(cfg: DecoderConfig, name: str, num_loops: int, calibrated: bool) -> int:
     """Float64 arrays of the fit of one projection, in as many layers as run at once."""
     in_dim, out_dim = cfg.projections[name]
-    matrices = (2 * num_loops + 18) * in_dim * out_dim  # L-BFGS alone has 13
+    matrices = (2 * num_loops + 26) * in_dim * out_dim  # L-BFGS alone has 13
     square = min(in_dim, out_dim) ** 2 * 3  # Gram matrix and eigenvectors
     if calibrated:
         sizes = (math.prod(moments.block_shape(n)) for n in (in_dim, out_dim))

@@ -771,9 +771,9 @@ def test_no_stack_is_read_where_single_layers_can_be():
             np.testing.assert_array_equal(leaf, names.flat(expected)[path])
 
 
-@pytest.mark.parametrize("lora_init, matrices", [("svd", 8), ("joint", 48)])
+@pytest.mark.parametrize("lora_init, matrices", [("svd", 8), ("joint", 120)])
 def test_memory_is_the_result_and_one_stack(lora_init, matrices):
-    """'joint' works on two layers at once, in float64."""
+    """'joint' works on two layers at once, with 30 arrays of each in float64; L-BFGS keeps 13."""
     cfg = DecoderConfig("gpt_neox", 64, 128, 512, 4, 1, 32, 12, gated_mlp=False)
     shapes = names.shapes(cfg)
 
